@@ -1,12 +1,12 @@
-"""The configuration of a run: a flat, immutable set of fields with bounds.
+"""The configuration of a run: a flat, immutable set of fields whose values are checked.
 
-Every field has a class. The class says what the field can influence:
+Every field belongs to one of three classes, which say what the field can influence:
 
-    static      the whole run, for example the model, the data and the seed
-    scheduled   the run from the first step at which its value differs, for example lr and dropout
-    inert       no training step; for example names, and the intervals of logs, evaluations and checkpoints
+    static      A static field influences the whole run. Examples are the number of layers and the seed.
+    scheduled   Two runs that differ only in scheduled fields may share steps. Examples are lr and dropout.
+    inert       An inert field influences no training step. Examples are the preset's name and log_every.
 
-This module does not import torch, so that the command line starts fast.
+This module does not import torch, because importing torch would slow down the start of the command line.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from mainrun.plan.op_files import from_text, read
 from mainrun.plan.ops import Fault, Schedule, walk
 from mainrun.plan.optimizers import OPTIMIZERS
 
-MIN_COVERAGE = 0.97  # the minimum share of val that an official score must cover to be compared with others
-# the fixed numbers of the public task
+MIN_COVERAGE = 0.97  # the share of val that an official score must cover to be comparable with other scores
+# the values that the public task prescribes
 TASK = {"seed": 1337, "epochs": 7, "max_steps": 0, "val_frac": 0.1, "num_titles": 100_000}
 
 
@@ -66,7 +66,7 @@ else:
 
 
 class TrainConfig(BaseModel):
-    """All settings of a run. A field's name is also its key for `--set`, in TOML files and in tables."""
+    """All settings of a run. The name of a field is also the key for `--set` and in TOML files."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -274,7 +274,7 @@ class TrainConfig(BaseModel):
     @field_validator("growth", mode="plain")
     @classmethod
     def _check_growth(cls, value: Any, info: ValidationInfo) -> Schedule:
-        """Read a growth schedule. Report syntax faults and faults of its ops together."""
+        """Read a growth schedule, and report faults in its syntax together with faults in its ops."""
         faults: list[Fault] = []
         schedule = value
         if not isinstance(value, Schedule):
@@ -292,7 +292,7 @@ class TrainConfig(BaseModel):
     def _faults_of_ops(cls, schedule: Schedule, fields: dict[str, Any]) -> list[Fault]:
         try:
             start = cls(**fields)
-        except ValidationError:  # reported by _check_combinations
+        except ValidationError:  # _check_combinations reports this error
             return []
         return walk(start, schedule.ops)[1]
 
@@ -398,7 +398,10 @@ class TrainConfig(BaseModel):
 
     # -- values that follow from the fields
     def changed(self, **fields: Any) -> Self:
-        """Return a copy with changed fields and without growth. Raise ValueError for an invalid value."""
+        """Return a copy of the config with changed fields and without a growth schedule.
+
+        Raise ValueError if a value is invalid.
+        """
         try:
             return type(self)(**self.model_dump(exclude={"growth"}) | fields)
         except ValidationError as e:
@@ -406,7 +409,7 @@ class TrainConfig(BaseModel):
 
     @property
     def segment_configs(self) -> tuple[TrainConfig, ...]:
-        """The configs of all segments. The first segment starts at step 0, and each op starts a segment."""
+        """The configs of all segments. The first segment starts at step 0. Each op starts a new segment."""
         applied, _ = walk(self, self.growth.ops)
         return (self, *(op.cfg for op in applied))
 
@@ -428,7 +431,7 @@ class TrainConfig(BaseModel):
 
     @property
     def dropouts(self) -> tuple[float, float, float]:
-        """Dropout of the embedding, of the attention weights and of the branch outputs."""
+        """The dropout rates of the embedding, the attention weights and the branch outputs."""
         attention = self.attn_dropout
         if attention is None:
             attention = self.dropout
@@ -444,7 +447,7 @@ class TrainConfig(BaseModel):
 
     @property
     def geometry(self) -> tuple[int, int]:
-        """The rows and tokens of a span of the official score, or (0, 0) if the field cannot be parsed."""
+        """The spans of the official score as (rows, tokens), or (0, 0) if the field cannot be parsed."""
         if not self.official_geometry:
             return self.batch_size, self.block_size
         rows, _, length = self.official_geometry.partition("x")
@@ -454,7 +457,7 @@ class TrainConfig(BaseModel):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all fields except the name of the preset."""
+        """The SHA-256 hash of all fields except `preset`."""
         return digest_of(self.model_dump())
 
     @property
@@ -470,13 +473,13 @@ class TrainConfig(BaseModel):
 
 
 def digest_of(fields: dict[str, Any]) -> str:
-    """Return the digest of a config that is given as a dict. Another version may have written the dict."""
+    """Return the digest of a config in dict form. The dict may come from another version of mainrun."""
     hashed = {name: value for name, value in fields.items() if name != "preset"}
     return sha256_json(hashed)
 
 
 def from_dict(fields: dict[str, Any]) -> TrainConfig:
-    """Build a config from its fields. Raise ConfigError with one line per fault."""
+    """Build a config from a dict of fields. Raise ConfigError with one line per fault."""
     fields = fields | {"preset": str(fields.get("preset", "custom"))}
     growth = fields.get("growth")
     if isinstance(growth, str):
@@ -491,7 +494,7 @@ def from_dict(fields: dict[str, Any]) -> TrainConfig:
 
 
 def _explained(e: ValidationError) -> Iterator[str]:
-    """Yield each fault once. Only the first ten faults contain suggestions, because suggestions are slow."""
+    """Yield each fault once. Only the first ten faults have suggestions, which are slow to compute."""
     seen: set[str] = set()
     for error in e.errors():
         text = _explain(error, suggest=len(seen) < 10)
@@ -501,13 +504,13 @@ def _explained(e: ValidationError) -> Iterator[str]:
 
 
 def _explain(error: Any, suggest: bool = True) -> str:
-    """Return the message for one error of pydantic."""
+    """Return the message for one pydantic error."""
     name = str(error["loc"][0]) if error["loc"] else ""
     kind = error["type"]
     if kind == "extra_forbidden":
         suggestion = _suggestion(name) if suggest else ""
         return f"unknown field {inputs.shown(name, 80)}{suggestion}; `mainrun presets --fields` lists all"
-    if kind == "value_error":  # a validator of TrainConfig raised a complete message
+    if kind == "value_error":  # the validators of TrainConfig raise complete messages
         return str(error["ctx"]["error"])
     problem = error["msg"].lower()
     if kind.startswith("bool"):

@@ -1,13 +1,15 @@
-"""The trainer in one file: model, loss, step and loop. Read this file from top to bottom.
+"""The whole trainer in one file: the model, the loss, the training step and the loop.
+
+Read this file from top to bottom. There are three ways to start the trainer:
 
     python -m mainrun.train --preset demo:optimized    # without checkpoints, store and growth
     mainrun train --preset optimized                   # with checkpoints, store and growth
     torchrun --nproc-per-node 2 -m mainrun train --preset optimized
 
-A config gives the same bits every time on one class of machines. The batch, the dropout masks and the
-learning rates of a step depend only on the config, the number of the step and the growth operations so far.
-So a checkpoint needs no random state, and `mainrun train` continues from it as if the run had never
-stopped.
+On one class of machines, the same config always produces the same weights, bit for bit. The batch, the
+dropout masks and the learning rates of a step depend only on the config, the step number and the growth
+operations so far. A checkpoint therefore needs no random state, and `mainrun train` continues from a
+checkpoint as if the run had never stopped.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import mainrun.core.frozen_torch  # noqa: F401  must come first to make the imports below fast
+import mainrun.core.frozen_torch  # noqa: F401  imported first, because it speeds up the imports below
 from mainrun.config import TrainConfig
 from mainrun.core.average import Average
 from mainrun.core.device import Device
@@ -45,14 +47,17 @@ from mainrun.plan.recipes import load
 from mainrun.plan.seeds import seed_from
 
 # ------------------------------------------------------------------------------------------------------------
-# The model. Letters in shapes: B rows, T tokens, D width of the model, H query heads, K key/value heads,
-# h width of a head, V size of the vocabulary
+# The model. The letters in shapes mean: B rows, T tokens, D model width, H query heads, K key/value heads,
+# h head width, V vocabulary size.
 
 Rope = tuple[Tensor, Tensor] | None
 
 
 def rope_table(length: int, width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Return the cosines and the sines of position * frequency. Both tensors have the shape (T, h/2)."""
+    """Return the cosine and the sine of position * frequency for every position and every frequency.
+
+    Both tensors have the shape (T, h/2).
+    """
     frequency = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
     return angle.cos().float(), angle.sin().float()
@@ -67,7 +72,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with a gain per channel."""
+    """Root-mean-square normalisation with a learned gain per channel."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -84,7 +89,7 @@ def make_norm(cfg: TrainConfig) -> nn.Module:
 
 
 def cast(x: Tensor) -> Tensor:
-    """Cast `x` to bfloat16 under autocast. Casting once is faster than one cast per projection."""
+    """Cast `x` to bfloat16 under autocast. One cast of the input is faster than one cast per projection."""
     return x.bfloat16() if torch.is_autocast_enabled(x.device.type) else x
 
 
@@ -92,7 +97,7 @@ class Linear(nn.Linear):
     """A linear layer that uses the matrix product of `mainrun.core.kernels`."""
 
     def effective_weight(self) -> Tensor:
-        """Return the weight of the layer. Subclasses add low-rank terms to it."""
+        """Return the weight of the layer. Subclasses add low-rank terms to the weight."""
         return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -144,7 +149,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, bias: Tensor | None, rope: Rope, v_first: Tensor | None, masks: Masks | None
     ) -> tuple[Tensor, Tensor]:
-        """Return the output (B, T, D) and the values (B, K, T, h). Later layers may use the values again."""
+        """Return the output (B, T, D) and the values (B, K, T, h). Later layers may reuse the values."""
         x = cast(x)  # (B, T, D)
         q, k, v = self.project(x)
         q = self.q_norm(q)  # (B, H, T, h)
@@ -168,10 +173,10 @@ class Attention(nn.Module):
     def weigh(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, masks: Masks | None) -> Tensor:
         """Return softmax(q k' / sqrt(h) + bias) v, with dropout on the attention weights.
 
-        The arguments q, k and v and the result have the shape (B, H, T, h).
+        The tensors q, k and v have the shape (B, H, T, h), like the result.
         """
         if self.fused:
-            p = self.dropout if self.training else 0.0  # the fused kernel generates its own dropout masks
+            p = self.dropout if self.training else 0.0  # the fused kernel generates the dropout masks itself
             causal = bias is None
             return F.scaled_dot_product_attention(
                 q.to(v.dtype), k.to(v.dtype), v, bias, dropout_p=p, is_causal=causal
@@ -181,7 +186,7 @@ class Attention(nn.Module):
             B, H, T, _ = q.shape
             mask = masks.take((B, H, T, T))
         assert bias is not None
-        # autocast would copy the attention scores to float32 and back
+        # autocast would convert the attention scores to float32 and back
         with torch.autocast(q.device.type, enabled=False):
             return attend(q * self.width**-0.5, k, v, bias, mask, self.dropout)
 
@@ -203,7 +208,7 @@ class MLP(nn.Module):
         if self.kind == "gelu":
             return self.down(gelu(self.up(x)))
         x = F.relu(self.up(x))
-        return self.down(x * x)  # under autocast, square() would compute in float32
+        return self.down(x * x)  # under autocast, torch.square would compute in float32
 
 
 def make_mlp(cfg: TrainConfig) -> nn.Module:
@@ -215,7 +220,7 @@ def make_mlp(cfg: TrainConfig) -> nn.Module:
 
 
 class Block(nn.Module):
-    """A block of attention and an MLP. Each has a norm before it and a residual connection around it."""
+    """A transformer block: attention, then an MLP. Both parts have a pre-norm and a residual connection."""
 
     def __init__(self, cfg: TrainConfig, first: bool) -> None:
         super().__init__()
@@ -234,7 +239,7 @@ class Block(nn.Module):
         return nn.Parameter(torch.full((cfg.d_model,), cfg.layer_scale))
 
     def branch(self, y: Tensor, scale: Tensor | None, masks: Masks | None) -> Tensor:
-        """Apply layer scale and dropout to the output of a branch."""
+        """Apply layer scale and dropout to the output of a residual branch."""
         if scale is not None:
             y = y * scale
         return masks.drop(y, self.dropout) if masks else y
@@ -280,7 +285,7 @@ class GPT(nn.Module):
             self.blocks[i].requires_grad_(False)
 
     def init_weights(self) -> None:
-        """Initialise all weights with random values."""
+        """Set the initial values of all weights."""
         std = self.cfg.init_std
         branch_std = std
         if self.cfg.init_depth_scaled:
@@ -296,7 +301,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(start_at_zero.weight)
 
     def set_dropout(self, inputs: StepInputs, attention: str) -> None:
-        """Set the dropout rates and the attention kernel of a step. Evaluation never applies dropout."""
+        """Set the dropout rates and the attention kernel for a step. Evaluation never applies dropout."""
         self.dropout = inputs.dropout
         for block in self.blocks:
             block.dropout = inputs.resid_dropout
@@ -311,7 +316,7 @@ class GPT(nn.Module):
         T = idx.size(1)
         visible = self.causal[:T, :T]  # (T, T)
         if self.cfg.title_mask:
-            # <eos> belongs to the title that follows it, because <eos> predicts the first token of that title
+            # <eos> belongs to the title that follows <eos>, whose first token the model predicts from <eos>
             title = (idx == EOS).cumsum(1)  # (B, T)
             same_title = title.unsqueeze(2) == title.unsqueeze(1)  # (B, T, T)
             visible = (visible & same_title).unsqueeze(1)  # (B, 1, T, T)
@@ -334,7 +339,7 @@ class GPT(nn.Module):
         """Return the logits (B, T, V) of the next token at each position.
 
         Matrix products use the `dtype` of the config.
-        pool: the dropout masks. None turns dropout off.
+        pool: the dropout masks, or None to turn dropout off.
         """
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=self.cfg.dtype == "bfloat16"):
             bias = self.attention_bias(idx)
@@ -361,23 +366,24 @@ class GPT(nn.Module):
 
 
 def build(cfg: TrainConfig, vocab_size: int) -> GPT:
-    """Build the model of a config with its initial weights. The seed determines every weight."""
+    """Build the model of a config with its initial weights. The config's seed determines every weight."""
     torch.manual_seed(seed_from(cfg.seed, "weights"))
     return GPT(cfg, vocab_size)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The loss
+# The training loss
 
 
 def compute_loss(
     model: nn.Module, x: Tensor, y: Tensor, inputs: StepInputs, pool: Tensor | None, native: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return the training loss, and the cross entropy in nats per token for the log."""
+    """Return the training loss, and the cross entropy in nats per token that is logged."""
     if not inputs.rdrop:
         logits = model(x, pool).flatten(0, 1)  # (BT, V)
         return cross_entropy(logits, y.flatten(), inputs.label_smoothing, native)
-    # R-Drop runs the same rows with two dropout masks, and penalises differences between the two outputs
+    # R-Drop runs the model twice on the same rows, with different dropout masks, and penalises differences
+    # between the two outputs
     logits = model(torch.cat([x, x]), pool).float().flatten(0, 1)  # (2BT, V)
     logp = F.log_softmax(logits, dim=-1)
     loss = F.nll_loss(logp, torch.cat([y, y]).flatten())
@@ -390,11 +396,11 @@ def compute_loss(
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The step
+# The training step
 
 
 class State:
-    """The state of a run after a step. A checkpoint contains this state."""
+    """The state of a run after a training step. A checkpoint contains this state."""
 
     cfg: TrainConfig  # the current config, which growth may have changed
     model: GPT
@@ -403,9 +409,9 @@ class State:
 
     def __init__(self, cfg: TrainConfig, model: GPT) -> None:
         self.step = 0
-        self.tokens = 0  # tokens processed in training. R-Drop processes each token twice
-        self.growth_state: dict[str, Any] = {}  # empty if the run does not grow
-        self.generation = 0  # increases when tensors are replaced, so that CUDA graphs are recorded again
+        self.tokens = 0  # number of tokens processed in training (R-Drop processes each token twice)
+        self.growth_state: dict[str, Any] = {}  # the growth state; empty if the run does not grow
+        self.generation = 0  # number of times that tensors were replaced, which makes CUDA graphs invalid
         self.replace_model(cfg, model, Optimizers(cfg, model))
 
     def replace_model(self, cfg: TrainConfig, model: GPT, optimizers: Optimizers) -> None:
@@ -416,7 +422,7 @@ class State:
         self.generation += 1
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors by name. The names begin with model/, optimizer/ or average/."""
+        """Return a dict of all tensors. The names begin with model/, optimizer/ or average/."""
         tensors: dict[str, Tensor] = {f"model/{name}": p for name, p in self.model.named_parameters()}
         tensors |= self.optimizers.state()
         if self.average.differs:
@@ -446,14 +452,14 @@ class State:
 
     @staticmethod
     def _fitting(tensor: Tensor, target: Tensor, name: str) -> Tensor:
-        if tensor.shape != target.shape:  # copy_ would broadcast a tensor of another shape
+        if tensor.shape != target.shape:  # copy_ would silently broadcast a tensor of another shape
             got = f"{name} has shape {tuple(tensor.shape)} in the state"
             raise RunError(f"{got} and {tuple(target.shape)} in the model; restore the state that was saved")
         return tensor
 
 
 class TrainStep:
-    """A training step in two parts: the gradients, and the update of the weights.
+    """A training step in two parts: computing the gradients, and updating the weights.
 
     On a GPU, both parts are recorded as CUDA graphs. Values that change between steps, such as the batch and
     the learning rates, therefore enter the graphs only through tensors and random generators.
@@ -469,7 +475,7 @@ class TrainStep:
         self.prepare()
 
     def prepare(self) -> None:
-        """Prepare for a state whose model or tensors were replaced."""
+        """Adapt to the current model of the state, and discard CUDA graphs that are out of date."""
         state = self.state
         if self.model is not state.model:
             self.release()
@@ -478,7 +484,7 @@ class TrainStep:
             self.stop_counting = count_tokens(self.runner, state, self.device.world)
             self.forward_backward = self.device.cuda_graph(state.cfg)
             self.optimizer_step = self.device.cuda_graph(state.cfg)
-            # the replay of a graph does not call the model, so the hook of `count_tokens` does not run
+            # replaying a CUDA graph does not call the model, so the hook from `count_tokens` does not run
             self.tokens_per_replay = 0
         elif self.generation != state.generation:
             self.forward_backward.forget()
@@ -486,7 +492,7 @@ class TrainStep:
         self.generation = state.generation
 
     def release(self) -> None:
-        """Drop all references to the model before growth replaces it, so that its memory can be freed."""
+        """Drop all references to the model, so that its memory is freed when growth replaces the model."""
         if self.model is None:
             return
         self.stop_counting()
@@ -496,14 +502,14 @@ class TrainStep:
         self.runner = None
 
     def gradients(self, x: Tensor, y: Tensor, inputs: StepInputs) -> Tensor:
-        """Compute the clipped gradients of a batch. Return the loss and the gradient norm on the device."""
+        """Compute the clipped gradients of a batch. Return a tensor with the loss and the gradient norm."""
         self.prepare()
         device = self.device
         state = self.state
         # micro-batch m of this process is piece m * world + rank of the batch
         pieces = [m * device.world + device.rank for m in range(inputs.grad_accum)]
         device.seed([seed_from(state.cfg.seed, "step", state.step, piece) for piece in pieces])
-        # learning rates do not affect the gradients, so a new rate must not start a new recording
+        # learning rates do not affect the gradients, so a new rate must not make the CUDA graph invalid
         self.inputs = inputs._replace(lr=0.0, lr_aux=0.0, weight_decay=0.0, average=0.0)
         before = state.tokens
         with device.compiling():
@@ -540,38 +546,36 @@ class TrainStep:
         return torch.stack((device.mean(total), norm))
 
     def update(self, inputs: StepInputs) -> None:
-        """Update the weights from the gradients, and update their average if the config has one."""
+        """Update the weights from the gradients. Then update the weight average, if the config has one."""
         state = self.state
         state.optimizers.set_rates(inputs, state.step)
         graph = self.forward_backward.graph
-        # without a graph, the addresses of the gradients change at every step
+        # without a CUDA graph, the gradients have new addresses at every step
         self.optimizer_step.on = graph is not None
         self.optimizer_step((inputs.weight_decay, graph), state.optimizers.apply)
         state.average.update(inputs)
 
 
 def count_tokens(runner: nn.Module, state: State, world: int) -> Callable[[], None]:
-    """Count the tokens that the model processes in training. Return a function that stops the count."""
+    """Count the tokens that the model processes in training. Return a function that stops the counting."""
     model = state.model
 
     def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if model.training:
             state.tokens += args[0].numel() * world
 
-    # the hook must not refer to the TrainStep, or DDP would outlive its process group
+    # a reference from the hook to the TrainStep would keep DDP alive after its process group has ended
     return runner.register_forward_pre_hook(count).remove
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The loop
-
-
+# The training loop
 class Due(NamedTuple):
     """The actions that are due after a step."""
 
     score: bool
-    keep: bool  # keep the state in the store
-    save: bool  # write a checkpoint
+    keep: bool  # whether to keep the state in the store
+    save: bool  # whether to write a checkpoint
 
 
 class Run(Protocol):
@@ -582,7 +586,10 @@ class Run(Protocol):
         """The plan of the run. Growth may replace the plan during training."""
 
     def settle(self) -> None:
-        """Share the state through the store, continue from a later stored state, and decide on growth."""
+        """Exchange states with the store, and decide which growth operations fire.
+
+        If the store contains a later state, the run continues from that state.
+        """
 
     def stop_reason(self) -> str:
         """Return the reason to stop before the next step, or an empty string."""
@@ -591,25 +598,25 @@ class Run(Protocol):
         """Carry out the growth operation that is due. Return False if no operation is due."""
 
     def due(self, step: int) -> Due:
-        """Return the actions that are due after a step. The loop calls this before it trains the step."""
+        """Return the actions that are due after a step. The loop calls this method before the step."""
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Return the inputs and the targets of a step. Both have the shape (B, T)."""
+        """Return the inputs and the targets of a step. Both tensors have the shape (B, T)."""
 
     def log(self, rows: Sequence[StepRow]) -> None:
-        """Log finished steps."""
+        """Write the rows of finished steps to the log."""
 
     def evaluate(self) -> None:
         """Score the weights on held-out titles."""
 
     def save(self) -> None:
-        """Write a checkpoint, unless this state already has one."""
+        """Write a checkpoint of the state, unless the state is already saved."""
 
 
 def loop(run: Run, state: State, device: Device) -> None:
     """Train to the end of the plan.
 
-    The loop can start at any step, because a training step is a pure function of (config, step).
+    The loop can start at any step, because a step depends only on the state, the config and the step number.
     """
     step = TrainStep(state, device)
     losses = PendingLosses(limit=device.read_every)
@@ -625,11 +632,11 @@ def loop(run: Run, state: State, device: Device) -> None:
             continue
 
         due = run.due(state.step + 1)
-        inputs = run.plan.at(state.step)  # learning rates, weight decay, dropout and batch size of the step
+        inputs = run.plan.at(state.step)  # scheduled values of the step, such as the learning rates
         x, y = run.batch(state.step)
         loss_and_norm = step.gradients(x, y, inputs)
 
-        # if anything is due, check the loss before the weights change: a NaN must never reach a checkpoint
+        # if an action is due, check the loss before the weights change, so that no checkpoint contains a NaN
         losses.push(state.step + 1, inputs.lr, loss_and_norm)
         rows = losses.drain() if losses.full or any(due) else []
 
@@ -650,7 +657,7 @@ def loop(run: Run, state: State, device: Device) -> None:
 
 
 class Setup(NamedTuple):
-    """The data, the device and the plan of a config on this machine."""
+    """Everything that a run needs on this machine: the config, the device, the data and the plan."""
 
     cfg: TrainConfig
     device: Device
@@ -668,7 +675,10 @@ class Setup(NamedTuple):
 
 
 def set_up(cfg: TrainConfig, fired: Sequence[Any] = ()) -> Setup:
-    """Read the data of a config and plan its run. fired: the argument `fired` of `Plan`."""
+    """Read the data of a config and plan the run.
+
+    fired: the decisions about growth operations that are passed to `Plan`.
+    """
     device = Device(cfg)
     corpus = load_corpus(cfg)
     with device.leader_first():  # the leader fills the token cache for the other processes
@@ -679,7 +689,7 @@ def set_up(cfg: TrainConfig, fired: Sequence[Any] = ()) -> Setup:
 
 
 def score(cfg: TrainConfig, data: TokenData, state: State) -> Iterator[dict[str, Any]]:
-    """Score the weights on val and, if it exists, on dev. Yield one row of metrics.jsonl per split."""
+    """Score the weights on each held-out split that exists. Yield one row of metrics.jsonl per split."""
     for split in ("val", "dev"):
         if split not in data.splits:
             continue
@@ -692,7 +702,7 @@ def score(cfg: TrainConfig, data: TokenData, state: State) -> Iterator[dict[str,
 
 
 class PlainRun:
-    """A minimal `Run` without checkpoints, store and growth. It prints its rows as JSON."""
+    """A minimal `Run` that has no checkpoints, store or growth, and prints log rows as JSON."""
 
     def __init__(self, setup: Setup, state: State) -> None:
         if setup.cfg.growth.ops:

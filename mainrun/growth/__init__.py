@@ -1,1 +1,1 @@
-"""Growth changes a model while it trains."""
+"""Operations that change a model during training, and the controller that carries out operations."""

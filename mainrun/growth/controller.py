@@ -1,9 +1,9 @@
-"""The growth controller of a run: it fires operations, carries them out, and checks the results.
+"""The growth controller fires the operations of a run, carries out each operation and checks the result.
 
-An operation that fires after a step changes the state of that step. Checkpoints and nodes of the store
-contain the state before the operation. A run that continues from a checkpoint or node therefore decides about
-the operation again and carries it out again. This gives the same bits, because decisions and operations
-depend only on the config and the previous scores.
+An operation that fires after a step changes the state after that step. Checkpoints and nodes of the store
+contain the state before the operation. A run that continues from a checkpoint or a node therefore repeats the
+decision and the operation. The repetition gives the same bits, because decisions and operations depend only
+on the config and the previous scores.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from mainrun.store.rundir import RowLog
 from mainrun.train import GPT, State
 
 SETTLES = 10  # number of steps after which copies should differ and a router should distribute tokens
-ROWS = 4  # number of rows in the batch for checks of an operation
+ROWS = 4  # number of rows in the batch with which operations are checked
 PREFIX = "OPERATION_"  # prefix of the event names in growth.jsonl
 
 
@@ -61,14 +61,14 @@ class Recent(NamedTuple):
 
 
 class Grown(NamedTuple):
-    """The result of an operation. It replaces parts of the state if all checks pass."""
+    """The result of an operation, which replaces parts of the state if all checks pass."""
 
     model: GPT
     optimizers: Optimizers
     average: dict[str, Tensor] | None
     moved: IndexMap
     checks: list[PromiseCheck]
-    figures: Row  # further values for growth.jsonl
+    figures: Row  # further values to log in growth.jsonl
 
 
 class Growth:
@@ -95,7 +95,7 @@ class Growth:
         self.journal = journal
         self.on_event = on_event
         self.clock = clock
-        self.losses: list[tuple[int, float]] = []  # step and loss of each evaluation of `split`
+        self.losses: list[tuple[int, float]] = []  # the step and the loss of each evaluation on `split`
         self.applied = 0  # number of operations that were carried out
         self._recent: list[Recent] = []
         self._compiling: Op | None = None  # the last operation after which the model must be compiled again
@@ -104,7 +104,7 @@ class Growth:
 
     @property
     def split(self) -> str:
-        """The split whose loss triggers operations: dev if it exists, else val."""
+        """The split whose loss triggers operations: dev if the config has a dev split, else val."""
         return "dev" if self.cfg.dev_frac else "val"
 
     @property
@@ -122,7 +122,10 @@ class Growth:
             self.journal.close()
 
     def restore(self) -> None:
-        """Adapt to a state that was just built or loaded. Due operations have not changed this state yet."""
+        """Adapt the controller to a state that was just built or loaded.
+
+        Operations that are due have not changed this state yet.
+        """
         saved = self.state.growth_state
         if saved:
             self.plan = Plan(self.cfg, self.plan.train_tokens, saved["fired"])
@@ -131,7 +134,7 @@ class Growth:
         self._store_state()
 
     def _recall(self) -> list[Recent]:
-        """Return earlier operations whose copies were not checked yet, including those of other sessions."""
+        """Return the operations of this and earlier sessions whose copies have not been checked yet."""
         recent: list[Recent] = []
         for last, segment in pairwise(self.plan.segments[: self.applied + 1]):
             op = segment.op
@@ -149,7 +152,7 @@ class Growth:
 
     @staticmethod
     def _surviving(op: Op, recent: list[Recent]) -> list[Recent]:
-        """Return the operations whose tensors keep their names when `op` acts."""
+        """Return the recent operations whose tensors keep their names when `op` is carried out."""
         return [] if op.name == "stack_layers" else recent
 
     def _store_state(self) -> None:
@@ -157,7 +160,7 @@ class Growth:
         self.state.growth_state = growth_state(self.plan, self.applied, schedules)
 
     def figures(self, step: int) -> Row:
-        """Return the size of the model and the total FLOPs after a step, for the log of its scores."""
+        """Return the model size and the total FLOPs after a step, to log with the scores of the step."""
         flops = 0
         segments = self.plan.segments
         for segment, later in zip(segments, [*segments[1:], None], strict=True):
@@ -179,7 +182,7 @@ class Growth:
     # -- when an operation is due
 
     def decide(self) -> bool:
-        """Fire the operations whose triggers the latest evaluation met. Return True if the plan changed."""
+        """Fire each operation whose trigger the latest evaluation meets. Return True if the plan changed."""
         changed = False
         while self._may_decide():
             op = self.plan.undecided
@@ -203,14 +206,14 @@ class Growth:
         return not waits
 
     def _reason(self, op: Op, last: int) -> str | None:
-        """Return the reason why an operation fires after this step, or None if it does not fire."""
+        """Return the reason why an operation fires after this step, or None if the operation does not fire."""
         step = self.state.step
         losses = [entry for entry in self.losses if entry[0] <= step]
         return due(op.trigger, Facts(step, last, self.plan.tokens(step), self.plan.budget, losses))
 
     @property
     def pending_op(self) -> Op | None:
-        """The operation that is due before the next step, or None."""
+        """The operation that is due before the next step, or None if no operation is due."""
         later = self.plan.segments[self.applied + 1 :]
         if not later or later[0].first > self.state.step or self.state.step >= self.plan.steps:
             return None
@@ -224,7 +227,7 @@ class Growth:
         Return True if the model was replaced.
         """
         replaced = False
-        # the loss before the operations, if the state was scored
+        # the loss before the operations, or None if the state was not scored
         loss = dict(self.losses).get(self.state.step)
         op = self.pending_op
         while op:
@@ -270,13 +273,13 @@ class Growth:
         return replaced or op.name in ARCHITECTURE, loss
 
     def _event(self, op: Op) -> Row:
-        """Return the fields that every event of an operation has in growth.jsonl."""
+        """Return the fields that all events of an operation have in growth.jsonl."""
         step = self.state.step
         tokens = self.plan.tokens(step)
         return {"op": op.id, "name": op.name, "value": op.value, "step": step, "tokens": tokens}
 
     def _apply(self, op: Op, segment: Segment) -> tuple[list[PromiseCheck], Row]:
-        """Apply an operation to the state if all checks of the result pass."""
+        """Apply an operation to the state, provided that the result passes all checks."""
         if op.name not in ARCHITECTURE:
             self.state.cfg = segment.cfg
             return [], {}
@@ -298,7 +301,7 @@ class Growth:
     ) -> float | None:
         """Score the state again after an operation.
 
-        Return the new loss. In a process that does not score, return the previous loss.
+        Return the new loss. A process that does not score returns the previous loss, or None for a new model.
         """
         rows = evaluate()
         if not rows:
@@ -310,7 +313,7 @@ class Growth:
         return after
 
     def _look_before(self, op: Op) -> None:
-        """Check the copies of earlier operations now if this operation renames their tensors."""
+        """Check the copies from earlier operations now if this operation renames the copied tensors."""
         kept = self._surviving(op, self._recent)
         for recent in self._recent:
             if recent not in kept and recent.step < self.state.step:
@@ -318,12 +321,12 @@ class Growth:
         self._recent = kept
 
     def _grow(self, op: Op, before: TrainConfig, after: TrainConfig) -> tuple[list[PromiseCheck], Row]:
-        """Replace the model by the grown model if the grown model passes every check."""
+        """Replace the model with the grown model if the grown model passes every check."""
         state = self.state
         state.model.zero_grad(set_to_none=True)
         try:
             grown = self._make(op, before, after)
-        except Exception as e:  # for example an out-of-memory error
+        except Exception as e:  # any error fails the operation, for example an out-of-memory error
             return [PromiseCheck("op", False, f"{type(e).__name__}: {e}")], {}
         if all(check.ok for check in grown.checks):
             old_moments = state.optimizers.state()
@@ -341,10 +344,7 @@ class Growth:
         return grown.checks, grown.figures
 
     def _make(self, op: Op, before: TrainConfig, after: TrainConfig) -> Grown:
-        """Compute the result of an operation and check it.
-
-        The state does not change.
-        """
+        """Compute and check the result of an operation without changing the state."""
         state = self.state
         old = state.model
         idx = self._probe()
@@ -371,7 +371,7 @@ class Growth:
         return Grown(new, optimizers, average, moved, checks, figures)
 
     def _fail(self, op: Op, event: Row, failed: list[PromiseCheck]) -> None:
-        """Report a failed operation. The state did not change. The operation is not tried again."""
+        """Report a failed operation. The state is unchanged, and the operation is not tried again."""
         why = "; ".join(f"{check.name}: {check.detail}" for check in failed)
         checks = [vars(check) for check in failed]
         self.log_event({"event": f"{PREFIX}ERROR", **event, "checks": checks, "on_fail": op.on_fail})
@@ -383,7 +383,7 @@ class Growth:
         self.plan = self.plan.decided(Decision(self.state.step, skipped=True), op.place)
 
     def _probe(self) -> Tensor:
-        """Return the batch of token ids for checks of an operation."""
+        """Return the batch of token ids with which operations are checked."""
         model = self.state.model
         length = min(model.cfg.block_size, 128)
         return probe(self.vocab_size, length, self.cfg.seed, ROWS).to(model.embed.weight.device)
@@ -399,7 +399,7 @@ class Growth:
             self.log_event(row | {"seconds": seconds})
 
     def look_back(self) -> list[str]:
-        """Return messages for the user: new operations, equal copies, and routers that are stuck."""
+        """Return messages for the user about new operations, copies that stay equal, and stuck routers."""
         settled = [recent for recent in self._recent if self.state.step >= recent.step + SETTLES]
         for recent in settled:
             self._recent.remove(recent)
@@ -409,17 +409,17 @@ class Growth:
         return notes
 
     def _look(self, recent: Recent) -> None:
-        """Check whether the copies that an operation made have diverged, and whether its router is stuck."""
+        """Check whether the copies from an operation have diverged, and whether a router is stuck."""
         model = self.state.model
         op = recent.op
         later = self.state.step - recent.step
         shapes = {name: p.shape for name, p in model.named_parameters()}
-        kept = {}  # the tensors that no later operation has changed
+        kept = {}  # the tensors whose shapes no later operation has changed
         for name, piece in recent.moved.pieces.items():
             if shapes.get(name) == recent.moved.new[name]:
                 kept[name] = piece
         symmetry = check_symmetry(replace(recent.moved, pieces=kept), model)
-        # a router needs some steps before it distributes the tokens
+        # a new router needs some training steps before the router sends tokens to several experts
         locked = locked_routers(model, self._probe()) if later >= SETTLES else []
         detail = "; ".join(locked) or "in every layer with experts, tokens go to several experts"
         router = PromiseCheck("router", not locked, detail)
@@ -432,6 +432,6 @@ class Growth:
 
 
 def without_values(moved: IndexMap) -> IndexMap:
-    """Return an index map without the field `plus` of its pieces, which is large and not needed later."""
+    """Return a copy of an index map without the large `plus` tensors, which are no longer needed."""
     pieces = {name: replace(piece, plus=None) for name, piece in moved.pieces.items()}
     return replace(moved, pieces=pieces)

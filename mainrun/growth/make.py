@@ -1,4 +1,4 @@
-"""Create the growth controller of a run. The operators are imported only if the run grows."""
+"""Create the growth controller of a run. The growth operators are imported only if the run grows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make_controller(
 ) -> Controller:
     """Return the growth controller of a run.
 
-    journal: the log for its events.
+    journal: the log to which the controller writes growth events.
     on_event: a function that is called with each event.
     clock: a context manager that measures the time of an activity.
     """

@@ -1,12 +1,13 @@
-"""Describe where the elements of a grown model come from, and transfer the optimiser state.
+"""Map the elements of a grown model to elements of the old model, and transfer the optimiser state.
 
-The gradient of a copied weight is a known multiple of the gradient of its source. Momentum is scaled by this
-factor, and a second moment by its square. The powers are in `state_powers` in mainrun/plan/optimizers.py.
+The gradient of a copied weight is a known multiple of the gradient of the source weight. The momentum is
+multiplied by this factor, and the second moment is multiplied by the square of this factor. The function
+`state_powers` in mainrun/plan/optimizers.py returns the exponent for each state tensor.
 
-A completely new tensor starts with an empty state. A tensor with some new elements keeps its step count. At a
-large step count, a second moment of zero would make the first update of a new element too large. With beta2 =
-0.999, the update would be 3.2 times the learning rate. New elements therefore start with the mean second
-moment of their tensor.
+A completely new tensor starts with an empty optimiser state. A tensor with some new elements keeps its step
+count. At a large step count, a second moment of zero would make the first update of a new element too large.
+With beta2 = 0.999, this update would be 3.2 times the learning rate. The second moment of a new element
+therefore starts at the mean over the old elements of the tensor.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from mainrun.plan.optimizers import state_powers
 
 MODES = ("auto", "keep", "scale", "reset", "asymmetric")
 STEP = "step"  # the state entry that counts updates, which is copied but never scaled
-Factor = float | Tensor  # a number or a broadcastable tensor
+Factor = float | Tensor  # a factor: a number, or a tensor that can be broadcast
 
 
 def along(index: Tensor, dim: int, ndim: int) -> Tensor:
@@ -44,7 +45,7 @@ def scaled(x: Tensor, factor: Factor) -> Tensor:
 
 
 def power_of(factor: Factor, power: int) -> Factor:
-    """Compute a power as a product, because `**` may round differently."""
+    """Compute a power by repeated multiplication, because the operator `**` may round differently."""
     result: Factor = 1.0
     for _ in range(power):
         result = result * factor
@@ -56,11 +57,11 @@ class Piece:
     """The formula for a tensor of the new model: source[index] * weight + plus."""
 
     source: str | None  # the name of a tensor in the old model, or None if all elements are new
-    # For each dimension, the source index of each new index. -1 marks a new element.
-    # None copies the dimension unchanged. A missing entry means None.
+    # For each dimension, a tensor with the source index of each new index. The index -1 marks a new element.
+    # A dimension whose entry is None or missing is copied unchanged.
     index: tuple[Tensor | None, ...] = ()
     weight: Factor = 1.0
-    grad: Factor | None = 1.0  # new gradient / source gradient; None starts with an empty state
+    grad: Factor | None = 1.0  # new gradient / source gradient; None: the optimiser state starts empty
     plus: Tensor | None = None  # values to add, for example noise or random new elements
 
     def take(self, source: Tensor) -> Tensor:
@@ -93,7 +94,10 @@ class Piece:
 
 
 class Copies(NamedTuple):
-    """Rows of a tensor that started as copies. Row rows[i] copies row first_rows[i] of the tensor `first`."""
+    """Rows of the tensor `name` that started as copies.
+
+    The row rows[i] started as a copy of the row first_rows[i] in the tensor `first`.
+    """
 
     name: str
     rows: Tensor
@@ -103,23 +107,23 @@ class Copies(NamedTuple):
 
 @dataclass(frozen=True)
 class IndexMap:
-    """The pieces of all trainable tensors in a new model, with the old and the new shapes."""
+    """The pieces of all trainable tensors in a new model, and the tensor shapes of both models."""
 
     pieces: dict[str, Piece]
     old: dict[str, torch.Size]
     new: dict[str, torch.Size]
-    # Maps modules with a truncated low-rank term to the lost share of the norm of this term.
+    # Maps each module whose low-rank term was truncated to the share of the term's norm that was lost.
     truncated: dict[str, float] = field(default_factory=dict)
 
     def copies(self) -> Iterator[Copies]:
-        """Yield the copied rows of all matrices inside blocks. Group them by the tensor of the first copy."""
-        first: dict[tuple[str, int], tuple[str, int]] = {}  # maps a source row to its first copy
+        """Yield the copied rows of all matrices inside blocks, grouped by the tensor with the first copy."""
+        first: dict[tuple[str, int], tuple[str, int]] = {}  # maps a source row to the first copy of the row
         for name, piece in self.pieces.items():
             if piece.source is None or not name.startswith("blocks.") or len(self.new[name]) != 2:
                 continue
             source = name
             if ".experts." in name:
-                # only experts are compared across tensors: copies of a stacked layer get different inputs
+                # only copies in experts are compared across tensors: stacked layers get different inputs
                 source = piece.source
             pairs: dict[str, list[tuple[int, int]]] = {}
             for row, source_row in enumerate(self._source_rows(name)):
@@ -145,7 +149,7 @@ class IndexMap:
 
 
 class WidthFactors(NamedTuple):
-    """Factors of the learning rate, weight decay and eps that keep training equal in a wider model."""
+    """Factors for the learning rate, the weight decay and the eps of a parameter in a wider model."""
 
     lr: float
     weight_decay: float
@@ -153,11 +157,11 @@ class WidthFactors(NamedTuple):
 
 
 def width_factors(moved: IndexMap) -> dict[str, WidthFactors]:
-    """Return the factors of all parameters that were scaled by one number.
+    """Return the width factors of all parameters whose elements were all scaled by the same number.
 
-    If a weight was divided by n, its learning rate is divided by n. The relative decay per step must not
-    change, so its weight decay is multiplied by n. AdamW adds eps to a root mean square of gradients, so eps
-    is scaled like the gradient.
+    If a weight was divided by n, the learning rate is divided by n. The weight decay is multiplied by n, so
+    that the relative decay per step does not change. AdamW adds eps to the root mean square of the gradients,
+    so eps is scaled like the gradient.
     """
     factors = {}
     for name, piece in moved.pieces.items():
@@ -169,9 +173,9 @@ def width_factors(moved: IndexMap) -> dict[str, WidthFactors]:
 def param_schedules(
     before: Mapping[str, ParamSchedule], moved: IndexMap, op: Op, step: int
 ) -> dict[str, ParamSchedule]:
-    """Return the schedules of parameters after an operation. Schedules that equal the default are left out.
+    """Return the parameter schedules after an operation, without schedules that equal the default.
 
-    A parameter is new if its state starts empty, or if it belongs to a second copy of a layer.
+    A parameter counts as new if it starts with an empty optimiser state or is in a second copy of a layer.
     """
     by_width: dict[str, WidthFactors] = {}
     if op.lr.width_rule == "adam_1_over_n":
@@ -220,14 +224,14 @@ def transfer(
     min_coverage: float = 0.0,
     dry: bool = False,
 ) -> tuple[dict[str, Tensor], float]:
-    """Return the optimiser state of the new model, and the share of its elements whose state was kept.
+    """Return the optimiser state of the new model, and the share of elements whose old state was kept.
 
-    state: `Optimizers.state()` of the old model. If it is empty, the share is 1.
+    state: `Optimizers.state()` of the old model. If the state is empty, the share is 1.
     mode: "scale" and "auto" scale the state like the gradients. "keep" copies the state without scaling.
         "reset" drops the state. "asymmetric" scales the state, but only the first copy keeps its momentum.
         The other copies then diverge from the first copy.
     min_coverage: the minimum share. A smaller share raises ValueError, except in the mode "reset".
-    dry: compute only the share, and return no tensors.
+    dry: whether to compute only the share and return no tensors.
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is not allowed; use {', '.join(MODES)}")
@@ -269,7 +273,10 @@ def transfer(
 def _scaled_state(
     tensors: StateTensors, piece: Piece, factor: Factor, powers: dict[str, int], dry: bool
 ) -> StateTensors:
-    """Return the scaled state of a parameter at its new positions. A dry run does not change the momentum."""
+    """Return the optimiser state of a parameter, moved to the new positions and scaled.
+
+    A dry run leaves the momentum as it is.
+    """
     result = dict(tensors)
     for key, value in tensors.items():
         if key == STEP or (dry and powers[key] == 1):
@@ -304,7 +311,7 @@ def _clear_momentum(tensors: StateTensors, powers: dict[str, int], mask: Tensor)
 
 
 def by_parameter(state: Mapping[str, Tensor], old: Mapping[str, torch.Size]) -> dict[str, StateTensors]:
-    """Group state tensors by parameter. Raise ValueError for a tensor that fits no parameter."""
+    """Group state tensors by parameter. Raise ValueError if a tensor fits no parameter."""
     keys = sorted({*state_powers(), STEP})
     grouped: dict[str, StateTensors] = {}
     for full_name, value in state.items():

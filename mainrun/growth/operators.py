@@ -1,10 +1,11 @@
-"""The operations that change a model. Each operation says where the parameters of the new model come from.
+"""The operations that change a model. Each operation computes the new parameters from the old parameters.
 
-Each dimension of a parameter is a named space, for example the hidden units; see SPACES. An operation maps
-the spaces of the new model to the spaces of the old model. It scales parameters so that the model computes
-the same function. All random numbers come from the seed of the operation.
+Each dimension of a parameter belongs to a named space, for example the hidden units; see SPACES. An operation
+maps the spaces of the new model to the spaces of the old model. The operation also scales parameters so that
+both models compute the same function. All random numbers come from the seed of the operation.
 
-To add an operation, write a function from Change to Pieces. Then add a row to OPS at the end of this file.
+To add an operation, write a function that takes a Change and returns Pieces. Then add a row to OPS at the end
+of this file.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from mainrun.growth.moments import IndexMap, Piece, along
 from mainrun.plan.ops import Op
 from mainrun.train import GPT
 
-# The letters are: D width of the model, V vocabulary, T positions, H heads, Q channels of all query heads,
-# K channels of all key and value heads, h channels of one head, F hidden units, E experts,
+# The letters mean: D model width, V vocabulary, T positions, H heads, Q channels of all query heads,
+# K channels of all key heads or all value heads, h channels of one head, F hidden units, E experts,
 # R rank of low-rank terms in attention, S rank of the low-rank term of the embedding.
 SPACES = {
     "embed.weight": "VD", "embed.lora_a": "SD", "embed.lora_b": "VS",
@@ -47,13 +48,13 @@ def part(name: str) -> str:
 
 
 def flow(name: str) -> tuple[str, str]:
-    """Return the output space and the input space of a parameter. The input space may be ""."""
+    """Return the output space and the input space of a parameter. The input space of a vector is ""."""
     spaces = SPACES[part(name)]
     if len(spaces) < 2:
         return spaces, ""
     rows = spaces[0]
     columns = spaces[1]
-    if name.startswith(("embed.", "positions.")):  # a lookup table has no input space
+    if name.startswith(("embed.", "positions.")):  # the rows of a lookup table are the inputs
         return columns, rows
     return rows, columns
 
@@ -66,9 +67,9 @@ class Change:
     before: TrainConfig
     after: TrainConfig
     old: dict[str, nn.Parameter]
-    new: dict[str, nn.Parameter]  # parameters with known shapes but without values
+    new: dict[str, nn.Parameter]  # parameters whose shapes are known but whose values are not read
     generator: torch.Generator
-    truncated: dict[str, float] = field(default_factory=dict)  # an output of the operation; see IndexMap
+    truncated: dict[str, float] = field(default_factory=dict)  # lost shares of norms; see IndexMap.truncated
 
     def normal(self, shape: torch.Size | tuple[int, ...], std: float) -> Tensor:
         return torch.randn(shape, generator=self.generator) * std
@@ -78,7 +79,7 @@ class Change:
         return float(self.old[name].detach().float().square().mean().sqrt())
 
     def by_space(self, **spaces: Tensor) -> Pieces:
-        """Map each parameter to the old parameter of the same name. Apply the index of each given space.
+        """Map each new parameter to the old parameter of the same name, using the index of each given space.
 
         A parameter that does not exist in the old model becomes zero.
         """
@@ -92,7 +93,11 @@ class Change:
         return pieces
 
     def fill(self, pieces: Pieces, parts: tuple[str, ...], dim: int, std: float | None = None) -> None:
-        """Set the new elements of a dimension to random values. The default of std is cfg.init_std."""
+        """Set the new elements along a dimension to random values.
+
+        parts: the short names of the parameters, as returned by `part`.
+        std: the standard deviation; by default the `init_std` of the config.
+        """
         if std is None:
             std = self.before.init_std
         for name, piece in pieces.items():
@@ -110,7 +115,7 @@ class Change:
 
 
 def grow(op: Op, before: TrainConfig, after: TrainConfig, model: GPT, seed: int) -> tuple[GPT, IndexMap]:
-    """Return the new model, and the index map of its parameters. The old model does not change.
+    """Return the new model and the index map of its parameters. The old model does not change.
 
     before, after: the configs of the old and the new model.
     seed: the seed of all random numbers in the operation.
@@ -121,7 +126,7 @@ def grow(op: Op, before: TrainConfig, after: TrainConfig, model: GPT, seed: int)
     with torch.no_grad():
         for name, p in new.named_parameters():
             value = pieces[name].value(old, p)
-            # without this check, copy_ would broadcast a wrong shape
+            # without this check, copy_ would silently broadcast a tensor of the wrong shape
             assert value.shape == p.shape, f"{name}: {tuple(value.shape)} for {tuple(p.shape)}"
             p.copy_(value)
     return new, moved
@@ -130,9 +135,9 @@ def grow(op: Op, before: TrainConfig, after: TrainConfig, model: GPT, seed: int)
 def map_parameters(
     op: Op, before: TrainConfig, after: TrainConfig, model: GPT, new: GPT, seed: int
 ) -> tuple[Pieces, IndexMap]:
-    """Return the pieces of all parameters, and the index map of the trainable ones.
+    """Return the pieces of all parameters, and the index map of the trainable parameters.
 
-    new: the new model. It may be on the meta device, because its values are not read.
+    new: the new model, which may be on the meta device, because its values are not read.
     """
     old = dict(model.named_parameters())
     generator = torch.Generator().manual_seed(seed)
@@ -145,13 +150,13 @@ def map_parameters(
 
 
 def meta_model(model: GPT, cfg: TrainConfig) -> GPT:
-    """Return a model of another config on the meta device, with shapes but without values."""
+    """Return a model for the config `cfg` on the meta device, where tensors have shapes but no values."""
     with torch.device("meta"):
         return GPT(cfg, model.embed.num_embeddings - model.cfg.unused_ids)
 
 
 def empty_model(model: GPT, cfg: TrainConfig) -> GPT:
-    """Return an uninitialised model of another config with the dtype, device and mode of `model`."""
+    """Return an uninitialised model for the config `cfg`, with the dtype, device and mode of `model`."""
     new = meta_model(model, cfg).to(model.embed.weight.dtype).to_empty(device=model.embed.weight.device)
     new.train(model.training)
     for name, buffer in new.named_buffers():
@@ -164,15 +169,16 @@ def empty_model(model: GPT, cfg: TrainConfig) -> GPT:
 
 # -- depth
 
-# the parameters at the end of the two branches in a block
+# the parameters in the last layers of a block's two residual branches
 BRANCH_ENDS = ("attn.o.weight", "attn.o.bias", "attn.o.lora_b", "mlp.down.weight", "mlp.down.bias")
 
 
 def stack_layers(change: Change) -> Pieces:
     """Copy each new layer from its source layer.
 
-    With init=identity, both branches of a second copy end in zeros. The copy then returns its input at first.
-    The first layer of a model has no `first_share`, so the `first_share` of its copies starts at zero.
+    With init=identity, the last layers of both branches are zero in a second copy, so that the copy at first
+    returns its input unchanged. The first layer of a model has no `first_share`, so the `first_share` of its
+    copies starts at zero.
     """
     sources = change.op.value
     pieces: Pieces = {}
@@ -187,7 +193,7 @@ def stack_layers(change: Change) -> Pieces:
         if source not in change.old or (inserted and part(name) in BRANCH_ENDS):
             pieces[name] = Piece(None)
         elif inserted:
-            # zeros in later weights stop the gradient at first, so the momentum of the source would be wrong
+            # at first, zeros in later weights make the gradient zero, so the source's momentum would be wrong
             pieces[name] = Piece(source, grad=None)
         else:
             pieces[name] = Piece(source)
@@ -229,9 +235,10 @@ def widen_mlp(change: Change) -> Pieces:
 
 
 def _copied_units(old: int, new: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw a random source for each new hidden unit. Return all sources and the shares of their output.
+    """Return the source of each hidden unit, and the unit's share of the source's output.
 
-    Copies of a unit get unequal shares. With equal shares, copies would get equal gradients and stay equal.
+    The source of a new unit is random. Copies of a unit get unequal shares. With equal shares, copies would
+    get equal gradients and stay equal.
     """
     units = torch.cat([torch.arange(old), torch.randint(old, (new - old,), generator=generator)])
     share = torch.rand(new, generator=generator, dtype=torch.float64) + 0.5
@@ -240,13 +247,16 @@ def _copied_units(old: int, new: int, generator: torch.Generator) -> tuple[Tenso
 
 
 def channels(heads: Tensor, width: int) -> Tensor:
-    """Return the source channel of each channel, given the source head of each head. -1 means new."""
+    """Return the source channel of each channel, given the source head of each head.
+
+    The number -1 stands for a new head or a new channel.
+    """
     index = heads.unsqueeze(1) * width + torch.arange(width)
     return index.where(heads.unsqueeze(1) >= 0, torch.tensor(-1)).flatten()
 
 
 def widen_model(change: Change) -> Pieces:
-    """Copy each channel n times, as in HyperCloning. Parameters that read n copies are divided by n."""
+    """Copy each channel n times, as in HyperCloning. Weights that multiply n copies are divided by n."""
     before = change.before
     after = change.after
     if after.head_width != before.head_width:
@@ -278,11 +288,11 @@ def widen_model(change: Change) -> Pieces:
 
 
 def _copied_spaces(before: TrainConfig, after: TrainConfig, n: int) -> dict[str, Tensor]:
-    """Return the indices of all spaces that change if the width is multiplied by n."""
+    """Return the indices of all spaces that change when the model width is multiplied by n."""
     heads = torch.arange(before.n_head)
     spaces: dict[str, Tensor] = {}
     if after.kv_heads == before.kv_heads:
-        # all copies of a query head stay in the same group, because they use the same keys and values
+        # the copies of a query head stay in one group, because all copies use the same keys and values
         heads = heads.repeat_interleave(n)
     else:
         heads = heads.repeat(n)
@@ -297,7 +307,8 @@ def _copied_spaces(before: TrainConfig, after: TrainConfig, n: int) -> dict[str,
 def _paired_noise(change: Change, name: str, columns: Tensor, n: int, snr_db: float) -> Tensor:
     """Return noise that makes copies diverge but does not change the output of the model.
 
-    One copy of a column gets +N and another copy gets -N. Their inputs are equal, so the noise cancels out.
+    One copy of a column gets the noise +N, and another copy gets -N. Both copies have the same input, so the
+    noise cancels out.
     """
     std = change.rms(name) / n * 10 ** (-snr_db / 20)
     plus = torch.zeros(change.new[name].shape)
@@ -313,7 +324,7 @@ def add_heads(change: Change) -> Pieces:
     """Add random heads with output weights of zero. New query heads are at the end of their groups."""
     before = change.before
     after = change.after
-    old = before.n_head // before.kv_heads  # number of query heads per group
+    old = before.n_head // before.kv_heads  # number of query heads per group in the old model
     new = after.n_head // after.kv_heads
     if new < old or after.kv_heads < before.kv_heads or after.head_width != before.head_width:
         got = f"{after.n_head} heads of width {after.head_width} over {after.kv_heads} key/value heads"
@@ -344,10 +355,11 @@ NoisePair = tuple[str, int, int, int]  # source, shard, first copy, index of the
 
 
 def upcycle_moe(change: Change) -> Pieces:
-    """Make every expert a copy of the MLP. With shards, make every expert a copy of a shard.
+    """Make every expert a copy of the MLP, or a copy of one shard of the MLP.
 
-    The shards of one copy form a group. All experts of a group have equal router weights, so the router
-    always chooses whole groups. The gradient factors assume an even distribution of tokens over the copies.
+    The experts that together contain one copy of the MLP form a group. All experts of a group have equal
+    router weights, so the router always chooses whole groups. The gradient factors assume that tokens are
+    evenly distributed over the copies.
     """
     _check_experts(change)
     pieces = change.by_space()
@@ -388,7 +400,7 @@ def _check_experts(change: Change) -> None:
 
 
 def _router_rows(change: Change) -> Tensor | None:
-    """Return router weights with one random row per group. Return None if the weights are zero."""
+    """Return router weights with one random row per group of experts. Return None for zero weights."""
     if _has_zero_router(change):
         return None
     shards = _shards(change)
@@ -418,7 +430,7 @@ def _expert_piece(change: Change, name: str, noise: dict[NoisePair, Tensor]) -> 
     if change.after.router_weights == "softmax":
         scale = experts / change.after.top_k
         grad = change.after.top_k / experts / experts
-    if "F" not in spaces:  # the bias
+    if "F" not in spaces:  # the bias of the down projection
         return Piece(source, index, weight=scale, grad=grad)
     plus: Tensor | None = None
     snr_db = change.op.value.get("noise_snr_db")
@@ -431,9 +443,10 @@ def _expert_piece(change: Change, name: str, noise: dict[NoisePair, Tensor]) -> 
 def _expert_noise(
     change: Change, noise: dict[NoisePair, Tensor], source: str, expert: int, std: float
 ) -> Tensor | None:
-    """Return +N for one expert of a pair and -N for the other. Return None for an expert without a partner.
+    """Return noise that cancels out between two experts. Return None for an expert without a partner.
 
-    A zero router chooses the first copies for all tokens. It must choose both experts of a pair, or neither.
+    A zero router chooses the first copies for all tokens. The noise cancels out only if the router chooses
+    both experts of a pair or neither expert.
     """
     shards = _shards(change)
     copy = expert // shards
@@ -497,7 +510,7 @@ def _set_rank(change: Change, prefix: str, old: int, new: int) -> Pieces:
 
 
 def truncate(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """Approximate B A with a lower rank. Return the new A and B, and the lost share of the norm.
+    """Approximate B A by a product of lower rank. Return the new A and B, and the lost share of the norm.
 
     QR decompositions of both factors and an SVD of a small matrix avoid the full product B A.
     """
@@ -530,12 +543,12 @@ def merge_lora_weights(change: Change) -> Pieces:
 
 
 def unchanged(change: Change) -> Pieces:
-    """Copy all parameters. The config says which layers are frozen. Unfrozen layers start with no state."""
+    """Copy all parameters. Freezing and unfreezing change only the config and the optimiser state."""
     return change.by_space()
 
 
 def resize_vocabulary(change: Change) -> Pieces:
-    """Add small random rows at the end. The logits of unused ids are -inf; see `unused_ids`."""
+    """Add small random rows to the embedding and the head. The logits of unused ids are -inf."""
     old = change.old["embed.weight"].size(0)
     new = change.new["embed.weight"].size(0)
     pieces = change.by_space(V=_extended(old, new))

@@ -1,6 +1,6 @@
-"""The growth state, which a run needs to continue from a saved state.
+"""The growth state: the part of a saved state from which a run rebuilds a grown model.
 
-Only runs that grow import the operators.
+This module imports the growth operators only if a run grows.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from mainrun.store.rundir import RowLog
 from mainrun.train import State
 
 Row = dict[str, Any]
-FIGURES = ("params", "active", "flops")  # the fields that growth adds to rows of scores
+FIGURES = ("params", "active", "flops")  # the fields that the growth controller adds to score rows
 
 
 def ops_applied(plan: Plan, step: int) -> int:
-    """Return the number of operations before the state of a step.
+    """Return the number of operations that have changed the saved state of a step.
 
-    The state is saved before operations that fire after this step.
+    The state is saved before the operations that fire after this step.
     """
     return sum(segment.first < step for segment in plan.segments[1:])
 
 
 def growth_state(plan: Plan, applied: int, schedules: dict[str, list[Any]]) -> dict[str, Any]:
-    """Return the growth state after `applied` operations. It is empty if the config has no operations."""
+    """Return the growth state after `applied` operations, or {} if the config has no operations."""
     if not plan.cfg.growth.ops:
         return {}
     config = plan.segments[applied].cfg.model_dump(mode="json")
@@ -38,14 +38,17 @@ def growth_state(plan: Plan, applied: int, schedules: dict[str, list[Any]]) -> d
 
 
 def growth_state_at(plan: Plan, step: int, saved: dict[str, Any]) -> dict[str, Any]:
-    """Return the growth state for this plan. A run with another schedule may have saved the state."""
+    """Return the growth state at a step of a plan.
+
+    saved: the growth state of a node, which a run with another growth schedule may have written.
+    """
     return growth_state(plan, ops_applied(plan, step), saved.get("marks", {}))
 
 
 def load_state(
     state: State, tensors: dict[str, Tensor], step: int, tokens: int, growth: dict[str, Any] | None
 ) -> None:
-    """Rebuild the model of a saved state, and load the state."""
+    """Rebuild the model that a saved state belongs to, and load the saved tensors."""
     if growth:
         rebuild_model(state, growth)
     state.growth_state = growth or {}
@@ -53,7 +56,7 @@ def load_state(
 
 
 def rebuild_model(state: State, growth: dict[str, Any]) -> None:
-    """Replace the config, the model and the optimisers according to a growth state."""
+    """Rebuild the config, the model and the optimisers from a growth state."""
     from mainrun.growth.operators import empty_model
 
     cfg = from_dict(growth["config"])
@@ -67,35 +70,35 @@ class Controller(Protocol):
 
     plan: Plan  # the plan with all decisions so far
     state: State
-    journal: RowLog | None  # growth.jsonl
+    journal: RowLog | None  # the log growth.jsonl, or None if this process does not write growth.jsonl
 
     @property
     def pending_op(self) -> Op | None:
-        """The operation that is due before the next step, or None."""
+        """The operation that is due before the next step, or None if no operation is due."""
 
     def restore(self) -> None:
-        """Adapt to a state that was just built or loaded."""
+        """Adapt the controller to a state that was just built or loaded."""
 
     def observe_scores(self, rows: Iterable[Row]) -> None:
         """Remember the scores that trigger operations."""
 
     def decide(self) -> bool:
-        """Fire the operations whose triggers the latest score met. Return True if the plan changed."""
+        """Fire each operation whose trigger the latest score meets. Return True if the plan changed."""
 
     def act(self, evaluate: Callable[[], list[Row]]) -> bool:
         """Carry out all operations that are due. Return True if the model was replaced."""
 
     def figures(self, step: int) -> Row:
-        """Return the size of the model and the total FLOPs, for a row of scores."""
+        """Return the model size and the total FLOPs after a step, to log with the scores of the step."""
 
     def look_back(self) -> list[str]:
-        """Return messages for the user after a step."""
+        """Return messages for the user about operations in recent steps."""
 
     def compiled(self, seconds: float) -> None:
         """Log how long the compilation after an operation took."""
 
     def close(self) -> None:
-        """Close the journal."""
+        """Close the log growth.jsonl."""
 
 
 class NoGrowth:

@@ -18,8 +18,8 @@ from mainrun.core.optimizers import Optimizers
 from mainrun.growth.moments import IndexMap
 from mainrun.train import GPT
 
-EXACT = {torch.float64: 1e-10, torch.float32: 1e-5}  # the maximum change of a logit by rounding
-EQUAL = 1e-5  # the maximum relative difference between equal copies, which rounding can cause
+EXACT = {torch.float64: 1e-10, torch.float32: 1e-5}  # the largest change of a logit due to rounding
+EQUAL = 1e-5  # the largest relative difference between equal copies that rounding may cause
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class PromiseCheck:
 
 
 def probe(vocab_size: int, length: int, seed: int, rows: int = 4) -> Tensor:
-    """Return a fixed batch of random token ids, (rows, length)."""
+    """Return a fixed batch of random token ids with the shape (rows, length)."""
     return torch.randint(vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
@@ -40,7 +40,7 @@ def probe(vocab_size: int, length: int, seed: int, rows: int = 4) -> Tensor:
 def eval_mode(*models: GPT, full: bool = False) -> Iterator[None]:
     """Run models in eval mode without gradients.
 
-    full: compute in the precision of the weights instead of the `dtype` in the config.
+    full: whether to compute in the precision of the weights instead of the `dtype` in the config.
     """
     before = [(model.training, model.cfg) for model in models]
     for model in models:
@@ -71,7 +71,7 @@ def logit_change(old: GPT, new: GPT, idx: Tensor, full: bool = False) -> tuple[f
     new_id_logits = after[..., old_ids:]
     after = after[..., :old_ids]
     moved = (before.double() - after.double()).abs()
-    moved.masked_fill_(before == after, 0)  # -inf - -inf is NaN
+    moved.masked_fill_(before == after, 0)  # the difference of two logits of -inf is NaN
     largest = float(before[before > -torch.inf].abs().max())
     if bool((new_id_logits == -torch.inf).all()) and bool(moved.isfinite().all()):
         return float(moved.max()), largest
@@ -117,7 +117,7 @@ def check_tying(before: TrainConfig, new: GPT) -> PromiseCheck:
 
 
 def check_groups(new: nn.Module, optimizers: Optimizers) -> PromiseCheck:
-    """Check that parameter groups contain each trainable parameter once, and no other tensors."""
+    """Check that the optimisers' groups contain each trainable parameter once, and no other tensors."""
     uses: Counter[int] = Counter()
     for optimizer in optimizers.all:
         for group in optimizer.param_groups:
@@ -147,8 +147,8 @@ def check_rope(old: GPT, new: GPT) -> PromiseCheck:
 def check_router_scale(old: GPT, new: GPT, idx: Tensor, tolerance: float = 0.01) -> PromiseCheck:
     """Check that the spread of the scores did not change in any router.
 
-    If a model is n times wider and its router is not divided by n, the spread is n times larger. If the old
-    model had no routers, the check only requires finite scores.
+    If a model becomes n times wider but its router weights are not divided by n, the spread becomes n times
+    larger. If the old model had no routers, the check only requires finite scores.
     """
     before = _score_spreads(old, idx)
     after = _score_spreads(new, idx)
@@ -162,7 +162,7 @@ def check_router_scale(old: GPT, new: GPT, idx: Tensor, tolerance: float = 0.01)
 
 
 def _score_spreads(model: GPT, idx: Tensor) -> list[float]:
-    """Return the standard deviation over the experts of the scores in each router."""
+    """Return, for each router, the mean standard deviation of a token's scores over the experts."""
     layers = moe_layers(model)
     spreads: list[float] = []
     for name, x in router_inputs(model, idx).items():
@@ -177,7 +177,7 @@ def _numbers(values: Sequence[float]) -> str:
 
 
 def check_layer_identity(new: GPT, layers: Sequence[int], idx: Tensor) -> PromiseCheck:
-    """Check that the output of inserted layers has the same bits as their input."""
+    """Check that each inserted layer returns its input unchanged, bit for bit."""
     changing: list[int] = []
 
     def compare(layer: int) -> Callable[..., None]:
@@ -214,7 +214,7 @@ def check_symmetry(moved: IndexMap, new: nn.Module) -> PromiseCheck:
 
 
 def equal_copies(moved: IndexMap, new: nn.Module, tolerance: float = EQUAL) -> list[str]:
-    """Return the tensors whose copied rows are all still equal. Equal rows might never diverge.
+    """Return the names of tensors whose copied rows are all still equal. Equal rows might never diverge.
 
     moved: the index map of the operation that made the copies.
     """
@@ -229,7 +229,7 @@ def equal_copies(moved: IndexMap, new: nn.Module, tolerance: float = EQUAL) -> l
 
 
 def _without_share(moved: IndexMap, tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """Return a tensor divided by the initial factors of its copies, so that the copies can be compared."""
+    """Divide a tensor by the factors that an operation gave to the copies, so that copies are comparable."""
     weight = moved.pieces[name].weight
     x = tensors[name].detach().double()
     if isinstance(weight, Tensor):
@@ -259,7 +259,7 @@ def locked_routers(model: GPT, idx: Tensor) -> list[str]:
 
 
 def moe_layers(model: GPT) -> dict[str, MoE]:
-    """Return the layers with experts by their names."""
+    """Return all layers with experts, in a dict from names to layers."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
 
 

@@ -1,1 +1,1 @@
-"""The plan of a run, computed before the run starts. No module in this folder imports torch."""
+"""Modules that plan a run without training. No module in this folder imports torch."""

@@ -1,4 +1,4 @@
-"""Compute the size and the cost of a model from its config. A test compares the results with real models."""
+"""Compute the size and the cost of a model from a config. A test compares the results with real models."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ class Size(NamedTuple):
     """The size of the model that a config describes."""
 
     params: int
-    active: int  # parameters that one token uses
-    trained: int  # parameters that are not frozen
-    flops: int  # FLOPs per token of the forward and the backward pass
-    moments: int  # bytes of the optimiser state
+    active: int  # number of parameters that take part in processing one token
+    trained: int  # number of parameters that are not frozen
+    flops: int  # number of FLOPs per token in the forward and the backward pass
+    moments: int  # size of the optimiser state in bytes
 
 
 class _Block(NamedTuple):
-    """The numbers of parameters in a block."""
+    """The numbers of parameters in the parts of a block."""
 
-    attention: int  # matrices of attention, including low-rank terms
+    attention: int  # attention matrices, including low-rank terms
     router: int
-    vectors: int  # biases, norms and gains, except in the MLPs
-    expert: int  # matrices of one MLP
+    vectors: int  # biases, norms and gains outside the MLPs
+    expert: int  # the matrices of one MLP
     expert_bias: int
-    experts: int  # number of MLPs
-    used: int  # number of MLPs that one token uses
+    experts: int  # number of MLPs in the block
+    used: int  # number of MLPs that process each token
 
     @property
     def params(self) -> int:
@@ -38,7 +38,7 @@ class _Block(NamedTuple):
 
     @property
     def unused(self) -> int:
-        """Parameters that one token does not use."""
+        """The number of parameters in the MLPs that do not process a given token."""
         return (self.experts - self.used) * (self.expert + self.expert_bias)
 
     @property
@@ -48,12 +48,12 @@ class _Block(NamedTuple):
 
     @property
     def hidden_matrices(self) -> int:
-        """Parameters of all matrices except the router. Muon trains only these parameters."""
+        """The number of parameters that Muon trains: all matrices of the block except the router."""
         return self.attention + self.experts * self.expert
 
 
 def size(cfg: TrainConfig) -> Size:
-    """Return the size of the model that a config describes, with the largest vocabulary that it allows."""
+    """Return the size of a config's model, for the largest vocabulary that the config allows."""
     d = cfg.d_model
     block = _block(cfg)
     vocab = cfg.vocab_size + cfg.unused_ids
@@ -130,20 +130,23 @@ def _state_numbers(cfg: TrainConfig, trained: int, hidden_matrices: int) -> int:
 
 
 def _norm(cfg: TrainConfig) -> int:
-    """Return the number of parameters of one norm."""
+    """Return the number of parameters in one normalisation layer."""
     if cfg.norm == "layernorm" and cfg.bias:
         return 2 * cfg.d_model
     return cfg.d_model
 
 
 def costs(cfg: TrainConfig, ids: int) -> dict[str, Any]:
-    """Return the costs of a model with `ids` token ids. A tokenizer may have fewer ids than `vocab_size`."""
+    """Return the size and the FLOPs per token of a model whose tokenizer has `ids` token ids.
+
+    A tokenizer may have fewer token ids than `vocab_size` allows.
+    """
     exact = size(cfg.model_copy(update={"vocab_size": ids}))
     return {"params": exact.params, "active": exact.active, "flops_per_token": exact.flops}
 
 
 def segment_costs(plan: Plan, ids: int) -> list[dict[str, Any]]:
-    """Return the tokens, FLOPs and costs of each segment of a plan."""
+    """Return the number of tokens, the FLOPs and the model size of each segment in a plan."""
     ends = [segment.first for segment in plan.segments[1:]]
     rows = []
     for segment, end in zip(plan.segments, [*ends, plan.steps], strict=True):

@@ -1,10 +1,10 @@
-"""Read a growth schedule from JSON, YAML or TOML. The schedule is an inline text or a file.
+"""Read a growth schedule from JSON, YAML or TOML text, which may be inline or in a file.
 
-There are two formats. Version 2 is a table with a list of ops. Each op has a trigger:
+There are two formats. In version 2, a schedule is a table with a list of ops, and each op has a trigger:
 
     {"version": 2, "ops": [{"name": "set_lr", "value": 6e-4, "trigger": {"step": 100}}]}
 
-The original format is a list of ops. The keys `trigger_loss` and `max_wait_iters` replace the trigger:
+In the original format, a schedule is a list of ops with the keys `trigger_loss` and `max_wait_iters`:
 
     [{"name": "set_lr", "value": 6e-4, "trigger_loss": 100.0, "max_wait_iters": 1, "reevaluate": false}]
 """
@@ -53,15 +53,15 @@ SHAPE = "{ ops = [{ name, value, trigger }, ...] }"
 OP_SHAPE = "{ name, value, trigger }"
 TRIGGER_SHAPE = "{ step = N } or { budget_frac = F } or { any = [{ loss_below = L }, { wait_iters = N }] }"
 
-# maps keys of the list format to conditions of a trigger
+# maps keys of the list format to the trigger conditions of version 2
 LIST_TRIGGER = {"trigger_loss": "loss_below", "max_wait_iters": "wait_iters"}
 SCHEDULE_KEYS = ("version", "seed", "defaults", "ops")
 LIST_KEYS: tuple[str, ...] = ("name", "desc", "value", "trigger_loss", "max_wait_iters", "reevaluate")
 OP_KEYS: tuple[str, ...] = (
     "id", "name", "desc", "value", "trigger", "reevaluate", "init", "preserve", "optimizer", "lr", "on_fail",
 )  # fmt: skip
-WEIGHT_KEYS = ("init", "preserve", "optimizer", "lr", "on_fail")  # allowed only in ops that change the model
-DEFAULT_KEYS = ("reevaluate", "preserve", "optimizer", "lr", "on_fail")  # the keys that `defaults` may have
+WEIGHT_KEYS = ("init", "preserve", "optimizer", "lr", "on_fail")  # keys only for ops that change the model
+DEFAULT_KEYS = ("reevaluate", "preserve", "optimizer", "lr", "on_fail")  # keys of the table `defaults`
 
 
 def _keep_id(value: Any) -> str | None:
@@ -111,7 +111,7 @@ CONDITIONS: dict[str, Rule] = {
 
 
 def read(data: Any) -> tuple[Schedule, list[Fault]]:
-    """Read a schedule. Return the valid ops, and the faults of the invalid ops."""
+    """Read a schedule. Return a schedule of the valid ops, and a list of all faults."""
     if isinstance(data, list):
         return _read_list(data)
     if isinstance(data, dict):
@@ -193,7 +193,7 @@ def _read_key(key: str, value: Any, wrong: list[str]) -> Any:
 
 @dataclass
 class _OpReader:
-    """Reads the ops of a schedule and collects their faults."""
+    """Reads the ops of a schedule and collects the faults in these ops."""
 
     seed: int = 0
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -202,7 +202,7 @@ class _OpReader:
 
     def read(self, entries: Iterable[Any]) -> tuple[Op, ...]:
         ops: list[Op] = []
-        owners: dict[str, int] = {}  # maps each id to the place of its op
+        owners: dict[str, int] = {}  # maps each op id to the place of the op
         for place, entry in enumerate(entries):
             if not isinstance(entry, dict):
                 self.faults.append((place, f"ops[{place}]={shown(entry)} is not an op; write {OP_SHAPE}."))
@@ -237,7 +237,7 @@ class _OpReader:
         return LIST_KEYS if self.list_format else OP_KEYS
 
     def _unknown_keys(self, entry: dict[Any, Any]) -> list[str]:
-        """Return one fault per key that the format does not have."""
+        """Return one fault for each key that does not exist in the format."""
         other_format = "the list format; write a trigger"
         if self.list_format:
             other_format = "version 2; write { version = 2, ops = [...] } around the list"
@@ -253,7 +253,7 @@ class _OpReader:
         return faults + unknown_keys("", unknown, self._allowed)
 
     def _keys(self, place: int, name: str, entry: dict[Any, Any], wrong: list[str]) -> dict[str, Any]:
-        """Return every key of an op except name, value, trigger and seed."""
+        """Return the values of all keys of an op except name, value, trigger and seed."""
         operation = operation_of(name)
         keys = default_keys(name, place)
         for key, value in self.defaults.items():
@@ -272,7 +272,7 @@ class _OpReader:
 
 
 def _read_name(entry: dict[Any, Any], wrong: list[str]) -> str | None:
-    """Return the name of an op, or None if it is unknown. Names of old relative operations are known."""
+    """Return the name of an op, or None if the name is unknown. Old names, like change_lr, are known."""
     if "name" not in entry:
         wrong.append(f"the name is missing; write one of {', '.join(NAMES)}")
         return None
@@ -281,7 +281,7 @@ def _read_name(entry: dict[Any, Any], wrong: list[str]) -> str | None:
         return name
     allowed = f"{nearest(str(name), NAMES)}; allowed: {', '.join(NAMES)}"
     if isinstance(name, str):
-        wrong.append(f"unknown op{allowed}")  # `fault_of` puts the name before the text
+        wrong.append(f"unknown op{allowed}")  # `fault_of` writes the name of the op before the text
     else:
         wrong.append(f"unknown op {shown(name)}{allowed}")
     return None
@@ -336,7 +336,7 @@ def _read_trigger(entry: dict[Any, Any], wrong: list[str]) -> Trigger | None:
 
 
 def _read_any(trigger: dict[Any, Any], wrong: list[str]) -> dict[Any, Any] | None:
-    """Return the conditions of { any = [...] } as one table, or None if their syntax is wrong."""
+    """Return the conditions of { any = [...] } as one table, or None if the syntax is wrong."""
     tables = trigger["any"]
     if len(trigger) > 1 or not _are_conditions(tables):
         wrong.append(
@@ -358,7 +358,7 @@ def _are_conditions(tables: Any) -> bool:
     return all(isinstance(table, dict) and len(table) == 1 for table in tables)
 
 
-# -- where a schedule comes from
+# -- schedules in files and in inline text
 
 
 PARSERS: dict[str, tuple[str, Callable[[str], Any]]] = {
@@ -370,11 +370,11 @@ PARSERS: dict[str, tuple[str, Callable[[str], Any]]] = {
 
 
 def from_text(text: str) -> Any:
-    """Parse a schedule from a file name, or from inline JSON or YAML."""
+    """Parse a schedule. `text` is the name of a file, or inline JSON or YAML."""
     if text.lstrip()[:1] in ("{", "[") or "\n" in text:
         return _parse_inline(text)
     data = _parse_file(text)
-    if isinstance(data, dict) and data.keys() == {"growth"}:  # the file is a part of a preset
+    if isinstance(data, dict) and data.keys() == {"growth"}:  # the file has the syntax of a preset
         return data["growth"]
     return data
 

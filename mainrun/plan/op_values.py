@@ -35,9 +35,9 @@ def shown_key(key: Any) -> str:
 class Rule(NamedTuple):
     """A rule that says which values a key may have."""
 
-    keep: Callable[[Any], Any]  # returns the parsed value, or None if the value is not allowed
-    allowed: str  # the end of the message "... is not allowed; write ..."
-    choices: tuple[str, ...] = ()  # the allowed texts, used to suggest a correction
+    keep: Callable[[Any], Any]  # a function that returns the parsed value, or None for a forbidden value
+    allowed: str  # a description of the allowed values for error messages
+    choices: tuple[str, ...] = ()  # the allowed texts; error messages suggest the nearest text
 
 
 def is_number(value: Any) -> bool:
@@ -63,7 +63,7 @@ def number(allowed: str, low: float = -math.inf, high: float = math.inf, closed:
 
 
 def whole_number(low: int) -> Rule:
-    """Allow whole numbers of at least `low`. 2e8 is allowed, although JSON and TOML read it as a float."""
+    """Allow whole numbers of at least `low`, including floats such as 2e8 that are whole numbers."""
 
     def keep(value: Any) -> int | None:
         if not is_number(value) or not low <= value < 2**63 or value != int(value):
@@ -88,7 +88,7 @@ def instance_of(kind: type, allowed: str) -> Rule:
 
 
 def refusal(name: str, value: Any, rule: Rule) -> str:
-    """Return the message for a value that breaks its rule."""
+    """Return the error message for a value that breaks a rule."""
     suggestion = nearest(value, rule.choices) if isinstance(value, str) else ""
     return f"{name}={shown(value)} is not allowed{suggestion}; write {rule.allowed}"
 
@@ -97,7 +97,7 @@ def refusal(name: str, value: Any, rule: Rule) -> str:
 
 
 def unknown_keys(prefix: str, keys: Iterable[Any], allowed: Collection[str]) -> list[str]:
-    """Return one fault for each of the first ten unknown keys, and one fault with the number of the rest."""
+    """Return one fault for each of the first ten unknown keys, and one fault that counts the remaining keys."""
     unknown = [key for key in keys if key not in allowed]
     faults = []
     show = shown_key if prefix else shown
@@ -134,10 +134,10 @@ def read_table(
 
 
 class Value(Protocol):
-    """The kind of value that an operation takes."""
+    """A kind of value that an operation can take."""
 
     @property
-    def wanted(self) -> str: ...  # the allowed values, which end the message "write value = ..."
+    def wanted(self) -> str: ...  # a description of the allowed values for error messages
 
     @property
     def required(self) -> bool: ...  # whether an op must have the key `value`
@@ -171,7 +171,7 @@ class NumberValue:
 
 @dataclass(frozen=True)
 class LayersValue:
-    """A list of layers. A single number is also accepted. The operation decides what the number means."""
+    """A list of layers. A single number is also accepted, and the operation decides what it means."""
 
     wanted: str
     required: bool = True
@@ -187,7 +187,10 @@ class LayersValue:
 
 @dataclass(frozen=True)
 class TableValue:
-    """A table with exactly one of the `sizes`. A single number is accepted here and refused later."""
+    """A table with exactly one of the keys in `sizes`.
+
+    A single number is accepted here, but the operation rejects the number later.
+    """
 
     wanted: str
     rules: Mapping[str, Rule]

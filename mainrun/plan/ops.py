@@ -2,10 +2,10 @@
 
 A schedule is a list of ops. Each op has the name of an operation, an absolute value, and a trigger. The
 trigger decides when the op fires; see `triggers.py`. Ops fire in the order of the list. After an op with
-`reevaluate = false`, the next op may fire on the same loss. After an op with `reevaluate = true`, the model
-is evaluated again, and the next op waits for the next regular evaluation.
+`reevaluate = false`, the next op may fire because of the same evaluation. After an op with
+`reevaluate = true`, the model is evaluated again, and the next op waits for the next regular evaluation.
 
-To add an operation, add a row to OPERATIONS in this file. If the operation changes the model, also add its
+To add an operation, add a row to OPERATIONS in this file. If the operation changes the model, also add a
 function to OPS in `mainrun/growth/operators.py`.
 """
 
@@ -35,7 +35,7 @@ GUARANTEES = (
     "approx",
     "exact",
     "bitexact",
-)  # how well an op preserves the function of the model, from the weakest to the strongest guarantee
+)  # guarantees that an op preserves the function of the model, from the weakest to the strongest
 
 
 # -- a schedule
@@ -43,7 +43,7 @@ GUARANTEES = (
 
 @dataclass(frozen=True)
 class Transfer:
-    """How the optimiser state is transferred to the new model."""
+    """The settings that control how an op transfers the optimiser state to the new model."""
 
     mode: str = "auto"
     min_coverage: float = 0.0  # the minimum fraction of the state to transfer
@@ -51,11 +51,11 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Rates:
-    """The learning rate of new parameters."""
+    """The settings that control the learning rate of new parameters."""
 
-    rewarm_iters: int = 0  # number of warm-up steps
-    new_params_peak: float = 1.0  # peak learning rate as a multiple of the rate of other parameters
-    width_rule: str = "none"  # how the learning rate depends on the width
+    rewarm_iters: int = 0  # number of warm-up steps for new parameters
+    new_params_peak: float = 1.0  # peak learning rate of new parameters, relative to old parameters
+    width_rule: str = "none"  # the rule by which a wider model changes learning rates
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ class Op:
     value: Any  # int, float, tuple of ints, dict, or None for an operation without a value
     trigger: Trigger
     place: int = 0  # index of the op in the schedule
-    seed: int = 0  # seed of random numbers, derived from the seed of the schedule and the place
+    seed: int = 0  # random seed, derived from the seed of the schedule and the place of the op
     id: str = ""
     desc: str = ""
     reevaluate: bool = True  # whether the model is evaluated again immediately after the op
     init: str = ""  # initial values of new parameters: "copy", or "identity" to keep the output unchanged
-    preserve: str = ""  # one of GUARANTEES; if it is empty, `walk` sets the strongest possible one
+    preserve: str = ""  # one of GUARANTEES; `walk` replaces "" with the strongest possible guarantee
     optimizer: Transfer = Transfer()
     lr: Rates = Rates()
     on_fail: str = "abort"  # the action if a check fails: "abort" or "skip"
@@ -92,7 +92,7 @@ class Op:
         return data
 
     def effect(self) -> dict[str, Any]:
-        """Return all settings that affect the state after the op. The trigger and the texts do not."""
+        """Return all settings that affect the state after the op, without the trigger and the texts."""
         data = self.data()
         for key in ("trigger", "id", "desc", "reevaluate", "on_fail"):
             data.pop(key, None)
@@ -114,7 +114,7 @@ class Schedule:
     seed: int = 0
 
     def data(self) -> dict[str, Any]:
-        """Return the schedule in format version 2."""
+        """Return the schedule in version 2 of the schedule format."""
         data: dict[str, Any] = {"version": 2}
         if self.seed:
             data["seed"] = self.seed
@@ -168,7 +168,10 @@ class Config(Protocol):
     def unused_ids(self) -> int: ...
 
     def changed(self, **fields: Any) -> Self:
-        """Return a copy with changed fields and no schedule. Raise ValueError if a value is not allowed."""
+        """Return a copy of the config with changed fields and without a growth schedule.
+
+        Raise ValueError if a value is not allowed.
+        """
 
 
 C = TypeVar("C", bound=Config)
@@ -183,11 +186,11 @@ def _origin(set_by: SetBy, field: str, how: str = "set by") -> str:
     return ""
 
 
-# -- what each operation changes. An error message names the given value, the allowed values and a fix
+# -- the changes of each operation. Every error message names the given value, the allowed values and a fix
 
 
 def _grown_size(op: Op, what: str, now: int, origin: str) -> int:
-    """Return the value of an op that may only enlarge a size."""
+    """Return the new size that an op sets. Raise ValueError unless the new size is larger."""
     if isinstance(op.value, float):
         new = round(now * op.value)
         raise ValueError(f"value {op.value:g} is the old relative form; for {what} {now}{origin} write {new}")
@@ -240,7 +243,7 @@ def _widen_mlp(op: Op, cfg: Config, set_by: SetBy) -> Changes:
 
 def _widen_model(op: Op, cfg: Config, set_by: SetBy) -> Changes:
     factor = _width_factor(op.value, cfg.d_model, _origin(set_by, "d_model"))
-    kv_heads = factor * cfg.n_kv_head  # 0 stays 0, which means n_head
+    kv_heads = factor * cfg.n_kv_head  # a value of 0 stays 0, which means n_head
     if op.value["kv"] == "keep":
         kv_heads = cfg.kv_heads
     return {  # the width of a head does not change
@@ -408,7 +411,7 @@ def _frozen_layers(cfg: Config, set_by: SetBy) -> str:
 def _resize_vocabulary(op: Op, cfg: Config, set_by: SetBy) -> Changes:
     now = cfg.vocab_size + cfg.unused_ids
     ids = _grown_size(op, "vocabulary", now, _origin(set_by, "unused_ids"))
-    # vocab_size does not change, because the tokenizer depends on it
+    # vocab_size does not change, because the tokenizer depends on vocab_size
     return {"unused_ids": ids - cfg.vocab_size}
 
 
@@ -433,8 +436,8 @@ class Guarantee(NamedTuple):
     """The strongest guarantee that an op can give."""
 
     level: str  # one of GUARANTEES
-    why: str = ""  # the reason why no stronger guarantee is possible, after "preserve=... is impossible"
-    instead: str = ""  # what to write to get a stronger guarantee
+    why: str = ""  # why no stronger guarantee is possible, as the end of an error message
+    instead: str = ""  # the setting that makes a stronger guarantee possible
 
 
 BITEXACT = Guarantee("bitexact")
@@ -490,14 +493,14 @@ def _guarantee_of_upcycling(op: Op, cfg: Config) -> Guarantee:
 
 @dataclass(frozen=True)
 class Operation:
-    """A row of OPERATIONS. It describes an operation without using a model."""
+    """A row of OPERATIONS: the description of one operation."""
 
     changes: Callable[[Op, Config, SetBy], Changes]
     value: Value
     field: str = ""  # the config field that the operation sets, if it sets exactly one
     architecture: bool = True  # whether the operation changes the model itself
-    guarantee: Callable[[Op, Config], Guarantee] = _exact  # used only if `architecture` is true
-    init: str = ""  # default of the key `init`; empty if the operation has no key `init`
+    guarantee: Callable[[Op, Config], Guarantee] = _exact  # called only if `architecture` is true
+    init: str = ""  # default value of the key `init`; empty if the operation does not use this key
 
 
 def _training(field: str) -> Operation:
@@ -574,12 +577,13 @@ OPERATIONS: dict[str, Operation] = {
 NAMES = tuple(OPERATIONS)
 ARCHITECTURE = tuple(name for name, operation in OPERATIONS.items() if operation.architecture)
 TRAINING = tuple(name for name in NAMES if name not in ARCHITECTURE)
-# Maps old relative operations to new ones. The error for an old operation names the absolute value to use.
+# Maps the names of old relative operations to the names of current operations. The error message for an old
+# operation names the absolute value to use.
 RELATIVE = {name.replace("set_", "change_"): name for name in TRAINING if OPERATIONS[name].field}
 
 
 def default_keys(name: str, place: int) -> dict[str, Any]:
-    """Return the keys of an op whose defaults depend on the operation."""
+    """Return the default values of an op's keys, for keys whose default depends on the operation."""
     operation = operation_of(name)
     return {
         "id": f"{place}-{name}",
@@ -598,13 +602,13 @@ def operation_of(name: str) -> Operation:
 
 
 class AppliedOp(NamedTuple, Generic[C]):
-    """An op with its final guarantee, and the config after the op."""
+    """An op whose guarantee is set in `preserve`, and the config after the op."""
 
     op: Op
     cfg: C
 
 
-Fault = tuple[int, str]  # place of the op, or -1 for the whole schedule, and the message
+Fault = tuple[int, str]  # the place of the op (-1 for the whole schedule), and the message
 
 
 def fault_of(place: int, name: Any, text: str) -> Fault:
@@ -615,10 +619,10 @@ def fault_of(place: int, name: Any, text: str) -> Fault:
 
 
 def after(op: Op, cfg: C, set_by: SetBy | None = None) -> C:
-    """Return the config after an op. This config has no schedule.
+    """Return the config after an op. The returned config has no growth schedule.
 
     Raise ValueError if the op cannot be applied.
-    set_by: the op that set each field, for the error message.
+    set_by: the place of the op that set each field, for error messages.
     """
     return cfg.changed(**_changes(op, cfg, set_by or {}))
 

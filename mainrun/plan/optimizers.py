@@ -1,4 +1,4 @@
-"""The optimisers that a config may name, and their state. docs/extending.md says how to add an optimiser."""
+"""The optimisers that a config can select. docs/extending.md explains how to add an optimiser."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 
 class OptimizerSpec(NamedTuple):
-    """The properties of an optimiser that are needed without torch."""
+    """The properties of an optimiser that mainrun needs before torch is imported."""
 
-    # The state tensors per parameter. Each is proportional to the given power of the gradient.
-    # Growth scales the tensors when it scales the gradient, and --dry-run counts their bytes.
+    # The names of the state tensors of a parameter. Each name is mapped to a power: the tensor is
+    # proportional to this power of the gradient. Growth scales the tensors together with the gradient.
     state: dict[str, int]
-    # The optimiser of all parameters except matrices inside blocks; "" if no other optimiser is used.
+    # The name of a second optimiser for all parameters except the matrices inside blocks; "" for none.
     others: str = ""
 
 
@@ -23,7 +23,7 @@ OPTIMIZERS = {
 
 
 def state_powers() -> dict[str, int]:
-    """Return the state tensors of all optimisers. Each is proportional to the returned gradient power."""
+    """Return the names of all state tensors. Each name is mapped to a power of the gradient."""
     powers: dict[str, int] = {}
     for spec in OPTIMIZERS.values():
         for name, power in spec.state.items():

@@ -1,4 +1,4 @@
-"""The plan of a run: its steps, and the scheduled values of every step."""
+"""The plan of a run: the number of steps, and the scheduled values of every step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from mainrun.plan.ops import ARCHITECTURE, AppliedOp, Op, walk
 
 
 class StepInputs(NamedTuple):
-    """All scheduled values of a step. Runs with equal static fields and equal inputs have equal steps."""
+    """All scheduled values of a step.
+
+    Two runs share a step if their static fields and all scheduled values up to this step are equal.
+    """
 
     lr: float
     lr_aux: float
@@ -27,18 +30,18 @@ class StepInputs(NamedTuple):
     grad_accum: int
     rdrop: float
     label_smoothing: float
-    average: float  # weight of the new parameters in the weight average; 1 means no average
+    average: float  # weight of the new parameters in the weight average; 1 turns averaging off
 
 
 class Decision(NamedTuple):
-    """The decision about an op: it fired or was skipped after `step` steps."""
+    """The decision that an op fired, or was skipped, after `step` steps."""
 
     step: int
     skipped: bool = False
 
     @classmethod
     def from_int(cls, number: int) -> Decision:
-        """Read the integer form that files use: `step`, or `~step` if the op was skipped."""
+        """Decode the integer form of a decision in files: `step`, or `~step` for a skipped op."""
         if number < 0:
             return cls(~number, skipped=True)
         return cls(number)
@@ -48,23 +51,23 @@ class Decision(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """The steps between two ops, and their config."""
+    """The steps between two ops, which all use the same config."""
 
     cfg: TrainConfig
-    first: int = 0  # first step
-    tokens: int = 0  # tokens trained before the first step
+    first: int = 0  # first step of the segment
+    tokens: int = 0  # number of tokens trained before the first step
     epoch: int = 0  # epoch of the first step
-    start: int = 0  # position in the token stream of the epoch at the first step
-    lr_start: int = 0  # step at which the learning rate schedule starts: the last reset_lr_schedule
-    op: Op | None = None  # the op that began the segment, with its final guarantee
+    start: int = 0  # position in the epoch's token stream at which the first step begins
+    lr_start: int = 0  # step at which the learning rate schedule starts, or was last reset
+    op: Op | None = None  # the op that began the segment; `preserve` contains its guarantee
 
     @property
     def span(self) -> int:
-        """Tokens per step."""
+        """The number of tokens per step."""
         return self.cfg.batch_size * self.cfg.block_size
 
     def check_fits(self, train_tokens: int) -> None:
-        """Raise ConfigError if train has too few tokens for one step."""
+        """Raise ConfigError if the training set has too few tokens for one step."""
         if train_tokens <= self.span:
             raise ConfigError(
                 f"train has {train_tokens:,} tokens, but one step takes batch_size*block_size+1 = "
@@ -72,48 +75,48 @@ class Segment(NamedTuple):
             )
 
     def place(self, step: int, train_tokens: int) -> tuple[int, int]:
-        """Return the epoch of a step, and the position of its first token in the stream of this epoch."""
+        """Return the epoch of a step, and the position of the step's first token in the epoch's stream."""
         epoch, start = self._pointer(step, train_tokens)
         if start + self.span >= train_tokens:
             start = 0
         return epoch, start
 
     def after(self, step: int, train_tokens: int) -> tuple[int, int]:
-        """Return the epoch and the position in the stream after `step` steps."""
+        """Return the epoch and the position in the token stream after `step` steps."""
         epoch, start = self._pointer(step - 1, train_tokens)
         return epoch, start + self.span
 
     def _pointer(self, step: int, train_tokens: int) -> tuple[int, int]:
-        # The last target of a step is the token after its span. If an epoch is a whole number of spans, the
-        # last step of the epoch has no last target. In this case, a sequential stream starts the next epoch
-        # early, and a shuffled epoch reads its first token again.
+        # The last target of a step is the token after the step's span. If an epoch is a whole number of
+        # spans, the last step of the epoch lacks this target. A sequential stream then starts the next epoch
+        # one step early, and a shuffled stream uses the first token of the epoch as the last target.
         readable = train_tokens - 1
         if self.cfg.order == "shuffle_titles" and train_tokens % self.span == 0:
             readable = train_tokens
         steps = step - self.first
-        steps_in_epoch = max(0, readable - self.start) // self.span  # steps left in the first epoch
+        steps_in_epoch = max(0, readable - self.start) // self.span  # steps in the rest of the first epoch
         if steps < steps_in_epoch:
             return self.epoch, self.start + steps * self.span
         epochs, steps = divmod(steps - steps_in_epoch, readable // self.span)
         return self.epoch + 1 + epochs, steps * self.span
 
     def steps_to(self, tokens: float) -> int:
-        """Return the number of steps that is nearest to a number of trained tokens."""
+        """Return the number of steps after which the number of trained tokens is closest to `tokens`."""
         return self.first + round((tokens - self.tokens) / self.span)
 
     def last_step(self, budget: int) -> int:
-        """Return the total number of steps if the run ends in this segment."""
+        """Return the total number of steps in a run that ends in this segment."""
         return self.first + (budget - self.tokens) // self.span
 
 
 class Plan:
-    """The steps of a config, given the number of training tokens. Steps count from 0.
+    """The steps of a run, given its config and the number of training tokens. Steps count from 0.
 
     fired: the decisions about the first ops, as integers (see `Decision.to_int`).
 
-    An op whose trigger needs an evaluation can only be decided during the run. Before this decision, the plan
-    assumes that the op never fires, and `undecided` contains the op. A new decision does not change the plan
-    before the step of the decision.
+    If the trigger of an op needs an evaluation, the decision about the op is made during the run. Until this
+    decision, the plan assumes that the op never fires, and the attribute `undecided` is this op. A decision
+    changes the plan only from the step of the decision on.
     """
 
     def __init__(self, cfg: TrainConfig, train_tokens: int, fired: Iterable[int] = ()) -> None:
@@ -124,7 +127,7 @@ class Plan:
         self.train_tokens = train_tokens
         self.steps_per_epoch = train_tokens // (cfg.batch_size * cfg.block_size)
         self.before, self.since = self._plan_before(given)
-        self.decisions: list[Decision] = []  # the decisions that are known so far
+        self.decisions: list[Decision] = []  # all decisions so far
         self.undecided: Op | None = None
         self.segments = self._lay_out(given)
         self._firsts = [segment.first for segment in self.segments]
@@ -137,11 +140,11 @@ class Plan:
         self.swa_start = self.steps - round(cfg.swa * self.steps)
         self.checkpoint_every = cfg.checkpoint_every or self.steps_per_epoch
 
-    # -- the layout, which converts fractions to steps
+    # -- the layout of the segments, in steps
 
     @property
     def fired(self) -> tuple[int, ...]:
-        """The decisions in the integer form that files use."""
+        """All decisions so far, in the integer form that files contain."""
         return tuple(decision.to_int() for decision in self.decisions)
 
     @property
@@ -156,7 +159,7 @@ class Plan:
         return Plan(self.cfg, self.train_tokens, (*self.fired[:place], decision.to_int()))
 
     def _plan_before(self, given: list[Decision]) -> tuple[Plan | None, int]:
-        """Return the plan before the last decision during the run, and the step of this decision."""
+        """Return the plan before the last decision that was made during the run, and this decision's step."""
         for place, decision in reversed(list(enumerate(given))):
             if decision.skipped or not self.cfg.growth.ops[place].trigger.static:
                 earlier = [other.to_int() for other in given[:place]]
@@ -164,7 +167,7 @@ class Plan:
         return None, 0
 
     def _lay_out(self, given: list[Decision]) -> list[Segment]:
-        """Return the segments of the run. Set `decisions` and `undecided`."""
+        """Return the segments of the run. Also set the attributes `decisions` and `undecided`."""
         applied = self._applied_ops(given)
         skipped = any(decision.skipped for decision in given)
         segments = [Segment(self.cfg)]
@@ -180,7 +183,7 @@ class Plan:
                 break
             segment = self._next_segment(segments[-1], applied[place], decision)
             if decision is None and segment.tokens + segment.span > self.budget:
-                if not foreseen:  # a previous op fired too late
+                if not foreseen:  # a previous op fired so late that no step is left
                     break
                 raise ConfigError(self._too_late(segment, segments[-1]))
             segments.append(segment)
@@ -189,7 +192,7 @@ class Plan:
         return segments
 
     def _applied_ops(self, given: list[Decision]) -> dict[int, AppliedOp[TrainConfig]]:
-        """Return the ops that are not skipped. The keys are their places in the schedule."""
+        """Return the ops that are not skipped. The keys are the places of the ops in the schedule."""
         skipped = [place for place, decision in enumerate(given) if decision.skipped]
         ops = [op for place, op in enumerate(self.cfg.growth.ops) if place not in skipped]
         applied, faults = walk(self.cfg, ops)
@@ -240,7 +243,7 @@ class Plan:
         decay = steps
         if cfg.schedule == "wsd":
             decay = round(cfg.decay_frac * steps)
-        decay_start = max(warmup, steps - decay)  # both numbers of steps may have been rounded up
+        decay_start = max(warmup, steps - decay)  # rounding up may make both phases overlap
         return segment.lr_start + warmup, segment.lr_start + decay_start
 
     # -- the values of each step
@@ -252,7 +255,7 @@ class Plan:
         return bisect_right(self._firsts, step) - 1
 
     def tokens(self, done: int) -> int:
-        """Return the number of tokens trained after a number of steps."""
+        """Return the number of tokens that the run has trained on after `done` steps."""
         segment = self.segment_at(done)
         return segment.tokens + (done - segment.first) * segment.span
 
@@ -303,12 +306,12 @@ class Plan:
             return 1 / (step - self.swa_start + 1)
         if not self.cfg.ema:
             return 1.0
-        # at first, the average follows the parameters closely, to forget the random initial weights
+        # at first, the average follows the parameters closely, so that the random initial weights fade
         return 1 - min(self.cfg.ema, (1 + step) / (10 + step))
 
     @cached_property
     def grown(self) -> dict[int, bytes]:
-        """The effects of ops that change the model. Each key is the first step after the op."""
+        """The encoded effects of all ops that change the model. Each key is the first step after an op."""
         effects: dict[int, bytes] = {}
         for segment in self.segments:
             if segment.op and segment.op.name in ARCHITECTURE:
@@ -334,7 +337,7 @@ class Plan:
         return frozenset(steps)
 
     def _eval_segments(self) -> list[Segment]:
-        """Return the segments at whose start the interval between evaluations begins again."""
+        """Return the segments that begin a new series of evaluations, because the interval changes."""
         starts = self.segments[:1]
         for segment in self.segments[1:]:
             before = starts[-1]
@@ -352,20 +355,20 @@ class Plan:
 
     @cached_property
     def breaks(self) -> list[int]:
-        """The steps after which similar runs often differ, such as ops and the start of the decay."""
+        """The steps after which similar runs often begin to differ, for example the steps of ops."""
         steps = set(self._firsts)
         for warmup_end, decay_start in self._lr_phases:
             steps.add(warmup_end)
             if self.cfg.schedule != "constant":
                 steps.add(decay_start + 1)  # the first step of a decay still has the peak rate
-        steps.add(self.swa_start + 1)  # the first average equals the weights
+        steps.add(self.swa_start + 1)  # at `swa_start`, the average still equals the weights
         earlier = []
         if self.before:
             earlier = [step for step in self.before.breaks if step <= self.since]
         return earlier + sorted(step for step in steps if self.since < step < self.steps)
 
     def table(self) -> dict[str, Any]:
-        """Return the numbers of the plan that config.json and --dry-run show."""
+        """Return the numbers of the plan that appear in config.json and in the output of --dry-run."""
         cfg = self.cfg
         growth = [f"{segment.op} after step {segment.first}" for segment in self.segments if segment.op]
         if self.undecided:
@@ -390,13 +393,16 @@ class Plan:
 
 
 def _in_256ths(p: float) -> float:
-    """Round a dropout rate to a multiple of 1/256, because masks use random bytes. Only 0 becomes 0."""
+    """Round a dropout rate to a multiple of 1/256, because dropout masks are made from random bytes.
+
+    A rate above 0 is never rounded to 0.
+    """
     if p == 0:
         return 0.0
     return min(max(round(256 * p), 1), 255) / 256
 
 
-# each decay falls from 1 at progress 0 to 0 at progress 1
+# each decay function falls from 1 at progress 0 to 0 at progress 1
 DECAY = {
     "linear": lambda t: 1 - t,
     "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)),

@@ -1,4 +1,4 @@
-"""Read presets and `--set` options, which select a config on the command line."""
+"""Read presets and `--set` options, which define a config on the command line."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ PRESETS = Path(__file__).parents[1] / "presets"
 
 
 class Step(NamedTuple):
-    """A step of a preset, which is one config."""
+    """A step of a preset: the fields of one config."""
 
-    label: str  # name of the preset, with `:name` if the preset is a ladder
+    label: str  # name of the preset, followed by `:STEP` if the preset is a ladder
     fields: dict[str, Any]
 
     @property
@@ -45,7 +45,10 @@ def load(preset: str, sets: Iterable[str] = ()) -> list[TrainConfig]:
 
 
 def parse_set(text: str) -> tuple[str, Any]:
-    """Split "key=value". The value is a TOML literal or a plain string. `none` unsets the field."""
+    """Split a text of the form "key=value" and parse the value.
+
+    The value is a TOML literal or a plain string. The value `none` unsets the field.
+    """
     key, equals, value = (part.strip() for part in text.partition("="))
     if not equals or not key:
         raise ConfigError(f"--set got {inputs.shown(text)}; write key=value, like --set lr=0.01")
@@ -62,9 +65,9 @@ def parse_set(text: str) -> tuple[str, Any]:
 
 
 def _expand(preset: str, above: tuple[str, ...] = ()) -> list[Step]:
-    """Return the steps of a preset with the fields of their bases.
+    """Return the steps of a preset. The fields of base presets are included in each step.
 
-    above: the presets that use this preset as a base.
+    above: the chain of presets that have this preset as a direct or indirect base.
     """
     if preset in above:
         chain = " -> ".join((*above, preset))
@@ -162,7 +165,7 @@ def _choose(ladder: list[Step], wanted: str, path: Path) -> list[Step]:
 
 
 def _check_name(name: str, what: str) -> None:
-    """Raise ConfigError if a name cannot be part of the name of a run directory."""
+    """Raise ConfigError if a name contains characters that a run directory's name must not contain."""
     if not re.fullmatch(r"\w[\w .+-]{0,79}", name):
         raise ConfigError(
             f"{what} is called {name!r}; write at most 80 letters, digits and . + - _ or blanks, "
@@ -171,7 +174,7 @@ def _check_name(name: str, what: str) -> None:
 
 
 def _find(preset: str) -> tuple[Path, str]:
-    """Return the file of a preset and the name of the step, which may be empty."""
+    """Return the file of a preset, and the name of the selected step or an empty string."""
     name, colon, step = preset.partition(":")
     if colon and preset.endswith(":"):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Derive seeds from names and numbers, so that they do not depend on earlier random numbers."""
+"""Derive random seeds from names and numbers, so that no seed depends on earlier random numbers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import hashlib
 
 
 def seed_from(*parts: object) -> int:
-    """Return a 63-bit seed that is a hash of its parts, for example of the seed of a run and a step."""
+    """Return a 63-bit seed: a hash of all arguments, for example of the run's seed and a step number."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

@@ -1,4 +1,4 @@
-"""Check a growth schedule without training. The result is faults, warnings and the cost of each segment."""
+"""Check a growth schedule without training, and report faults, warnings and the cost of each segment."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ NEEDS_A_LOSS = {"loss_below", "plateau"}  # conditions on the loss, which may ne
 
 
 class SegmentForecast(NamedTuple):
-    """The forecast of a segment. Its number of steps assumes that every op waits as long as possible."""
+    """The forecast of a segment, which assumes that every op fires as late as possible."""
 
     op: str  # the op that begins the segment; empty for the first segment
     begins: str
     cfg: TrainConfig
     size: Size
-    steps: int | None = None  # None if the number is unknown
+    steps: int | None = None  # the number of steps, or None if the number is unknown
     tokens: int | None = None
     seconds: float | None = None
 
@@ -33,7 +33,7 @@ class SegmentForecast(NamedTuple):
 class Forecast(NamedTuple):
     """The result of `simulate`."""
 
-    faults: list[str]  # ops with a fault are not part of the segments
+    faults: list[str]  # messages about ops that cannot be applied and are missing in `segments`
     warnings: list[str]
     segments: list[SegmentForecast]
 
@@ -43,8 +43,8 @@ def simulate(
 ) -> Forecast:
     """Apply the ops of a schedule to a config, one after another.
 
-    train_tokens: the number of tokens in an epoch, to forecast the steps.
-    speed: the speed in FLOP/s, to forecast the time.
+    train_tokens: the number of tokens in an epoch, which is needed to forecast the steps.
+    speed: the training speed in FLOP/s, which is needed to forecast the time.
     """
     schedule, unreadable = read(data)
     applied, impossible = walk(cfg, schedule.ops)
@@ -63,7 +63,7 @@ def simulate(
 
 
 def latest(cfg: TrainConfig, train_tokens: int) -> Plan:
-    """Return the plan in which every op fires as late as possible, because the loss never falls."""
+    """Return the plan of a run whose loss never falls, so that every op fires as late as possible."""
     plan = Plan(cfg, train_tokens)
     while plan.undecided:
         step = _latest_step(plan, plan.undecided)
@@ -74,7 +74,7 @@ def latest(cfg: TrainConfig, train_tokens: int) -> Plan:
 
 
 def _latest_step(plan: Plan, op: Op) -> int | None:
-    """Return the step of the first evaluation at which an op fires with any loss, or None."""
+    """Return the step of the first evaluation at which an op fires whatever the loss is, or None."""
     last = plan.segments[-1].first
     earliest = last
     if plan.fired and plan.cfg.growth.ops[len(plan.fired) - 1].reevaluate:
@@ -91,9 +91,9 @@ def _latest_step(plan: Plan, op: Op) -> int | None:
 
 
 def _warnings(cfg: TrainConfig, applied: list[Applied], plan: Plan | None) -> Iterator[str]:
-    """Yield a warning for each op that probably does not do what was intended."""
+    """Yield a warning for each op that probably does not do what the author intended."""
     before = cfg
-    past = 0  # the last step that a previous op waits for
+    past = 0  # the latest step in the static triggers of previous ops
     for i, (op, after) in enumerate(applied):
         evaluated = 1 if i == 0 else 0  # step 1 always ends with an evaluation
         oddities = [
@@ -157,14 +157,17 @@ def _short_wait(op: Op, evaluated: int, interval: int) -> str:
 
 
 def _eval_interval(cfg: TrainConfig, plan: Plan | None) -> int:
-    """Return the number of steps between two evaluations, or 0 if it is unknown."""
+    """Return the number of steps between two evaluations, or 0 if this number is unknown."""
     if cfg.eval_interval or not plan or not cfg.eval_per_epoch:
         return cfg.eval_interval
     return max(1, plan.train_tokens // (cfg.batch_size * cfg.block_size) // cfg.eval_per_epoch)
 
 
 def _never_fires(applied: list[Applied], plan: Plan) -> Iterator[str]:
-    """Yield a warning if the next op might never fire, unless its trigger depends only on the loss."""
+    """Yield a warning if the first op that has not fired might never fire.
+
+    There is no warning for an op whose trigger depends only on the loss.
+    """
     op = applied[len(plan.fired)].op
     conditions = op.trigger.conditions.keys()
     if conditions <= NEEDS_A_LOSS:

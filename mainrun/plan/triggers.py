@@ -1,17 +1,17 @@
-"""Decide when an op fires, by comparing its trigger with the facts about a run.
+"""Decide when an op fires, by comparing the trigger of the op with the progress of the run.
 
 An op fires as soon as any condition of its trigger holds:
 
     loss_below    the loss of the last evaluation, in nats per token, is below the value
     wait_iters    the given number of steps has passed since the last op, or since the start of the run
-    plateau       the best loss of the last `evals` evaluations is less than the fraction `rel` below the best
-                  earlier loss since the last op
+    plateau       the best loss of the last `evals` evaluations has not fallen by the fraction `rel` below the
+                  best earlier loss since the last op
     step          the given number of steps has been trained
     tokens        the given number of tokens has been trained
-    budget_frac   the given fraction of the tokens of the run has been trained
+    budget_frac   the given fraction of the run's tokens has been trained
 
-Conditions are checked after an evaluation. A trigger without `loss_below`, `wait_iters` and `plateau` is
-static. An op with a static trigger fires at exactly the given step, without an evaluation.
+A trigger that has only the conditions `step`, `tokens` and `budget_frac` is called static. An op with a
+static trigger fires at a step that is known before the run. Other triggers are checked after each evaluation.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Trigger:
     step: int | None = None
     tokens: int | None = None
     budget_frac: float | None = None
-    plateau: tuple[int, float] | None = None  # (number of evaluations, relative improvement)
+    plateau: tuple[int, float] | None = None  # (number of evaluations, minimum relative improvement)
 
     @property
     def conditions(self) -> dict[str, Any]:
@@ -39,7 +39,7 @@ class Trigger:
 
     @property
     def static(self) -> bool:
-        """Whether the step of the op is known before the run."""
+        """Whether the step at which the op fires is known before the run."""
         return self.conditions.keys() <= {"step", "tokens", "budget_frac"}
 
     def data(self) -> dict[str, Any]:
@@ -65,13 +65,13 @@ class Trigger:
 
 
 class Facts(NamedTuple):
-    """The state of a run right after an evaluation."""
+    """The numbers that triggers are compared with, right after an evaluation."""
 
     step: int  # number of steps trained
     last: int  # the step at which the last op fired, or 0 if no op has fired
     tokens: int  # number of tokens trained
     budget: int  # number of tokens in the whole run
-    losses: Sequence[tuple[int, float]] = ()  # step and loss of each evaluation, the newest last
+    losses: Sequence[tuple[int, float]] = ()  # the step and the loss of each evaluation, in order
 
 
 def due(trigger: Trigger, facts: Facts) -> str | None:

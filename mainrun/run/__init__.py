@@ -1,1 +1,1 @@
-"""The parts of a run: its session, its log, its summary, and the sharing of steps through the store."""
+"""The parts of a run: the session, the log, the summary, and the sharing of steps through the store."""

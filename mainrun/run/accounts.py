@@ -1,4 +1,4 @@
-"""The costs of a run so far: seconds per activity, numbers of reused and wasted steps, and resumes."""
+"""The costs of a run so far: seconds per activity, and counts of reused steps, wasted steps and resumes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class Accounts:
-    """The costs of a run over all its sessions. A checkpoint contains these costs."""
+    """The costs of all sessions of a run. A checkpoint contains these costs."""
 
     def __init__(self) -> None:
         self.saved = 0  # step of the last checkpoint
@@ -16,7 +16,7 @@ class Accounts:
         # Reused steps were read from the store. Wasted steps were trained, but lost when a session ended.
         self.ledger = {"reused": 0, "reused_tokens": 0, "wasted": 0}
         self.spent: dict[str, float] = {}  # seconds per activity
-        self._inner = [0.0]  # seconds spent in clocks inside the current clock
+        self._inner = [0.0]  # seconds measured by clocks inside the current clock
 
     def add(self, activity: str, seconds: float) -> None:
         self.spent[activity] = self.spent.get(activity, 0.0) + seconds

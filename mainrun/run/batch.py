@@ -20,11 +20,11 @@ from mainrun.store.rundir import RunDir
 
 @dataclass
 class SharedBatch:
-    """The steps that a batch of runs must train, and the nodes through which its runs share steps."""
+    """The steps that a batch of runs must train, and the nodes through which the runs share steps."""
 
     assignments: planner.Assignments
     keep: dict[str, list[int]]  # for each run, the steps of the nodes that other runs need
-    keys: list[str]  # of those nodes
+    keys: list[str]  # the keys of the nodes in `keep`
     chains: dict[str, list[str]]
 
 
@@ -46,7 +46,7 @@ def share_steps(configs: Iterable[TrainConfig], store: Store | None, out: Path |
 
 
 def resolve(configs: Iterable[TrainConfig]) -> tuple[dict[str, Plan], dict[str, list[str]]]:
-    """Return the plan and the key chain of each run on this machine. Common data is read only once."""
+    """Return the plan and the key chain of each run on this machine. Data of several runs is read once."""
     read: dict[tuple[Any, ...], tuple[dict[str, str], TokenData]] = {}
     plans = {}
     chains = {}
@@ -68,7 +68,7 @@ def resolve(configs: Iterable[TrainConfig]) -> tuple[dict[str, Plan], dict[str, 
 
 
 def may_share(configs: Sequence[TrainConfig]) -> bool:
-    """Whether two configs are similar enough that their runs could share a step."""
+    """Whether any two of the configs are so similar that their runs could share a step."""
     fields = [field for field in TrainConfig.model_fields if TrainConfig.class_of(field) == "static"]
     static = {tuple(str(getattr(cfg, field)) for field in fields) for cfg in configs}
     return len(static) < len(configs)
@@ -89,7 +89,7 @@ def _keys_to_keep(plans: dict[str, Plan], chains: dict[str, list[str]]) -> set[s
 
 
 def _resumed_step(run: RunDir, plan: Plan) -> int:
-    """Return the step of the checkpoint that a run resumes from."""
+    """Return the step of the checkpoint from which a run would resume, or the last step of a finished run."""
     if run.summary():
         return plan.steps
 
@@ -126,7 +126,7 @@ def starting_keys(store: Store, plans: dict[str, Plan], chains: dict[str, list[s
 def _reachable_step(
     store: Store, states: Container[str], keys: Container[str], plan: Plan, chain: list[str]
 ) -> int:
-    """Return the last step that a run can reach through nodes of the store with all necessary scores."""
+    """Return the last step that a run can reach through stored nodes without losing a necessary score."""
     step = 0
     while True:
         for target in range(len(chain) - 1, step, -1):

@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 
 class RunLog:
-    """The log that the leader of a run writes."""
+    """The log of a run, which only the leader process writes."""
 
     def __init__(self, run: RunDir, progress: Progress) -> None:
         self.metrics: RowLog | None = run.log("metrics.jsonl")
@@ -34,7 +34,7 @@ class RunLog:
         self.progress.note(text)
 
     def rows(self) -> list[Row]:
-        """Return all rows so far."""
+        """Return all rows that metrics.jsonl contains so far."""
         return self._run.metrics()
 
     def close(self) -> None:
@@ -43,7 +43,7 @@ class RunLog:
 
 
 class NullLog:
-    """A log that writes nothing, for all processes except the leader."""
+    """A log that writes nothing, which all processes except the leader use."""
 
     metrics: RowLog | None = None
 

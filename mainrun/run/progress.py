@@ -1,6 +1,6 @@
 """Show the progress of a run on stderr. A terminal shows a bar; other outputs get one line per evaluation.
 
-The progress display reads rows of the log. It does not affect the training.
+The progress display reads log rows and does not affect the training.
 """
 
 from __future__ import annotations
@@ -20,16 +20,20 @@ if TYPE_CHECKING:
 Row = dict[str, Any]  # a row of metrics.jsonl
 
 REFRESH_SECONDS = 0.2  # the minimum time between two drawings of the bar
-REFRESH_SHARE = 0.01  # the maximum share of the time that drawing takes
+REFRESH_SHARE = 0.01  # the maximum share of the run time that is spent on drawing
 BAR_WIDTH = 40  # the maximum width of the bar in columns
 MIN_BAR_WIDTH = 8
 
 
 class Progress:
-    """Receive the events of a run. This base class shows nothing."""
+    """The methods of a progress display. This base class shows nothing."""
 
     def start(self, cfg: TrainConfig, table: dict[str, Any], earlier: Sequence[Row] = ()) -> None:
-        """Start or resume a run. table: the table of its plan. earlier: the rows from before a resume."""
+        """Show that a run starts or resumes.
+
+        table: the result of `Plan.table`.
+        earlier: the rows that earlier sessions wrote to metrics.jsonl.
+        """
 
     def step(self, row: Row) -> None:
         """Show a "step" row of metrics.jsonl."""
@@ -41,7 +45,7 @@ class Progress:
         """Show a message, for example that a damaged checkpoint was skipped."""
 
     def close(self) -> None:
-        """End the display, whether or not the run succeeded. This may be called twice."""
+        """End the display, whether or not the run succeeded. This method may be called twice."""
 
 
 QUIET = Progress()
@@ -58,7 +62,7 @@ class LineProgress(Progress):
         self.best: float | None = min(scores, default=None)
         self.current_step = max((row["step"] for row in earlier), default=0)
         self.loss = ""
-        self.first_step: tuple[int, float] | None = None  # first step of this process, and its time
+        self.first_step: tuple[int, float] | None = None  # first step of this process, and the step's time
         self.rate = 0.0  # steps per second since the first step, including evaluations
         self.note(f"{cfg.run_id}: {self.total_steps:,} steps of {self.tokens_per_step:,} tokens")
 
@@ -122,7 +126,7 @@ class BarProgress(LineProgress):
         with suppress(OSError):
             self.live.start()
         self.draw()
-        self.next_draw = 0.0  # no minimum wait after the first drawing, which is slow because of imports
+        self.next_draw = 0.0  # the first drawing is slow because of imports, so ignore its cost
 
     def step(self, row: Row) -> None:
         super().step(row)
@@ -134,13 +138,13 @@ class BarProgress(LineProgress):
 
     def draw(self) -> None:
         start = time.thread_time()  # CPU time does not depend on other processes
-        with suppress(OSError):  # the terminal was closed
+        with suppress(OSError):  # the terminal may have been closed
             self.live.update(self.line(), refresh=True)
         cost = time.thread_time() - start
         self.next_draw = time.perf_counter() + max(REFRESH_SECONDS, cost / REFRESH_SHARE)
 
     def line(self) -> RenderableType:
-        """Return the parts that fit on the terminal. The bar fills the remaining width."""
+        """Return a line with the parts that fit into the terminal, and a bar in the remaining width."""
         from rich.progress_bar import ProgressBar
         from rich.table import Table
 
@@ -197,7 +201,7 @@ def clock(seconds: float) -> str:
 
 
 def percent(share: float) -> str:
-    """Format a share as a percentage, rounded down. 96.98% must not be shown as 97%."""
+    """Format a share as a percentage, rounded down. For example, 0.9698 becomes 96%, not 97%."""
     return f"{int(100 * share + 1e-9)}%"
 
 

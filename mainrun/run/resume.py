@@ -59,8 +59,8 @@ def resume(
     sharing: Sharing | NoSharing,
     growth: Controller,
 ) -> None:
-    """Restore the state and all files of a run from its newest usable checkpoint, or start at step 0."""
-    trained = steps_trained(run.intact_rows(), growth.plan.steps)  # read before the logs are cut
+    """Restore a run from the newest usable checkpoint, or start the run at step 0."""
+    trained = steps_trained(run.intact_rows(), growth.plan.steps)  # the logs are truncated later
     had_checkpoints = bool(checkpoint.paths(run.checkpoints))
     loaded = checkpoint.load_newest(run.checkpoints, Usable(cfg, log, growth), log.note)
     earlier = run.env() if loaded else {}
@@ -70,10 +70,10 @@ def resume(
         if had_checkpoints:
             log.note(f"{run.path} has no usable checkpoint: it starts over at step 0")
         rewind(log, growth, EMPTY_LOG, EMPTY_LOG)
-    # the store may have some of the lost steps
+    # the steps after the checkpoint are lost, but the store may contain some of these steps
     lost_steps = {step for step in trained if step > state.step}
     carried = run.env().get("carried", {})
-    if carried and carried["checkpoint"] == state.step:  # the last session saved no checkpoint
+    if carried and carried["checkpoint"] == state.step:  # the last session did not save a checkpoint
         accounts.ledger["wasted"] = carried["wasted"]
         accounts.resumed = carried["resumed"] + bool(lost_steps)
     accounts.ledger["wasted"] += len(lost_steps)
@@ -99,7 +99,7 @@ def resume(
 
 
 class Usable:
-    """Check whether a checkpoint fits the run. If it fits, also truncate the logs of the run."""
+    """Check whether a checkpoint fits the run. If the checkpoint fits, also truncate the run's logs."""
 
     def __init__(self, cfg: TrainConfig, log: RunLog, growth: Controller) -> None:
         self.cfg = cfg
@@ -136,13 +136,13 @@ def _continue(
     growth: Controller,
     log: RunLog,
 ) -> None:
-    """Load a checkpoint. Tell the user if the machine class or a version has changed since it was saved."""
+    """Load a checkpoint. Tell the user if the machine class or a version is not that of the last session."""
     if "evaluate_hash" not in earlier:
         fix = "restore it, or use --fresh to start over"
         raise RunError(f"{run.path}/env.json, which says how the run began, is missing; {fix}")
-    run.rows()  # raises an error for an invalid row, which a matching checksum does not exclude
+    run.rows()  # raises an error for invalid rows, which a matching checksum does not rule out
     load_checkpoint(run, state, accounts, *loaded, growth)
-    env["evaluate_hash"] = earlier["evaluate_hash"]  # the hash in the first session reveals edits
+    env["evaluate_hash"] = earlier["evaluate_hash"]  # the hash from the first session reveals later edits
     log.note(f"{run.path} resumes after step {state.step}")
     compared = (
         ("machine class", "machine_classes", env["machine_class"]),
@@ -154,7 +154,7 @@ def _continue(
 
 
 def steps_trained(rows: list[LogRow], end: int) -> set[int]:
-    """Return the steps that a run trained itself, according to its rows.
+    """Return the steps that a run trained itself, according to the rows of metrics.jsonl.
 
     Rows beyond the end of the run are ignored.
     """
@@ -171,7 +171,7 @@ def steps_trained(rows: list[LogRow], end: int) -> set[int]:
 
 
 def follow_leader(run: RunDir, state: State, accounts: Accounts, device: Device, growth: Controller) -> None:
-    """Load the checkpoint of the leader in all other processes."""
+    """Load the leader's checkpoint in all other processes."""
     (step,) = device.broadcast(state.step)
     if not step or device.leads:
         return

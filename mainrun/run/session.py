@@ -1,4 +1,4 @@
-"""A session of a run. It starts at a checkpoint or at step 0, and lasts until the run is done or stopped.
+"""A session of a run, which starts at a checkpoint or at step 0 and ends when the run is done or stopped.
 
 from mainrun.run.session import train
 summary = train(cfg, Path("runs"))
@@ -54,14 +54,14 @@ def train(
 
     Continue from the last checkpoint of the run, and reuse steps from the store.
 
-    keep: further steps after which the store keeps the state.
+    keep: further steps after which the state is kept in the store.
 
-    until: stop after this step.
+    until: the step after which to stop. 0 means the end of the run.
     """
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())  # catch signals even while data is prepared
         started = time.perf_counter()
-        check_writable(Path(out))  # check this before the data is read, which may take long
+        check_writable(Path(out))  # find an error now, because reading the data may take long
         setup = set_up(cfg)
         check_spans(cfg, setup.data)
         data_seconds = time.perf_counter() - started
@@ -95,7 +95,7 @@ def train(
 
 
 def open_run_directory(setup: Setup, out: Path, fresh: bool) -> RunDir:
-    """Open the run directory, which the leader locks. Check that its data is the same."""
+    """Open the run directory, and check that the data has not changed since the run began."""
     with setup.device.leader_first():  # other processes wait until the directory is ready
         run_dir = open_run(out, setup.cfg, fresh) if setup.device.leads else RunDir(out / setup.cfg.run_id)
     try:
@@ -107,12 +107,12 @@ def open_run_directory(setup: Setup, out: Path, fresh: bool) -> RunDir:
 
 
 def titles(setup: Setup) -> Row:
-    """Return the fingerprints of the titles and of the tokenizer."""
+    """Return the fingerprints that identify the titles and the tokenizer."""
     return {"fingerprints": setup.corpus.fingerprints, "tokenizer": setup.data.tokenizer.digest}
 
 
 def write_beginning(setup: Setup, run_dir: RunDir) -> None:
-    """Write the files that a run needs before training."""
+    """Write the files that must exist before training: config.json and tokenizer.json."""
     cfg = setup.cfg
     table = {"config": cfg.model_dump(), "digest": cfg.digest, "plan": setup.plan.table(), **titles(setup)}
     # write the config first, because a folder without a config is not recognised as a run
@@ -146,7 +146,7 @@ def start_session(
     stop: StopSignal,
     until: int,
 ) -> Session:
-    """Start a session from the last checkpoint of the run in all processes."""
+    """Start a session in all processes, from the last checkpoint of the run."""
     cfg = setup.cfg
     device = setup.device
     journal = None
@@ -170,7 +170,7 @@ def start_session(
 
 @contextmanager
 def ending(run_dir: RunDir, session: Session) -> Iterator[None]:
-    """Close a session when it ends. If the session fails, write this to status.json."""
+    """Close a session when it ends. If the session fails, write the reason to status.json."""
     try:
         yield
     except BaseException as e:
@@ -238,7 +238,7 @@ class Session:
         self._log_steps(e.rows)
         kept = "the last checkpoint before this step is kept"
         row = e.row
-        if row.step == self.state.step + 1:  # the weights have not changed yet
+        if row.step == self.state.step + 1:  # the weights have not been updated yet
             self.state.tokens -= self.plan.segment_at(self.state.step).span * self.cfg.passes
             self.save()
             kept = "the checkpoint before this step is kept"
@@ -274,7 +274,7 @@ class Session:
         return f"{cause} at step {step} of {self.plan.steps}; everything is saved; {fix}"
 
     def _any_process_stops(self) -> bool:
-        # `any_process` makes all processes wait for each other, so several processes call it rarely
+        # `any_process` makes all processes wait for each other, so do not call `any_process` often
         if self.device.world > 1 and self.state.step % self.device.read_every:
             return False
         return self.device.any_process(bool(self.stop.name))
@@ -349,7 +349,7 @@ class Session:
             pass
 
     def _settle_once(self) -> bool:
-        """Share the state and decide about growth. Return True to call this method again."""
+        """Share the state and decide about growth. Return True if this method must be called again."""
         state = self.state
         self.sharing.publish(state)
         before = state.step

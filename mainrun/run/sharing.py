@@ -1,13 +1,13 @@
 """Share training steps between runs through the store, so that no step is trained twice.
 
-A node is a stored state. At its start and at each node, a run looks for the latest node on its key chain and
-continues from this node. If no node exists, the run takes the lease on its next node and trains up to this
-node. If another run has the lease, the run waits for the other run.
+A node is a stored state. At the start and at each node, a run looks for the latest node on the run's key
+chain and continues from this node. If there is no such node, the run takes the lease on the next node and
+trains up to this node. If another run already has the lease, the run waits until the node is written.
 
-Two runs with different targets may share steps up to a fork. One run then trains these steps, and the other
-run waits. The waiting run requests a node at the fork with the file wants/KEY, and the training run keeps
-this node. A background thread writes the nodes. If the store fails, steps may be trained again, but the run
-continues.
+Two runs with different targets may share steps up to a fork. One run then trains the shared steps, and the
+other run waits. The waiting run creates the file wants/KEY to request a node at the fork, and the training
+run writes this node. A background thread writes the nodes. If the store fails, the run continues, but some
+steps may be trained twice.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from mainrun.train import State
 
 Row = dict[str, Any]
 POLL = 0.1  # seconds between two checks of a lease
-# the errors that invalid leases or configs of other runs may raise
+# the errors that an invalid lease or config of another run may raise
 MISREAD = (
     MainrunError,
     LookupError,
@@ -48,7 +48,7 @@ MISREAD = (
     RecursionError,
     AssertionError,
 )
-CHANCE = random.SystemRandom()  # independent of the random generators for training
+CHANCE = random.SystemRandom()  # a random generator that does not influence training
 LOSSES = ("step", "eval")  # the events of metrics.jsonl; all other events belong to growth.jsonl
 
 
@@ -62,7 +62,7 @@ class OtherRun(NamedTuple):
 
     meets: int  # step of the next node that both runs will reach
     fork: int  # last step that both runs are known to share
-    key: str  # key of the lease of the other run
+    key: str  # key of the other run's lease
     run: str
 
 
@@ -73,31 +73,31 @@ class Course:
         self, cfg: TrainConfig, begun: dict[str, Any], plan: Plan, keep: Iterable[int], until: int
     ) -> None:
         self.cfg = cfg
-        self.begun = begun  # the values whose hash is the first key
+        self.begun = begun  # the values from which the first key is computed
         self.geometry = list(cfg.geometry)
         self._keep = frozenset(keep)
         self._until = until
         self.follow(plan)
 
     def follow(self, plan: Plan) -> None:
-        """Use a plan that growth has changed."""
+        """Recompute the keys for a plan that growth has changed."""
         self.plan = plan
         self.keys = lineage.chain(lineage.root(self.begun), plan)
         self.until = min(self._until or plan.steps, plan.steps)
-        # the first score is after step 1, where a node would save only one step
+        # step 1 is always scored, but a node after step 1 would save only one step
         stops = {*plan.breaks, *plan.eval_steps - {1}, *self._keep, self.until}
         self.stops = stops & set(range(1, self.until + 1))
         self.steps = {key: step for step, key in enumerate(self.keys[: self.until + 1]) if step}
 
     def certain_until(self, step: int) -> int:
-        """Return the step up to which the plan is certain. The next score may fire an undecided operation."""
+        """Return the step up to which the plan cannot change, because no undecided operation can fire."""
         if not self.plan.undecided:
             return self.until
         later = [score for score in self.plan.eval_steps if score > step]
         return min([self.until, *later])
 
     def scores_between(self, begin: int, end: int) -> list[int]:
-        """Return the steps between two given steps after which the run is scored."""
+        """Return the steps after `begin` and before `end` at which the run is scored."""
         return sorted(step for step in self.plan.eval_steps if begin < step < end)
 
 
@@ -112,7 +112,7 @@ class NodeReader:
         self._reported: set[str] = set()
 
     def usable(self, step: int) -> Iterator[tuple[Node, list[Node]]]:
-        """Yield later nodes, the latest first. Each comes with the ordered path of nodes that leads to it."""
+        """Yield each usable node after a step, the latest node first, and the list of nodes up to this node."""
         course = self.course
         keys = self.store.node_keys()
         states: Container[str] | None = None
@@ -130,7 +130,7 @@ class NodeReader:
             if not missing:
                 yield path[-1], path
             else:
-                # this run trains up to the missing scores and keeps nodes there for other runs
+                # this run trains up to the steps with missing scores, and keeps nodes at these steps
                 self.extra_stops |= missing
 
     def _path(self, key: str, target: int, step: int, states: Container[str]) -> list[Node]:
@@ -149,18 +149,19 @@ class NodeReader:
     def rows_for_run(
         self, path: list[Node], since: int, written: Container[tuple[Any, ...]] = ()
     ) -> Iterator[Row]:
-        """Yield the rows that this run would have logged, with its own intervals of logs and evaluations.
+        """Yield the rows that this run would have logged if this run had trained the steps after `since`.
 
+        path: the nodes that contain the rows.
         written: the identities of rows that growth.jsonl already contains.
         """
         course = self.course
-        # two nodes may contain the same score, because a run that starts at a node scores the node again
+        # two nodes may contain the same score, because a run that starts at a node may score the node again
         scored: set[tuple[int, str]] = set()
         for node in path:
             for row in node.rows:
                 step = row["step"]
                 if row["event"] not in LOSSES:
-                    # rows of growth at `since` may be missing if the run stopped before its operations
+                    # growth rows of step `since` are missing if the run stopped before the operations
                     if step >= since and row_identity(row) not in written:
                         yield row
                     continue
@@ -196,20 +197,20 @@ class LeaseHolder:
         self.leases = Leases(store.files)
         self.lease: Lease | None = None
         self.wanted: frozenset[int] = frozenset()  # steps at which waiting runs request a node
-        self.passed = 0  # the last step for which nodes can no longer be requested
+        self.passed = 0  # the step up to which other runs can no longer request nodes
         self.due: list[int] = []  # steps of nodes to keep; nodes after `written` are not in the store yet
         self.written = 0
         self._requested: set[str] = set()  # keys that this run has requested from other runs
-        self._forks: dict[tuple[str, str], int] = {}  # forks with other runs, by key and run of a lease
+        self._forks: dict[tuple[str, str], int] = {}  # maps the key and the run of a lease to a fork
 
     def follow(self) -> None:
-        """Adapt to a course that growth has changed."""
+        """Discard the forks and the lease that became invalid because growth has changed the course."""
         self._forks.clear()
         if self.lease and self.lease.key not in self.course.steps:
             self.free()
 
     def acquire(self, step: int) -> None:
-        """Take the lease on the next node, unless another run has it."""
+        """Take the lease on the next node, unless another run holds this lease."""
         course = self.course
         self.passed = step
         target = min(stop for stop in course.stops if stop > step)
@@ -219,17 +220,17 @@ class LeaseHolder:
         self.lease = self.leases.acquire(course.keys[target], self.beat, **about)
 
     def beat(self) -> Row:
-        """Return the data of a heartbeat: the step up to which all nodes are written."""
+        """Return the data that a heartbeat writes to the lease: the step up to which all nodes are written."""
         if self.device.world == 1:  # several processes would have to agree on the nodes to keep
             with suppress(OSError):
                 keys = self.store.wants() & self.course.steps.keys()
                 self.wanted = frozenset(self.course.steps[key] for key in keys)
-        passed = self.passed  # read `passed` before `due`, because `keeps` updates them in the other order
+        passed = self.passed  # read `passed` before `due`, because `keeps` updates `due` before `passed`
         unwritten = [step - 1 for step in self.due if step > self.written]
         return {"at": min([passed, *unwritten])}
 
     def keeps(self, step: int) -> bool:
-        """Return whether to keep the state after a step.
+        """Return whether to keep the state after a step in the store.
 
         After this call, other runs can no longer request a node at this step.
         """
@@ -240,7 +241,7 @@ class LeaseHolder:
         return kept
 
     def other_run(self, step: int) -> OtherRun | None:
-        """Return the other run that trains most steps of this run with the scores that this run needs."""
+        """Return the run that will train the most steps for this run, with all scores that this run needs."""
         others = []
         limit = self.course.certain_until(step)
         for key, holder in self.leases.active().items():
@@ -253,11 +254,11 @@ class LeaseHolder:
         return max(others, default=None)
 
     def _meeting(self, key: str, holder: Row, fork: int, limit: int) -> int:
-        """Return the step of the next shared node that another run will write, or 0 if there is none."""
+        """Return the step of the next shared node that another run will write, or 0 for no such node."""
         target = self.course.steps.get(key, 0)
         if 0 < target <= limit:
             return target
-        # the other run has another target, but this run can request a node at the fork in time
+        # the other run has a different target, but this run may be early enough to request a node at the fork
         at = holder.get("at")
         return fork if isinstance(at, int) and at < fork else 0
 
@@ -271,7 +272,7 @@ class LeaseHolder:
         return isinstance(scores, list) and same_spans and all(score in scores for score in needed)
 
     def fork(self, key: str, holder: Row) -> int:
-        """Return the last step that this run shares with the holder of a lease, or 0 if it is unknown."""
+        """Return the last step that this run shares with the holder of a lease, or 0 if unknown."""
         known = (key, str(holder.get("run")))
         if known not in self._forks:
             self._forks[known] = 0
@@ -281,7 +282,7 @@ class LeaseHolder:
 
     def _shared_steps(self, key: str, holder: Row) -> int:
         course = self.course
-        same_start = holder["root"] == course.keys[0]  # equal roots mean equal data and machines
+        same_start = holder["root"] == course.keys[0]  # equal first keys mean equal data and equal machines
         if self.device.world > 1 or not same_start:
             return 0
         plan = Plan(from_dict(holder["config"]), course.plan.train_tokens, holder.get("fired", ()))
@@ -296,11 +297,11 @@ class LeaseHolder:
         if not other.fork or key == other.key or key in self._requested:
             return
         self._requested.add(key)
-        with suppress(OSError):  # without the request, the node may be missing
+        with suppress(OSError):  # if the request fails, the other run may not write the node
             self.store.want(key, self.course.cfg.run_id)
 
     def free(self) -> None:
-        """Release the lease, so that other runs do not wait."""
+        """Release the lease, so that no other run waits for this run."""
         if self.lease:
             self.lease.release(unfinished=True)
             self.lease = None
@@ -318,8 +319,8 @@ class NodeWriter:
         self.note = note
         self.on = True
         self.before = (0, course.keys[0])  # step and key of the last node
-        self.rows: list[Row] = []  # all rows since the last node
-        self.since = time.perf_counter()  # start time of training after the last node
+        self.rows: list[Row] = []  # all log rows since the last node
+        self.since = time.perf_counter()  # the time at which training continued after the last node
         self._thread = ThreadPoolExecutor(1, "store")
         self._writing: Future[bool] | None = None
         self._pending: Node | None = None  # the node that is being written
@@ -365,13 +366,13 @@ class NodeWriter:
         self._writing = self._thread.submit(self._write, node, tensors, lease)
 
     def continue_from(self, node: Node) -> None:
-        """Start to collect the rows after a node."""
+        """Start collecting the log rows that follow a node."""
         self.before = (node.step, node.key)
         self.rows = []
         self._pending = None
 
     def _write(self, node: Node, tensors: dict[str, Any], lease: Lease | None) -> bool:
-        """Write a node. Return whether it is in the store."""
+        """Write a node. Return whether the node is now in the store."""
         try:
             self.store.begin(node.root, self.course.begun)
             if node.begins and not self.store.files.exists(f"nodes/{node.parent}"):
@@ -397,7 +398,7 @@ class NodeWriter:
         return False
 
     def unwritten(self) -> tuple[tuple[int, str], list[Row]]:
-        """Return the step and key of the last stored node, and all rows since this node."""
+        """Return the step and the key of the last stored node, and all log rows since this node."""
         written = self._writing is not None and self._writing.done() and self._writing.result()
         if not self._pending or not self._writing or written:
             return self.before, self.rows
@@ -415,7 +416,7 @@ class NodeWriter:
 
 
 class Sharing:
-    """Manage how a run uses the store: it reuses nodes, waits for other runs, and writes nodes."""
+    """Manage how a run uses the store: reuse nodes, wait for other runs, and write nodes."""
 
     def __init__(
         self,
@@ -446,12 +447,16 @@ class Sharing:
         self.on_lost_steps_recovered: Callable[[], None] = lambda: None
 
     def begin(self, lost_steps: set[int], on_lost_steps_recovered: Callable[[], None]) -> None:
-        """Start a session. The callback is called after lost steps were recovered from the store."""
+        """Start a session.
+
+        lost_steps: the steps that this run trained but lost when a session ended.
+        on_lost_steps_recovered: a function to call after lost steps were recovered from the store.
+        """
         self.lost_steps = lost_steps
         self.on_lost_steps_recovered = on_lost_steps_recovered
 
     def follow(self, plan: Plan) -> None:
-        """Use a plan that growth has changed."""
+        """Switch to a plan that growth has changed."""
         self.course.follow(plan)
         self.holder.follow()
 
@@ -460,7 +465,7 @@ class Sharing:
         self.writer.rows.append(row)
 
     def keeps(self, step: int) -> bool:
-        """Return whether to keep the state after a step. Call this method before the step."""
+        """Return whether to keep the state after a step in the store. Call this method before the step."""
         return self.holder.keeps(step)
 
     # -- reusing nodes
@@ -496,7 +501,7 @@ class Sharing:
                     if lease and lease.info["step"] <= state.step:
                         self.holder.free()
                     if self.unscored or self.course.plan.undecided:
-                        return  # score the state and decide about growth first
+                        return  # the caller must first score the state and decide about growth
                     continue
                 if self.holder.lease or not self.writer.on:
                     return
@@ -511,7 +516,7 @@ class Sharing:
                 elif self._take_lease(state.step):
                     if not self.reads:
                         return
-                    continue  # another run may just have published the node
+                    continue  # another run may have published the node in the meantime
             except OSError as e:
                 reason = e.strerror or e
                 self.writer.stop(
@@ -536,7 +541,7 @@ class Sharing:
         rival = self._other_run(step)
         if self.holder.lease and not rival:
             return True
-        if rival:  # the run that continues first must know about the fork
+        if rival:  # whichever run continues first must write a node at the fork
             self.holder.want(rival)
         self.holder.free()
         return False
@@ -590,7 +595,7 @@ class Sharing:
         for row in self.reader.rows_for_run(path, first, written):
             if row["event"] == "eval":
                 scored = scored or row["step"] == last
-                # the other run may have another growth schedule
+                # compute the growth figures again, because the other run may have another growth schedule
                 row = {key: value for key, value in row.items() if key not in FIGURES}
                 row |= growth.figures(row["step"])
             target = log if row["event"] in LOSSES else journal
@@ -645,20 +650,20 @@ class Sharing:
     # -- the checkpoints of the run
 
     def checkpoint_meta(self, step: int) -> Row | None:
-        """Return the data of a checkpoint that the next node needs, or None if no nodes are written."""
-        if not self.writer.on:  # rows may be missing
+        """Return the checkpoint data that the next node will need, or None if no nodes are written."""
+        if not self.writer.on:  # after an error, log rows may be missing
             return None
         before, rows = self.writer.unwritten()
         return {"key": self.course.keys[step], "before": list(before), "rows": rows}
 
     def restore(self, meta: Row | None, step: int) -> None:
-        """Continue from the data of a checkpoint."""
+        """Restore the data that `checkpoint_meta` returned when the checkpoint was saved."""
         if not meta:
             steps = f"the steps up to {step} were trained without a store"
             self.writer.stop(f"{steps}: no steps of this run are kept in the store")
             return
         if meta["key"] != self.course.keys[step]:
-            # the state has other bits, so it must not be stored with the keys of this run
+            # the state has different bits, so the state must not be stored with the keys of this run
             self.reads = False
             steps = f"the steps up to {step} were trained elsewhere and have other bits"
             self.writer.stop(f"{steps}: this run neither reads from the store nor adds to it")
@@ -667,13 +672,13 @@ class Sharing:
         self.writer.rows = list(meta["rows"])
 
     def close(self) -> None:
-        """Finish writing, and release the lease on the next node."""
+        """Wait until all nodes are written, and release the lease on the next node."""
         self.writer.close()
         self.holder.free()
 
 
 class NoSharing:
-    """Replace `Sharing` in a run without a store."""
+    """The replacement for `Sharing` in a run without a store."""
 
     def begin(self, lost_steps: set[int], on_lost_steps_recovered: Callable[[], None]) -> None: ...
 

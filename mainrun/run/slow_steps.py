@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
-WINDOW = 5.0  # seconds of training per check
-LEAST_CORES = 1.1  # two threads that do not wait use more cores than this on average
+WINDOW = 5.0  # seconds of training before each check
+LEAST_CORES = 1.1  # the minimum average number of cores that two threads use if no thread waits
 
 
 class SlowSteps:
@@ -29,7 +29,7 @@ class SlowSteps:
             self._started = (time.perf_counter(), time.process_time())
 
     def check(self, steps: int) -> str:
-        """Stop the clocks after some steps. If the steps were slow, return a warning once, otherwise ""."""
+        """Stop the clocks after some steps. Return a warning the first time that steps are slow, or ""."""
         if not self.on:
             return ""
         self.steps += steps

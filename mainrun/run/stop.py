@@ -1,4 +1,4 @@
-"""Stop a run when it receives a signal."""
+"""Stop a run when the process receives a signal."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 class StopSignal:
     """Remember the first SIGTERM or SIGINT, so that a run stops between two steps.
 
-    A second SIGINT stops the run immediately.
+    A SIGINT after the first signal stops the run immediately.
     """
 
-    last = ""  # name of the last signal, even if it came too late to stop a session
+    last = ""  # name of the last signal, even if the signal came too late to stop a session
 
     def __init__(self) -> None:
         self.name = ""  # name of the received signal; "" if no signal was received

@@ -22,7 +22,7 @@ SCORE_FIELDS = ("step", "split", "official", "full", "loss", "bits_per_byte", "c
 def summarize(
     setup: Setup, plan: Plan, run: RunDir, state: State, accounts: Accounts, env: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the scores, the costs, the environment and the results of the checks."""
+    """Return the contents of summary.json: the scores, the costs, the environment and the check results."""
     cfg = setup.cfg
     evals = [row for row in run.rows() if row["event"] == "eval"]
     scores = best_and_last(evals)
@@ -32,7 +32,7 @@ def summarize(
     presentations = count_presentations(setup, plan, state)
     flops = sum(segment["flops"] for segment in segments)
     if not cfg.growth.ops:
-        flops = state.tokens * segments[0]["flops_per_token"]  # all processed tokens, including repetitions
+        flops = state.tokens * segments[0]["flops_per_token"]  # processed tokens include repetitions
     summary = {
         "run": cfg.run_id,
         "preset": cfg.preset,
@@ -106,11 +106,11 @@ def _score(row: dict[str, Any]) -> dict[str, Any]:
 def finish(
     run: RunDir, state: State, plan: Plan, accounts: Accounts, summary: dict[str, Any]
 ) -> dict[str, Any]:
-    """Add the duration of the run to the summary, and write the last files."""
+    """Add the duration of the run to the summary, and write status.json and summary.json."""
     seconds = sum(accounts.spent.values())
     trained = plan.tokens(plan.steps) - accounts.ledger["reused_tokens"]
     summary |= {"seconds": seconds, "tokens_per_s": trained / seconds, "spent": accounts.spent}
-    # Write the status first. A run with a summary never starts again, so its status could not be fixed.
+    # Write status.json first. A run with a summary.json never starts again, so a wrong status would remain.
     run.write("status.json", {"state": "done", "step": state.step, "steps": plan.steps})
     run.write("summary.json", summary)
     return summary
