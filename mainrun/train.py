@@ -1,6 +1,4 @@
-"""The whole trainer in one file: the model, the loss, the training step and the loop.
-
-Read this file from top to bottom. There are three ways to start the trainer:
+"""The whole trainer in one file: the model, the loss, the training step and the training loop.
 
     python -m mainrun.train --preset demo:optimized    # without checkpoints, store and growth
     mainrun train --preset optimized                   # with checkpoints, store and growth
@@ -54,10 +52,7 @@ Rope = tuple[Tensor, Tensor] | None
 
 
 def rope_table(length: int, width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Return the cosine and the sine of position * frequency for every position and every frequency.
-
-    Both tensors have the shape (T, h/2).
-    """
+    """Return the cosine and the sine of each position * frequency, as two tensors of shape (T, h/2)."""
     frequency = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
     return angle.cos().float(), angle.sin().float()
@@ -382,8 +377,7 @@ def compute_loss(
     if not inputs.rdrop:
         logits = model(x, pool).flatten(0, 1)  # (BT, V)
         return cross_entropy(logits, y.flatten(), inputs.label_smoothing, native)
-    # R-Drop runs the model twice on the same rows, with different dropout masks, and penalises differences
-    # between the two outputs
+    # R-Drop runs the model twice with different dropout masks, and penalises differences in the outputs
     logits = model(torch.cat([x, x]), pool).float().flatten(0, 1)  # (2BT, V)
     logp = F.log_softmax(logits, dim=-1)
     loss = F.nll_loss(logp, torch.cat([y, y]).flatten())
@@ -586,10 +580,7 @@ class Run(Protocol):
         """The plan of the run. Growth may replace the plan during training."""
 
     def settle(self) -> None:
-        """Exchange states with the store, and decide which growth operations fire.
-
-        If the store contains a later state, the run continues from that state.
-        """
+        """Save the state in the store or continue from a later stored state, then decide about growth."""
 
     def stop_reason(self) -> str:
         """Return the reason to stop before the next step, or an empty string."""
@@ -675,10 +666,7 @@ class Setup(NamedTuple):
 
 
 def set_up(cfg: TrainConfig, fired: Sequence[Any] = ()) -> Setup:
-    """Read the data of a config and plan the run.
-
-    fired: the decisions about growth operations that are passed to `Plan`.
-    """
+    """Read the data of a config and plan the run. fired: the decisions about growth ops, for `Plan`."""
     device = Device(cfg)
     corpus = load_corpus(cfg)
     with device.leader_first():  # the leader fills the token cache for the other processes

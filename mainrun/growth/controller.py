@@ -206,7 +206,7 @@ class Growth:
         return not waits
 
     def _reason(self, op: Op, last: int) -> str | None:
-        """Return the reason why an operation fires after this step, or None if the operation does not fire."""
+        """Return the reason why an operation fires after this step. Return None if it does not fire."""
         step = self.state.step
         losses = [entry for entry in self.losses if entry[0] <= step]
         return due(op.trigger, Facts(step, last, self.plan.tokens(step), self.plan.budget, losses))

@@ -97,7 +97,7 @@ def refusal(name: str, value: Any, rule: Rule) -> str:
 
 
 def unknown_keys(prefix: str, keys: Iterable[Any], allowed: Collection[str]) -> list[str]:
-    """Return one fault for each of the first ten unknown keys, and one fault that counts the remaining keys."""
+    """Return one fault for each of the first ten unknown keys, and one fault that counts all others."""
     unknown = [key for key in keys if key not in allowed]
     faults = []
     show = shown_key if prefix else shown

@@ -112,7 +112,7 @@ class NodeReader:
         self._reported: set[str] = set()
 
     def usable(self, step: int) -> Iterator[tuple[Node, list[Node]]]:
-        """Yield each usable node after a step, the latest node first, and the list of nodes up to this node."""
+        """Yield each usable node after a step, and the list of nodes up to this node. The latest is first."""
         course = self.course
         keys = self.store.node_keys()
         states: Container[str] | None = None
@@ -220,7 +220,7 @@ class LeaseHolder:
         self.lease = self.leases.acquire(course.keys[target], self.beat, **about)
 
     def beat(self) -> Row:
-        """Return the data that a heartbeat writes to the lease: the step up to which all nodes are written."""
+        """Return what a heartbeat writes to the lease file: the step up to which all nodes are written."""
         if self.device.world == 1:  # several processes would have to agree on the nodes to keep
             with suppress(OSError):
                 keys = self.store.wants() & self.course.steps.keys()
