@@ -56,7 +56,7 @@ def _shared_steps(a: Plan, b: Plan, end: int) -> int:
 
 
 def faults(space: Mapping[str, Any], base: TrainConfig) -> Iterator[str]:
-    """Yield each reason why a study cannot score its rungs with branches."""
+    """Yield each reason why a study cannot use branches."""
     instead = 'write score = "raw" under [rungs], or'
     for value in _possible_values("schedule", space, base):
         if value != "wsd":

@@ -114,7 +114,7 @@ class StudyDatabase:
         self.file = folder / "study.db"
         self.name = without_password(study.storage) or str(self.file)
         self.on_server = study.storage.startswith("postgresql")
-        self.write_failed = False  # True after an error during a write, which may still have stored its data
+        self.write_failed = False  # True once a write raised an error; the data may have been stored anyway
         self.storage, self.optuna_study = self._retry(self._open, opening=True)
         self.written = self._retry(self._count)
         digest = self._retry(lambda: self.optuna_study.user_attrs.get("digest"))

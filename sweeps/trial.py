@@ -87,4 +87,4 @@ class TrialRuns:
 
     cfg: TrainConfig
     stops: tuple[int, ...]
-    branches: dict[int, TrainConfig]  # maps each rung to the config of the branch that scores the rung
+    branches: dict[int, TrainConfig]  # rung -> config of the branch whose score is the score of the rung

@@ -50,8 +50,10 @@ def messages(tree: ast.Module) -> Iterator[str]:
         if isinstance(node, ast.Raise) or (
             isinstance(node, ast.keyword) and node.arg in ("help", "fix", "description")
         ):
+            filled = [part for part in ast.walk(node) if isinstance(part, ast.JoinedStr)]
+            pieces = {id(piece) for text in filled for piece in ast.walk(text)}
             for part in ast.walk(node):
-                if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                if isinstance(part, ast.Constant) and isinstance(part.value, str) and id(part) not in pieces:
                     yield part.value
                 elif isinstance(part, ast.JoinedStr):
                     yield "".join(str(v.value) if isinstance(v, ast.Constant) else "..." for v in part.values)
