@@ -46,7 +46,7 @@ WARM = (
     "sweeps.confirm",
     "sweeps.export",
     "sweeps.folder",
-    "sweeps.record",
+    "sweeps.database",
     "sweeps.sampling",
     "sweeps.branch",
     "sweeps.engine.local",

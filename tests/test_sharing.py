@@ -1677,7 +1677,7 @@ def test_random_kills_and_damage_cost_no_bit_and_no_run(
         store = Store(tmp_path / "store", size=rng.choice([200_000, 10**9, 10**9]))
         cfg = rng.choice(configs)
         steps = scratch[cfg.run_id]["steps"]
-        kill = rng.choice([rng.randint(1, steps), None])
+        kill_step = rng.choice([rng.randint(1, steps), None])
         left = rng.choice([None, rng.randint(1, 30)])
         fresh = rng.random() < 0.1
         try:
@@ -1686,7 +1686,7 @@ def test_random_kills_and_damage_cost_no_bit_and_no_run(
                 tmp_path / "runs",
                 store=store,
                 fresh=fresh,
-                progress=Watch({kill: kill} if kill else {}),
+                progress=Watch({kill_step: kill} if kill_step else {}),
             )
         except Killed:
             killed += 1

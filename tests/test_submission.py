@@ -312,7 +312,7 @@ def test_a_run_of_other_code(copy: Path) -> None:
     with (copy / "mainrun" / "train.py").open("a") as f:
         f.write("# edited after the run\n")
     commit(copy)
-    sources = "was trained by source [0-9a-f]{12}, commit [0-9a-f]{12} is source [0-9a-f]{12}"
+    sources = "was trained by source [0-9a-f]{12}, but commit [0-9a-f]{12} is source [0-9a-f]{12}"
     refused(copy, f"{sources}; check out the commit that trained it")
 
 
