@@ -28,10 +28,11 @@ from torch import Tensor, nn
 
 import mainrun.core.frozen_torch  # noqa: F401  imported first, because it speeds up the imports below
 from mainrun.config import TrainConfig
-from mainrun.core.average import Average
+from mainrun.core.average import Average, copy_tensors
 from mainrun.core.device import Device
 from mainrun.core.dropout import Masks, dropout_sites
-from mainrun.core.kernels import attend, cross_entropy, gelu, linear, rms_norm
+from mainrun.core.kernels import attend, cross_entropy, gelu, linear
+from mainrun.core.layers import Linear, RMSNorm, cast, make_norm, rope_table, rotate
 from mainrun.core.optimizers import Optimizers
 from mainrun.core.pending_losses import PendingLosses, StepRow
 from mainrun.data import scoring
@@ -39,7 +40,7 @@ from mainrun.data.batches import Batches
 from mainrun.data.corpus import Corpus, load_corpus
 from mainrun.data.token_cache import TokenData, prepare
 from mainrun.data.tokenizer import EOS
-from mainrun.errors import Interrupted, MainrunError, RunError, UsageError
+from mainrun.errors import Interrupted, MainrunError, UsageError
 from mainrun.plan.plan import Plan, StepInputs
 from mainrun.plan.recipes import load
 from mainrun.plan.seeds import seed_from
@@ -49,54 +50,6 @@ from mainrun.plan.seeds import seed_from
 # h head width, V vocabulary size.
 
 Rope = tuple[Tensor, Tensor] | None
-
-
-def rope_table(length: int, width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Return the cosine and the sine of each position * frequency, as two tensors of shape (T, h/2)."""
-    frequency = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-    angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
-    return angle.cos().float(), angle.sin().float()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary position embedding to queries or keys `x` of shape (B, heads, T, h)."""
-    a, b = x.chunk(2, dim=-1)
-    cos = cos[: x.size(-2)].to(x.dtype)
-    sin = sin[: x.size(-2)].to(x.dtype)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square normalisation with a learned gain per channel."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight)
-
-
-def make_norm(cfg: TrainConfig) -> nn.Module:
-    if cfg.norm == "rmsnorm":
-        return RMSNorm(cfg.d_model)
-    return nn.LayerNorm(cfg.d_model, bias=cfg.bias)
-
-
-def cast(x: Tensor) -> Tensor:
-    """Cast `x` to bfloat16 under autocast. One cast of the input is faster than one cast per projection."""
-    return x.bfloat16() if torch.is_autocast_enabled(x.device.type) else x
-
-
-class Linear(nn.Linear):
-    """A linear layer that uses the matrix product of `mainrun.core.kernels`."""
-
-    def effective_weight(self) -> Tensor:
-        """Return the weight of the layer. Subclasses add low-rank terms to the weight."""
-        return self.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
@@ -425,31 +378,12 @@ class State:
 
     def load(self, tensors: dict[str, Tensor], step: int, tokens: int) -> None:
         """Load saved tensors whose names and shapes match this model."""
-        params = dict(self.model.named_parameters())
-        unknown = {name for name in tensors if name.startswith("model/")} - {
-            f"model/{name}" for name in params
-        }
-        if unknown:
-            fix = "build the model as it was when the state was saved"
-            raise RunError(f"the state holds {min(unknown)}, the model does not; {fix}")
+        copy_tensors("model", tensors, dict(self.model.named_parameters()))
+        self.average.load(tensors)
+        self.optimizers.load({name: t for name, t in tensors.items() if name.startswith("optimizer/")})
         self.step = step
         self.tokens = tokens
-        self.average.differs = any(name.startswith("average/") for name in tensors)
-        scored = "average" if self.average.differs else "model"
-        with torch.no_grad():
-            for name, p in params.items():
-                p.copy_(self._fitting(tensors[f"model/{name}"], p, name))
-            for name, t in self.average.shadow.items():
-                t.copy_(self._fitting(tensors[f"{scored}/{name}"], t, name))
-        self.optimizers.load({name: t for name, t in tensors.items() if name.startswith("optimizer/")})
         self.generation += 1
-
-    @staticmethod
-    def _fitting(tensor: Tensor, target: Tensor, name: str) -> Tensor:
-        if tensor.shape != target.shape:  # copy_ would silently broadcast a tensor of another shape
-            got = f"{name} has shape {tuple(tensor.shape)} in the state"
-            raise RunError(f"{got} and {tuple(target.shape)} in the model; restore the state that was saved")
-        return tensor
 
 
 class TrainStep:
@@ -658,11 +592,9 @@ class Setup(NamedTuple):
 
     def start(self) -> State:
         """Return the initial state."""
-        state = State(self.cfg, build(self.cfg, self.data.tokenizer.vocab_size).to(self.device.torch_device))
-        state.model.set_dropout(
-            self.plan.at(0), self.device.attention
-        )  # set the dropout rates now, because the model may be scored before the first step
-        return state
+        model = build(self.cfg, self.data.tokenizer.vocab_size).to(self.device.torch_device)
+        model.set_dropout(self.plan.at(0), self.device.attention)  # the model may be scored before step 1
+        return State(self.cfg, model)
 
 
 def set_up(cfg: TrainConfig, fired: Sequence[Any] = ()) -> Setup:

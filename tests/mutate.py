@@ -65,6 +65,7 @@ MIRRORS = {
     "mainrun/core/dropout.py": "test_model test_kernels test_train_rows",
     "mainrun/core/frozen_torch.py": "test_plain_run test_train",
     "mainrun/core/hardware.py": "test_device test_kernels",
+    "mainrun/core/layers.py": "test_model test_train_rows",
     "mainrun/core/lora.py": "test_layers test_layers_rows",
     "mainrun/core/machine_class.py": "test_device test_lineage",
     "mainrun/core/moe.py": "test_layers test_layers_rows",

@@ -23,30 +23,28 @@ from mainrun.core.machine_class import HASHED
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("mainrun", "sweeps", "reports")
 
-# What each part may import. A part is a folder or a file right below mainrun, or a whole package next to it.
-# In one sentence: core knows nothing of the rest; train knows core, plan and data; run knows train; checks,
-# sweeps and reports know run.
+# What each part may import besides itself and mainrun.errors. A part is a folder or a file right below
+# mainrun, or a whole package next to it. A part without a row imports nothing else. In one sentence: core
+# knows nothing of the rest; train knows core, plan and data; run knows train; checks, sweeps and reports know
+# run.
 MAY_IMPORT = {
-    "errors": "",
-    "stats": "",
-    "files": "errors",
-    "config": "errors files plan data.sources",
-    "plan": "errors files config",
-    "core": "errors files config plan",
-    "data": "errors files config plan core",
-    "train": "errors config plan core data",
-    "store": "errors files config plan",
-    "growth": "errors config plan core train store",
-    "run": "errors files config plan core data train store growth checks.guards",
-    "checks": "errors files config plan core data train store growth run",
-    "replay": "errors plan core data train store growth checks",
-    "ui": "errors files config plan core data train store growth run checks",
-    "bench": "errors files config plan core data train store run ui",
-    "sweeps": "errors files config plan core data store stats run ui",
-    "reports": "errors files config plan store stats ui",
-    "cli": "*",
-    "__main__": "cli",
+    "config": "files plan data.sources",
+    "plan": "files config",
+    "core": "files config plan",
+    "data": "files config plan core",
+    "train": "config plan core data",
+    "store": "files config plan",
+    "growth": "config plan core train store",
+    "run": "files config plan core data train store growth checks.guards",
+    "checks": "files config plan core data train store growth run",
+    "replay": "plan core data train store growth checks",
+    "ui": "files config plan core data train store growth run checks",
+    "bench": "files config plan core data train store run ui",
+    "sweeps": "files config plan core data store stats run ui",
+    "reports": "files config plan store stats ui",
 }
+ALONE = ("errors", "stats", "files")
+ENTRY_POINTS = ("cli", "__main__")  # may import everything
 
 # What starts at once, and the libraries that must therefore wait until a function needs them.
 LIGHT = (
@@ -91,7 +89,7 @@ NOT_HASHED = {
 }
 
 MOST_FILES_AT_THE_TOP = 8  # of mainrun/
-MOST_LINES = {"mainrun/train.py": 750}
+MOST_LINES = {"mainrun/train.py": 690}
 # per 1,000 lines: over all files, and for single files
 MOST_PER_1000 = {"conditional expressions": 15, "comprehensions": 30}
 MOST_IN_TRAIN = {"conditional expressions": 20}
@@ -163,15 +161,16 @@ def part_of(dotted: str) -> str:
 def wrong_imports(root: Path) -> list[str]:
     graph = import_graph(root)
     parts = {part_of(dotted) for dotted in graph} - {""}
-    wrong = [f"{part} has no row in MAY_IMPORT" for part in sorted(parts - set(MAY_IMPORT))]
+    unknown = parts - set(MAY_IMPORT) - set(ALONE) - set(ENTRY_POINTS)
+    wrong = [f"{part} has no row in MAY_IMPORT" for part in sorted(unknown)]
     for dotted, targets in graph.items():
         part = part_of(dotted)
-        allowed = MAY_IMPORT.get(part, "*").split()
-        if not part or "*" in allowed:
+        if not part or part in ENTRY_POINTS or part in unknown:
             continue
+        allowed = MAY_IMPORT.get(part, "").split()
         for target, line in targets.items():
             inside = target.removeprefix("mainrun.")
-            if target == "mainrun" or part_of(target) in (part, *allowed) or inside in allowed:
+            if target == "mainrun" or part_of(target) in (part, "errors", *allowed) or inside in allowed:
                 continue
             wrong.append(f"{dotted}:{line}: {part} must not import {target}")
     return wrong
@@ -236,6 +235,7 @@ def test_no_modules_import_each_other() -> None:
             {"reports__load": "import sweeps.ledger", "sweeps__ledger": ""},
             "reports must not import sweeps.ledger",
         ),
+        ({"mainrun__files__locks": "import mainrun.config", "mainrun__config": ""}, "files must not import"),
         ({"mainrun__novelty__thing": ""}, "novelty has no row"),
     ],
 )
@@ -472,10 +472,10 @@ def test_a_ninth_file_at_the_top_is_named(tmp_path: Path) -> None:
 
 
 def test_a_trainer_of_too_many_lines_is_named(tmp_path: Path) -> None:
-    plant(tmp_path, mainrun__train="\n" * 749)
+    plant(tmp_path, mainrun__train="\n" * 689)
     assert too_long(tmp_path) == []
-    plant(tmp_path, mainrun__train="\n" * 750)
-    assert too_long(tmp_path) == ["mainrun/train.py has 751 lines, at most 750 are allowed"]
+    plant(tmp_path, mainrun__train="\n" * 690)
+    assert too_long(tmp_path) == ["mainrun/train.py has 691 lines, at most 690 are allowed"]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from mainrun.config import TrainConfig, from_dict
 from mainrun.core.average import Average
 from mainrun.core.device import Device
 from mainrun.core.dropout import Masks, dropout_sites
+from mainrun.core.layers import rope_table, rotate
 from mainrun.core.optimizers import Muon, Optimizers
 from mainrun.data.tokenizer import EOS
 from mainrun.plan.plan import Plan, StepInputs
@@ -29,7 +30,7 @@ from mainrun.plan.recipes import load
 from mainrun.run.session import train
 from mainrun.store import checkpoint
 from mainrun.store.rundir import RunDir
-from mainrun.train import GPT, build, compute_loss, rope_table, rotate
+from mainrun.train import GPT, build, compute_loss
 
 V = 53  # vocabulary
 T = 12  # tokens of context

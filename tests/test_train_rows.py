@@ -24,6 +24,7 @@ from mainrun import train as trainer
 from mainrun.config import TrainConfig, from_dict
 from mainrun.core.device import Device
 from mainrun.core.dropout import Masks, dropout_sites
+from mainrun.core.layers import RMSNorm, rope_table, rotate
 from mainrun.core.optimizers import Muon, Optimizers, ParamSchedule
 from mainrun.data.tokenizer import EOS
 from mainrun.errors import Diverged, Interrupted, RunError
@@ -38,7 +39,7 @@ from mainrun.run.session import train
 from mainrun.store import checkpoint
 from mainrun.store.nodes import Store
 from mainrun.store.rundir import RunDir
-from mainrun.train import GPT, RMSNorm, State, TrainStep, build, compute_loss, rope_table, rotate
+from mainrun.train import GPT, State, TrainStep, build, compute_loss
 
 V = 20  # vocabulary
 
@@ -728,7 +729,7 @@ def test_a_state_of_another_model_is_refused() -> None:
     tensors = {f"model/{n}": p.detach().clone() for n, p in state.model.named_parameters()}
     with pytest.raises(
         RunError,
-        match=r"the state holds model/a, the model does not; build the model as it was when",
+        match=r"the saved state contains model/a, but the model does not; build the model as it was when",
     ):
         state.load(tensors | {"model/b": torch.ones(1), "model/a": torch.ones(1)}, 7, 700)
     assert state.step == 0
@@ -741,7 +742,8 @@ def test_a_tensor_of_another_shape_is_refused(name: str) -> None:
     """Copying a scalar would fill the whole parameter with it."""
     state = stepped(config(ema=0.5), 0.5)
     tensors = {n: t.detach().clone() for n, t in state.tensors().items()} | {name: torch.tensor(1.0)}
-    with pytest.raises(RunError, match=r"norm.weight has shape \(\) in the state and \(8,\) in the model"):
+    expected = r"norm.weight has the shape \(\) in the saved state and \(8,\) in the model"
+    with pytest.raises(RunError, match=expected):
         state.load(tensors, 7, 700)
 
 

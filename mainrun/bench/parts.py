@@ -21,7 +21,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from mainrun.config import TrainConfig
 from mainrun.core.device import Device
 from mainrun.core.dropout import Masks
-from mainrun.train import GPT, Attention, RMSNorm
+from mainrun.core.layers import RMSNorm
+from mainrun.train import GPT, Attention
 
 PARTS = ("GEMM", "attention", "dropout", "norm", "loss", "optimiser", "other")
 LABEL = "part:"  # the prefix of the events that this module adds to the profile

@@ -6,10 +6,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mainrun.config import TrainConfig
+from mainrun.errors import RunError
 from mainrun.plan.plan import StepInputs
+
+
+def copy_tensors(prefix: str, saved: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
+    """Copy the saved tensors `prefix/name` into the targets, which have the same names and shapes."""
+    if not targets:
+        return
+    unknown = {name for name in saved if name.startswith(f"{prefix}/")} - {f"{prefix}/{n}" for n in targets}
+    if unknown:
+        raise RunError(
+            f"the saved state contains {min(unknown)}, but the model does not; "
+            "build the model as it was when the state was saved"
+        )
+    for name, target in targets.items():
+        tensor = saved[f"{prefix}/{name}"]
+        if tensor.shape != target.shape:  # copy_ would silently broadcast a tensor of another shape
+            raise RunError(
+                f"{name} has the shape {tuple(tensor.shape)} in the saved state and {tuple(target.shape)} in "
+                "the model; restore the state that was saved"
+            )
+        with torch.no_grad():
+            target.copy_(tensor)
 
 
 class Average:
@@ -22,7 +44,7 @@ class Average:
         self.live = dict(model.named_parameters())
         self.on = bool(cfg.ema or cfg.swa)
         self.differs = False  # True if the average may differ from the weights
-        self.shadow: dict[str, torch.Tensor] = {}
+        self.shadow: dict[str, Tensor] = {}
         if self.on:
             self.shadow = {name: p.detach().clone() for name, p in self.live.items()}
 
@@ -33,10 +55,15 @@ class Average:
             weights = [p.detach() for p in self.live.values()]
             torch._foreach_lerp_(list(self.shadow.values()), weights, inputs.average)
 
-    def separate(self, averages: dict[str, torch.Tensor]) -> None:
+    def separate(self, averages: dict[str, Tensor]) -> None:
         """Replace the running averages with the given averages, which may differ from the weights."""
         self.differs = True
         self.shadow = {name: average.detach() for name, average in averages.items()}
+
+    def load(self, saved: dict[str, Tensor]) -> None:
+        """Load saved averages. If the state contains none, the averages are equal to the saved weights."""
+        self.differs = any(name.startswith("average/") for name in saved)
+        copy_tensors("average" if self.differs else "model", saved, self.shadow)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
