@@ -11,6 +11,7 @@ This module does not import torch, because importing torch would slow down the s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -35,6 +36,7 @@ from mainrun.plan.ops import Fault, Schedule, walk
 from mainrun.plan.optimizers import OPTIMIZERS
 
 MIN_COVERAGE = 0.97  # the share of val that an official score must cover to be comparable with other scores
+LETTERS = {"D": "dense", "M": "Mixture-of-Depths", "S": "surprise pairs", "T": "temporal surprise"}
 # the values that the public task prescribes
 TASK = {"seed": 1337, "epochs": 7, "max_steps": 0, "val_frac": 0.1, "num_titles": 100_000}
 
@@ -180,6 +182,33 @@ class TrainConfig(BaseModel):
         "renormalised",
         "renormalised: softmax over the chosen experts; softmax: over all experts, not renormalised",
     )
+    block_pattern: str = static(
+        "D",
+        "kind of each layer, repeated over the layers: D dense, M Mixture-of-Depths, S surprise pairs, "
+        "T temporal surprise",
+    )
+    capacity: float = scheduled(0.5, "fraction of a row's tokens that a routed block processes", gt=0, le=1)
+    gate: Literal["soft", "straight"] = static(
+        "soft",
+        "soft: the gate scales the change that a routed block makes; "
+        "straight: the gate is 1 in the forward pass and has a gradient",
+    )
+    route: Literal["auto", "own", "student"] = static(
+        "auto",
+        "score that selects tokens in evaluation: of the router (own) or of its student; "
+        "auto: own for M and S, student for T",
+    )
+    prior_factor: float = static(
+        0.0625, "hidden width of the predictor in S and T, as a fraction of d_model", gt=0, le=4
+    )
+    sharpness: float = scheduled(0.3, "sharpness of the surprise of S and T after the warm-up", gt=0, le=1000)
+    sharpness_end: float = scheduled(6.0, "sharpness of the surprise at the last step", gt=0, le=1000)
+    prior_loss: float = scheduled(0.05, "weight of the predictor's loss in S and T", ge=0, le=100)
+    student_loss: float = scheduled(0.01, "weight of the student's loss in routed blocks", ge=0, le=100)
+    router_loss: float = scheduled(
+        0.01, "weight of the cross entropy of M's scores with the selection", ge=0, le=100
+    )
+    router_z_loss: float = scheduled(0.0001, "weight of the mean square of M's scores", ge=0, le=100)
     attn_lora_rank: int = static(0, "rank of the low-rank terms on q, k, v and o; 0: none", ge=0, le=65_536)
     embed_lora_rank: int = static(
         0, "rank of the low-rank term on the token embedding, and on a tied head; 0: none", ge=0, le=65_536
@@ -195,6 +224,15 @@ class TrainConfig(BaseModel):
     lr: float = scheduled(6e-3, "peak learning rate (muon: of the matrices only)", gt=0, le=1000)
     lr_aux: float = scheduled(
         0.0, "peak learning rate of the embeddings, head, gains and biases; 0: same as lr", ge=0, le=1000
+    )
+    lr_router: float = scheduled(
+        0.0, "peak learning rate of the routers of M, S and T; 0: same as lr_aux", ge=0, le=1000
+    )
+    lr_prior: float = scheduled(
+        0.0, "peak learning rate of the predictors of S and T; 0: same as lr_aux", ge=0, le=1000
+    )
+    lr_student: float = scheduled(
+        0.0, "peak learning rate of the students of routed blocks; 0: same as lr_aux", ge=0, le=1000
     )
     momentum: float = static(0.0, "momentum of SGD and of Muon (Nesterov)", ge=0, lt=1)
     beta1: float = static(0.9, "beta1 of AdamW", ge=0, lt=1)
@@ -300,6 +338,7 @@ class TrainConfig(BaseModel):
     def _check_combinations(self) -> Self:
         self._check_heads()
         self._check_layers()
+        self._check_pattern()
         self._check_batch()
         self._check_regularisation()
         self._check_warmup()
@@ -345,6 +384,28 @@ class TrainConfig(BaseModel):
                 f"frozen={list(self.frozen)} is not allowed with n_layer={self.n_layer}; "
                 f"list layers of 0..{self.n_layer - 1}, each once, in order"
             )
+
+    def _check_pattern(self) -> None:
+        pattern = self.block_pattern
+        got = f"block_pattern={inputs.shown(pattern, 80)}"
+        unknown = sorted({letter for letter in pattern if letter not in LETTERS})
+        if unknown:
+            known = ", ".join(f"{letter} ({name})" for letter, name in LETTERS.items())
+            raise ValueError(f"{got} contains {unknown[0]!r}; use the letters {known}")
+        if not 1 <= len(pattern) <= self.n_layer:
+            raise ValueError(
+                f"{got} has {len(pattern)} letters for n_layer={self.n_layer} layers; "
+                f"write 1 to {self.n_layer} letters, because the pattern is repeated over the layers"
+            )
+        if pattern[0] != "D":
+            raise ValueError(f"{got} makes the first layer {pattern[0]!r}; begin the pattern with D")
+        letters = self.letters
+        for layer in self.routed_layers:
+            if letters[layer] == "S" and letters[layer - 1] != "D":
+                raise ValueError(
+                    f"{got} puts S in layer {layer} after {letters[layer - 1]!r} (layers: {letters}); "
+                    "put a D before each S, because S measures the change made by the preceding D block"
+                )
 
     def _check_batch(self) -> None:
         if self.max_steps and self.growth.ops:
@@ -428,6 +489,23 @@ class TrainConfig(BaseModel):
         if self.mlp == "swiglu":
             return -(-8 * self.d_model // 3 // 64) * 64
         return 4 * self.d_model
+
+    @property
+    def letters(self) -> str:
+        """The kind of each layer, as one letter per layer."""
+        repeats = -(-self.n_layer // len(self.block_pattern))
+        return (self.block_pattern * repeats)[: self.n_layer]
+
+    @property
+    def routed_layers(self) -> tuple[int, ...]:
+        """The layers whose blocks have a router."""
+        return tuple(layer for layer, letter in enumerate(self.letters) if letter != "D")
+
+    @property
+    def prior_width(self) -> int:
+        """The hidden width of the predictors of S and T, which is even."""
+        width = math.ceil(self.d_model * self.prior_factor - 1e-9)
+        return max(2, width + width % 2)
 
     @property
     def dropouts(self) -> tuple[float, float, float]:

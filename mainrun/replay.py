@@ -128,7 +128,7 @@ def replay_steps(run: RunDir, n: int) -> dict[str, Any]:
     finished = growth.state.step == growth.plan.steps
     result = replay.facts() | {"steps": growth.state.step, "rows": rows}
     if end is not None:
-        scores = score(replay.cfg, replay.data, end.state)
+        scores = score(replay.setup, end.plan, end.state)
         result["last"] = [row | end.figures(end.state.step) for row in scores]
         result["weights"] = hash_scored_weights(end.state)
     elif checkpoint.paths(run.checkpoints):

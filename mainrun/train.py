@@ -32,9 +32,10 @@ from mainrun.core.average import Average, copy_tensors
 from mainrun.core.device import Device
 from mainrun.core.dropout import Masks, dropout_sites
 from mainrun.core.kernels import attend, cross_entropy, gelu, linear
-from mainrun.core.layers import Linear, RMSNorm, cast, make_norm, rope_table, rotate
+from mainrun.core.layers import Context, Linear, RMSNorm, cast, make_norm, rope_table, rotate
 from mainrun.core.optimizers import Optimizers
 from mainrun.core.pending_losses import PendingLosses, StepRow
+from mainrun.core.routing import Router, RoutingInfo, combine, count_numbers, numbers_of, selected_shares
 from mainrun.data import scoring
 from mainrun.data.batches import Batches
 from mainrun.data.corpus import Corpus, load_corpus
@@ -48,8 +49,6 @@ from mainrun.plan.seeds import seed_from
 # ------------------------------------------------------------------------------------------------------------
 # The model. The letters in shapes mean: B rows, T tokens, D model width, H query heads, K key/value heads,
 # h head width, V vocabulary size.
-
-Rope = tuple[Tensor, Tensor] | None
 
 
 class Attention(nn.Module):
@@ -94,45 +93,45 @@ class Attention(nn.Module):
         """Reshape (B, T, heads * h) to (B, heads, T, h)."""
         return x.unflatten(-1, (-1, self.width)).transpose(1, 2)
 
-    def forward(
-        self, x: Tensor, bias: Tensor | None, rope: Rope, v_first: Tensor | None, masks: Masks | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Context, dropout: bool = True) -> tuple[Tensor, Tensor]:
         """Return the output (B, T, D) and the values (B, K, T, h). Later layers may reuse the values."""
         x = cast(x)  # (B, T, D)
         q, k, v = self.project(x)
         q = self.q_norm(q)  # (B, H, T, h)
         k = self.k_norm(k)  # (B, K, T, h)
-        if self.first_share is not None and v_first is not None:
-            v = torch.lerp(v, v_first, self.first_share.to(v.dtype))  # (B, K, T, h)
-        if rope:
-            q = rotate(q, *rope)
-            k = rotate(k, *rope)
+        if self.first_share is not None and context.v_first is not None:
+            v = torch.lerp(v, context.v_first, self.first_share.to(v.dtype))  # (B, K, T, h)
+        if context.rope:
+            q = rotate(q, *context.rope)
+            k = rotate(k, *context.rope)
         values = v
         if self.kv_heads != self.heads:
             k = k.repeat_interleave(self.heads // self.kv_heads, dim=1)  # (B, H, T, h)
             values = v.repeat_interleave(self.heads // self.kv_heads, dim=1)  # (B, H, T, h)
-        y = self.weigh(q, k, values, bias, masks)  # (B, H, T, h)
+        y = self.weigh(q, k, values, context, dropout)  # (B, H, T, h)
         if self.gate is not None:
             gate = 2 * torch.sigmoid(self.gate(x))  # (B, T, H)
             y = y * gate.transpose(1, 2).unsqueeze(-1)
         y = y.transpose(1, 2).reshape(*x.shape[:2], -1)  # (B, T, H h)
         return self.o(y), v
 
-    def weigh(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, masks: Masks | None) -> Tensor:
+    def weigh(self, q: Tensor, k: Tensor, v: Tensor, context: Context, dropout: bool) -> Tensor:
         """Return softmax(q k' / sqrt(h) + bias) v, with dropout on the attention weights.
 
         The tensors q, k and v have the shape (B, H, T, h), like the result.
         """
+        bias = context.bias
         if self.fused:
-            p = self.dropout if self.training else 0.0  # the fused kernel generates the dropout masks itself
+            # the fused kernel generates the dropout masks itself
+            p = self.dropout if self.training and dropout else 0.0
             causal = bias is None
             return F.scaled_dot_product_attention(
                 q.to(v.dtype), k.to(v.dtype), v, bias, dropout_p=p, is_causal=causal
             )
         mask = None
-        if masks and self.dropout:
+        if context.masks and dropout and self.dropout:
             B, H, T, _ = q.shape
-            mask = masks.take((B, H, T, T))
+            mask = context.masks.take((B, H, T, T))
         assert bias is not None
         # autocast would convert the attention scores to float32 and back
         with torch.autocast(q.device.type, enabled=False):
@@ -168,7 +167,10 @@ def make_mlp(cfg: TrainConfig) -> nn.Module:
 
 
 class Block(nn.Module):
-    """A transformer block: attention, then an MLP. Both parts have a pre-norm and a residual connection."""
+    """A transformer block: attention, then an MLP. Both parts have a pre-norm and a residual connection.
+
+    If the block has a router, the router applies the block to the tokens that it selects.
+    """
 
     def __init__(self, cfg: TrainConfig, first: bool) -> None:
         super().__init__()
@@ -178,6 +180,7 @@ class Block(nn.Module):
         self.mlp = make_mlp(cfg)
         self.attn_scale = self.make_scale(cfg)
         self.mlp_scale = self.make_scale(cfg)
+        self.router: Router | None = None
         self.dropout = 0.0
 
     @staticmethod
@@ -192,10 +195,10 @@ class Block(nn.Module):
             y = y * scale
         return masks.drop(y, self.dropout) if masks else y
 
-    def forward(
-        self, x: Tensor, bias: Tensor | None, rope: Rope, v_first: Tensor | None, masks: Masks | None
-    ) -> tuple[Tensor, Tensor]:
-        y, v = self.attn(self.attn_norm(x), bias, rope, v_first, masks)
+    def forward(self, x: Tensor, context: Context, dropout: bool = True) -> tuple[Tensor, Tensor]:
+        """Process all tokens of `x`. Return the output (B, T, D) and the attention values (B, K, T, h)."""
+        masks = context.masks if dropout else None
+        y, v = self.attn(self.attn_norm(x), context, dropout)
         x = x + self.branch(y, self.attn_scale, masks)
         y = self.mlp(self.mlp_norm(x))
         return x + self.branch(y, self.mlp_scale, masks), v
@@ -205,6 +208,7 @@ class GPT(nn.Module):
     """The language model that a config describes."""
 
     causal: Tensor
+    sharpness: Tensor
     blocks: list[Block]
 
     def __init__(self, cfg: TrainConfig, vocab_size: int) -> None:
@@ -229,6 +233,7 @@ class GPT(nn.Module):
 
             add_low_rank(self, cfg)
         self.init_weights()
+        self.add_routers()
         for i in cfg.frozen:
             self.blocks[i].requires_grad_(False)
 
@@ -248,10 +253,30 @@ class GPT(nn.Module):
             if start_at_zero is not None:
                 nn.init.zeros_(start_at_zero.weight)
 
+    def add_routers(self) -> None:
+        """Add the routers. They are last, so that a dense model of the same seed has the same weights."""
+        if not self.cfg.routed_layers:
+            return
+        for layer in self.cfg.routed_layers:
+            self.blocks[layer].router = Router(self.cfg, self.cfg.letters[layer])
+        self.register_buffer("sharpness", torch.tensor(self.cfg.sharpness), persistent=False)
+
+    def set_inputs(self, inputs: StepInputs, attention: str) -> None:
+        """Set all values of a step that the model depends on."""
+        self.set_dropout(inputs, attention)
+        self.set_sharpness(inputs)
+
+    def set_sharpness(self, inputs: StepInputs) -> None:
+        """Set the sharpness of the routers for a step, in a buffer that CUDA graphs read."""
+        if self.cfg.routed_layers:
+            self.sharpness.fill_(inputs.sharpness)
+
     def set_dropout(self, inputs: StepInputs, attention: str) -> None:
-        """Set the dropout rates and the attention kernel for a step. Evaluation never applies dropout."""
+        """Set the dropout rates, the capacity and the attention kernel, which a CUDA graph may record."""
         self.dropout = inputs.dropout
         for block in self.blocks:
+            if block.router is not None:
+                block.router.capacity = inputs.capacity
             block.dropout = inputs.resid_dropout
             block.attn.dropout = inputs.attn_dropout
             block.attn.fused = attention == "sdpa"
@@ -283,34 +308,54 @@ class GPT(nn.Module):
             return self.embed.effective_weight()  # type: ignore[operator]
         return self.embed.weight
 
-    def forward(self, idx: Tensor, pool: Tensor | None = None) -> Tensor:
+    def forward(
+        self, idx: Tensor, pool: Tensor | None = None, routing_info: bool = False, topk: bool | None = None
+    ) -> Any:
         """Return the logits (B, T, V) of the next token at each position.
 
         Matrix products use the `dtype` of the config.
+
         pool: the dropout masks, or None to turn dropout off.
+        routing_info: whether to return the tuple (logits, RoutingInfo).
+        topk: whether routers select the best tokens of the whole row, which looks ahead. By default, they do
+            so in training only.
         """
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=self.cfg.dtype == "bfloat16"):
-            bias = self.attention_bias(idx)
-            masks = None if pool is None else Masks(pool)
+            context = self.context(idx, pool)
             x = self.embed(idx)  # (B, T, D)
             if self.positions is not None:
                 x = x + self.positions.weight[: idx.size(1)]
-            if masks:
-                x = masks.drop(x, self.dropout)
-            rope: Rope = None
-            if self.cfg.position == "rope":
-                rope = (self.cos, self.sin)  # type: ignore[assignment]
-            v_first = None
+            if context.masks:
+                x = context.masks.drop(x, self.dropout)
+            x_before = x
+            infos = []
             for block in self.blocks:
-                x, v = block(x, bias, rope, v_first, masks)
-                if v_first is None and self.cfg.value_residual:
-                    v_first = v
+                x_in = x
+                if block.router is None:
+                    x, v = block(x, context)
+                    if context.v_first is None and self.cfg.value_residual:
+                        context = context._replace(v_first=v)
+                else:
+                    look_ahead = self.training if topk is None else topk
+                    x, info = block.router(block, x, x_before, context, self.sharpness, look_ahead)
+                    infos.append(info)
+                x_before = x_in
             logits = linear(self.norm(x), self.output_weight())  # (B, T, V)
             if self.cfg.softcap:
                 logits = self.cfg.softcap * torch.tanh(logits / self.cfg.softcap)
             if self.cfg.unused_ids:
                 logits[..., -self.cfg.unused_ids :] = -torch.inf
+        if not routing_info:
             return logits
+        return logits, combine(infos, x)
+
+    def context(self, idx: Tensor, pool: Tensor | None) -> Context:
+        """Return what the blocks need besides their input."""
+        rope = None
+        if self.cfg.position == "rope":
+            rope = (self.cos[: idx.size(1)], self.sin[: idx.size(1)])  # type: ignore[index]
+        masks = None if pool is None else Masks(pool)
+        return Context(self.attention_bias(idx), rope, None, masks)
 
 
 def build(cfg: TrainConfig, vocab_size: int) -> GPT:
@@ -323,16 +368,44 @@ def build(cfg: TrainConfig, vocab_size: int) -> GPT:
 # The training loss
 
 
+class Loss(NamedTuple):
+    """The losses of a batch."""
+
+    minimized: Tensor
+    plain: Tensor  # the cross entropy in nats per token, which is logged
+    routing: RoutingInfo | None  # None for a dense model
+
+
 def compute_loss(
     model: nn.Module, x: Tensor, y: Tensor, inputs: StepInputs, pool: Tensor | None, native: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Return the training loss, and the cross entropy in nats per token that is logged."""
-    if not inputs.rdrop:
-        logits = model(x, pool).flatten(0, 1)  # (BT, V)
-        return cross_entropy(logits, y.flatten(), inputs.label_smoothing, native)
-    # R-Drop runs the model twice with different dropout masks, and penalises differences in the outputs
-    logits = model(torch.cat([x, x]), pool).float().flatten(0, 1)  # (2BT, V)
-    logp = F.log_softmax(logits, dim=-1)
+) -> Loss:
+    """Return the training loss of a batch, and the parts that are logged."""
+    if inputs.rdrop:
+        x = torch.cat([x, x])
+    routing = None
+    if inputs.capacity:
+        logits, routing = model(x, pool, routing_info=True)
+    else:
+        logits = model(x, pool)
+    logits = logits.flatten(0, 1)  # (BT, V), with R-Drop (2BT, V)
+    if inputs.rdrop:
+        loss, plain = rdrop(logits, y, inputs)
+    else:
+        loss, plain = cross_entropy(logits, y.flatten(), inputs.label_smoothing, native)
+    if routing is not None:
+        weights = (inputs.prior_loss, inputs.student_loss, inputs.router_loss, inputs.router_z_loss)
+        for weight, routing_loss in zip(weights, routing.losses, strict=True):
+            # a loss with a weight of 0 is added too, so that every parameter of a router has a gradient
+            loss = loss + weight * routing_loss
+    return Loss(loss, plain, routing)
+
+
+def rdrop(logits: Tensor, y: Tensor, inputs: StepInputs) -> tuple[Tensor, Tensor]:
+    """Return the R-Drop loss of two passes with different dropout masks, and the plain cross entropy.
+
+    R-Drop penalizes differences between the outputs of the two passes.
+    """
+    logp = F.log_softmax(logits.float(), dim=-1)
     loss = F.nll_loss(logp, torch.cat([y, y]).flatten())
     plain = loss.detach()
     if inputs.label_smoothing:
@@ -386,6 +459,11 @@ class State:
         self.generation += 1
 
 
+# the values of a step that the gradients do not depend on, or only through a buffer
+RATES = ("lr", "lr_aux", "lr_prior", "lr_router", "lr_student", "weight_decay")
+OUTSIDE_GRADIENTS = dict.fromkeys((*RATES, "average", "sharpness"), 0.0)
+
+
 class TrainStep:
     """A training step in two parts: computing the gradients, and updating the weights.
 
@@ -430,22 +508,23 @@ class TrainStep:
         self.runner = None
 
     def gradients(self, x: Tensor, y: Tensor, inputs: StepInputs) -> Tensor:
-        """Compute the clipped gradients of a batch. Return a tensor with the loss and the gradient norm."""
+        """Compute the clipped gradients of a batch. Return the numbers of the step for `step_row`."""
         self.prepare()
         device = self.device
         state = self.state
         # micro-batch m of this process is piece m * world + rank of the batch
         pieces = [m * device.world + device.rank for m in range(inputs.grad_accum)]
         device.seed([seed_from(state.cfg.seed, "step", state.step, piece) for piece in pieces])
-        # learning rates do not affect the gradients, so a new rate must not make the CUDA graph invalid
-        self.inputs = inputs._replace(lr=0.0, lr_aux=0.0, weight_decay=0.0, average=0.0)
+        # new values outside the gradients must not make the CUDA graph invalid
+        state.model.set_sharpness(inputs)
+        self.inputs = inputs._replace(**OUTSIDE_GRADIENTS)
         before = state.tokens
         with device.compiling():
-            loss_and_norm = self.forward_backward((self.inputs, x.shape), self._forward_backward, x, y)
-        assert loss_and_norm is not None
+            numbers = self.forward_backward((self.inputs, x.shape), self._forward_backward, x, y)
+        assert numbers is not None
         self.tokens_per_replay = state.tokens - before or self.tokens_per_replay
         state.tokens = before + self.tokens_per_replay
-        return loss_and_norm
+        return numbers
 
     def _forward_backward(self, x: Tensor, y: Tensor) -> Tensor:
         cfg = self.state.cfg
@@ -457,7 +536,7 @@ class TrainStep:
         model.zero_grad(set_to_none=True)
         pieces = inputs.grad_accum * device.world
         sites = dropout_sites(cfg, inputs, cfg.passes * len(x) // pieces, device.attention)
-        total = torch.zeros((), device=device.torch_device)
+        total = torch.zeros(count_numbers(cfg.routed_layers), device=device.torch_device)
         for micro in range(inputs.grad_accum):
             piece = micro * device.world + device.rank
             pool = device.masks(sites, micro)
@@ -466,12 +545,13 @@ class TrainStep:
             with nullcontext() if last or device.world == 1 else self.runner.no_sync():
                 x_piece = x.chunk(pieces)[piece]
                 y_piece = y.chunk(pieces)[piece]
-                loss, plain = compute_loss(self.runner, x_piece, y_piece, inputs, pool, device.native)
-                (loss / inputs.grad_accum).backward()
-            total += plain / inputs.grad_accum
+                loss = compute_loss(self.runner, x_piece, y_piece, inputs, pool, device.native)
+                (loss.minimized / inputs.grad_accum).backward()
+            total += numbers_of(loss.plain, loss.routing) / inputs.grad_accum
             del loss, pool  # free this memory before the next micro-batch
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
-        return torch.stack((device.mean(total), norm))
+        total = device.mean(total)
+        return torch.cat((total[:1], norm.view(1), total[1:]))
 
     def update(self, inputs: StepInputs) -> None:
         """Update the weights from the gradients. Then update the weight average, if the config has one."""
@@ -559,10 +639,10 @@ def loop(run: Run, state: State, device: Device) -> None:
         due = run.due(state.step + 1)
         inputs = run.plan.at(state.step)  # scheduled values of the step, such as the learning rates
         x, y = run.batch(state.step)
-        loss_and_norm = step.gradients(x, y, inputs)
+        numbers = step.gradients(x, y, inputs)
 
         # if an action is due, check the loss before the weights change, so that no checkpoint contains a NaN
-        losses.push(state.step + 1, inputs.lr, loss_and_norm)
+        losses.push(state.step + 1, inputs.lr, numbers, state.cfg.routed_layers)
         rows = losses.drain() if losses.full or any(due) else []
 
         step.update(inputs)
@@ -593,7 +673,7 @@ class Setup(NamedTuple):
     def start(self) -> State:
         """Return the initial state."""
         model = build(self.cfg, self.data.tokenizer.vocab_size).to(self.device.torch_device)
-        model.set_dropout(self.plan.at(0), self.device.attention)  # the model may be scored before step 1
+        model.set_inputs(self.plan.at(0), self.device.attention)
         return State(self.cfg, model)
 
 
@@ -608,17 +688,23 @@ def set_up(cfg: TrainConfig, fired: Sequence[Any] = ()) -> Setup:
     return Setup(cfg, device, corpus, data, plan)
 
 
-def score(cfg: TrainConfig, data: TokenData, state: State) -> Iterator[dict[str, Any]]:
+def score(setup: Setup, plan: Plan, state: State) -> Iterator[dict[str, Any]]:
     """Score the weights on each held-out split that exists. Yield one row of metrics.jsonl per split."""
+    cfg = setup.cfg
+    data = setup.data
+    state.model.set_inputs(plan.at(max(state.step - 1, 0)), setup.device.attention)
     for split in ("val", "dev"):
         if split not in data.splits:
             continue
         started = time.perf_counter()
+        tokens = data.splits[split]
         size = {"chars": data.chars[split], "nbytes": data.bytes[split], "block_size": cfg.block_size}
         with state.average.applied():
-            result = scoring.evaluate(state.model, data.splits[split], **size, geometry=cfg.geometry)
-        seconds = time.perf_counter() - started
-        yield {"event": "eval", "step": state.step, "split": split, **asdict(result), "seconds": seconds}
+            result = scoring.evaluate(state.model, tokens, **size, geometry=cfg.geometry)
+            row = {"event": "eval", "step": state.step, "split": split, **asdict(result)}
+            if state.cfg.routed_layers:
+                row["routers"] = selected_shares(state.model, tokens, state.cfg)
+        yield row | {"seconds": time.perf_counter() - started}
 
 
 class PlainRun:
@@ -627,7 +713,9 @@ class PlainRun:
     def __init__(self, setup: Setup, state: State) -> None:
         if setup.cfg.growth.ops:
             raise UsageError("this file alone cannot grow a model; use `mainrun train`")
-        self.cfg, self.device, _, self.data, self.plan = setup
+        self.setup = setup
+        self.device = setup.device
+        self.plan = setup.plan
         self.state = state
         self.batches = Batches(setup.cfg, setup.data.splits["train"])
 
@@ -648,10 +736,10 @@ class PlainRun:
 
     def log(self, rows: Sequence[StepRow]) -> None:
         for row in rows:
-            print(json.dumps({"event": "step", **row._asdict()}))
+            print(json.dumps({"event": "step", **row.fields()}))
 
     def evaluate(self) -> None:
-        for row in score(self.cfg, self.data, self.state):
+        for row in score(self.setup, self.plan, self.state):
             print(json.dumps(row), flush=True)
 
     def save(self) -> None: ...

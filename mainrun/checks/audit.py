@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from mainrun.config import from_dict
 from mainrun.core.machine_class import versions
+from mainrun.core.pending_losses import step_row
 from mainrun.data.batches import Batches
 from mainrun.errors import MainrunError
 from mainrun.growth.make import make_controller
@@ -185,7 +186,7 @@ def retrain(
     while True:
         if scored(state.step):
             figures = growth.figures(state.step)
-            rows = [row | figures for row in score(setup.cfg, setup.data, state)]
+            rows = [row | figures for row in score(setup, growth.plan, state)]
             yield from rows
             if decides:
                 growth.observe_scores(rows)
@@ -196,12 +197,11 @@ def retrain(
             growth.act(list)
         inputs = growth.plan.at(state.step)
         x, y = batches.at(state.step, growth.plan.segment_at(state.step))
-        loss_and_norm = step.gradients(setup.device.put(x), setup.device.put(y), inputs)
-        loss, norm = loss_and_norm.tolist()
+        numbers = step.gradients(setup.device.put(x), setup.device.put(y), inputs)
+        row = step_row(state.step + 1, inputs.lr, numbers.tolist(), state.cfg.routed_layers)
         step.update(inputs)
         state.step += 1
-        row = {"event": "step", "step": state.step, "tokens": growth.plan.tokens(state.step), "lr": inputs.lr}
-        yield row | {"loss": loss, "grad_norm": norm}
+        yield {"event": "step", "tokens": growth.plan.tokens(state.step), **row.fields()}
 
 
 # -- comparisons: each function describes a difference, or returns an empty text if there is no difference

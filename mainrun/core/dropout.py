@@ -12,18 +12,21 @@ import torch
 from torch import Tensor
 
 from mainrun.config import TrainConfig
-from mainrun.plan.plan import StepInputs
+from mainrun.plan.plan import StepInputs, selected_tokens
 
 Site = tuple[int, float]  # the number of elements and the dropout rate
 
 
 def dropout_sites(cfg: TrainConfig, inputs: StepInputs, rows: int, attention: str) -> list[Site]:
     """Return the number of elements and the dropout rate of each dropout in a forward pass, in order."""
-    branch = rows * cfg.block_size * cfg.d_model
-    # Fused attention creates the dropout mask itself.
-    weights = rows * cfg.n_head * cfg.block_size**2 if attention == "plain" else 0
-    block = [(weights, inputs.attn_dropout), (branch, inputs.resid_dropout), (branch, inputs.resid_dropout)]
-    sites = [(branch, inputs.dropout), *block * cfg.n_layer]
+    sites = [(rows * cfg.block_size * cfg.d_model, inputs.dropout)]
+    for letter in cfg.letters:
+        tokens = cfg.block_size if letter == "D" else selected_tokens(inputs.capacity, cfg.block_size)
+        branch = rows * tokens * cfg.d_model
+        # Fused attention creates the dropout mask itself.
+        weights = rows * cfg.n_head * tokens**2 if attention == "plain" else 0
+        sites.append((weights, inputs.attn_dropout))
+        sites += [(branch, inputs.resid_dropout)] * 2
     return [(size, rate) for size, rate in sites if size and rate]
 
 

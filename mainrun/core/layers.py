@@ -2,11 +2,43 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from mainrun.config import TrainConfig
+from mainrun.core.dropout import Masks
 from mainrun.core.kernels import linear, rms_norm
+
+Rope = tuple[Tensor, Tensor]  # the cosines and sines of the tokens, (T, h/2) or (B, 1, T, h/2)
+
+
+class Context(NamedTuple):
+    """What a block needs besides its input. The tensors belong to the tokens of the block's input."""
+
+    bias: Tensor | None  # 0 where a token may attend and -inf elsewhere, (T, T) or (B, 1, T, T)
+    rope: Rope | None
+    v_first: Tensor | None  # the values (B, K, T, h) of the first block, for value residuals
+    masks: Masks | None
+
+    def at(self, positions: Tensor) -> Context:
+        """Return the context of the tokens at the positions (B, n), which ascend in each row."""
+        n = positions.size(1)
+        bias = self.bias
+        if bias is not None and bias.dim() == 2:
+            bias = bias[:n, :n]  # a causal mask is the same for any tokens in ascending order
+        elif bias is not None:
+            index = positions[:, None, :, None]  # (B, 1, n, 1)
+            bias = bias.take_along_dim(index, 2).take_along_dim(index.mT, 3)
+        rope = None
+        if self.rope is not None:
+            cos, sin = self.rope
+            rope = (cos[positions].unsqueeze(1), sin[positions].unsqueeze(1))  # (B, 1, n, h/2)
+        v_first = self.v_first
+        if v_first is not None:
+            v_first = v_first.take_along_dim(positions[:, None, :, None], 2)
+        return Context(bias, rope, v_first, self.masks)
 
 
 def rope_table(length: int, width: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -19,8 +51,8 @@ def rope_table(length: int, width: int, theta: float) -> tuple[Tensor, Tensor]:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Apply rotary position embedding to queries or keys `x` of shape (B, heads, T, h)."""
     a, b = x.chunk(2, dim=-1)
-    cos = cos[: x.size(-2)].to(x.dtype)
-    sin = sin[: x.size(-2)].to(x.dtype)
+    cos = cos.to(x.dtype)
+    sin = sin.to(x.dtype)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 

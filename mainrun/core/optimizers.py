@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -131,6 +132,18 @@ MAKERS: dict[str, Callable[[list[Group], TrainConfig], torch.optim.Optimizer]] =
 }
 
 
+def router_rate(name: str) -> str:
+    """Return the field of StepInputs with the learning rate of a router's parameter, or "" for others."""
+    match = re.match(r"blocks\.\d+\.router\.(\w+)", name)
+    if not match:
+        return ""
+    if match[1].startswith("prior"):
+        return "lr_prior"
+    if match[1] in ("now", "before", "bias"):
+        return "lr_student"
+    return "lr_router"
+
+
 class Optimizers:
     """All optimizers of a model.
 
@@ -173,15 +186,19 @@ class Optimizers:
         return [*optimizers, MAKERS[others](outer, cfg)]
 
     def _grouped(self, cfg: TrainConfig, params: Iterable[Tensor], rate: str, decays: bool) -> list[Group]:
-        """Return one parameter group per schedule. A run without growth operations has a single schedule."""
-        by_schedule: dict[ParamSchedule, list[Tensor]] = {}
+        """Return one parameter group for each learning rate and schedule.
+
+        A router's parameters have separate learning rates. A run without growth operations has one schedule.
+        """
+        by_kind: dict[tuple[str, ParamSchedule], list[Tensor]] = {}
         for p in params:
-            schedule = self.schedules.get(self.names[p], DEFAULT_SCHEDULE)
-            by_schedule.setdefault(schedule, []).append(p)
+            name = self.names[p]
+            kind = (router_rate(name) or rate, self.schedules.get(name, DEFAULT_SCHEDULE))
+            by_kind.setdefault(kind, []).append(p)
         groups = []
-        for schedule, members in by_schedule.items():
+        for (kind_rate, schedule), members in by_kind.items():
             eps = cfg.eps * schedule.eps
-            group = {"params": members, "rate": rate, "decays": decays, "schedule": schedule, "eps": eps}
+            group = {"params": members, "rate": kind_rate, "decays": decays, "schedule": schedule, "eps": eps}
             groups.append(group)
         return groups
 

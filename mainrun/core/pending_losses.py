@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mainrun.core.routing import routing_fields
 from mainrun.errors import Diverged
 
 
@@ -18,6 +19,23 @@ class StepRow(NamedTuple):
     lr: float
     loss: float
     grad_norm: float
+    routing: dict[str, Any] | None = None  # the losses and statistics of the routers
+
+    def fields(self) -> dict[str, Any]:
+        """Return the results as metrics.jsonl contains them."""
+        row = self._asdict()
+        routing = row.pop("routing")
+        return row | (routing or {})
+
+
+def step_row(step: int, lr: float, numbers: list[float], layers: tuple[int, ...]) -> StepRow:
+    """Return the results of a step.
+
+    numbers: the loss, the gradient norm, and then the losses and statistics of the routers.
+    layers: the layers that have routers.
+    """
+    loss, norm, *rest = numbers
+    return StepRow(step, lr, loss, norm, routing_fields(rest, layers) if layers else None)
 
 
 class NotFinite(Diverged):
@@ -42,10 +60,13 @@ class PendingLosses:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.pending: list[tuple[int, float, Tensor]] = []
+        self.pending: list[tuple[int, float, tuple[int, ...]]] = []
+        self.numbers: list[Tensor] = []
 
-    def push(self, step: int, lr: float, loss_and_norm: Tensor) -> None:
-        self.pending.append((step, lr, loss_and_norm))
+    def push(self, step: int, lr: float, numbers: Tensor, layers: tuple[int, ...]) -> None:
+        """Add the numbers of a step, for `step_row`."""
+        self.pending.append((step, lr, layers))
+        self.numbers.append(numbers)
 
     @property
     def full(self) -> bool:
@@ -55,13 +76,16 @@ class PendingLosses:
         """Read all pending losses and gradient norms. Raise NotFinite if one of them is NaN or infinite."""
         if not self.pending:
             return []
-        numbers = torch.stack([loss_and_norm for _, _, loss_and_norm in self.pending]).tolist()
-        steps = list(self.pending)
-        self.pending.clear()
+        numbers = torch.cat(self.numbers).tolist()
         rows: list[StepRow] = []
-        for (step, lr, _), (loss, norm) in zip(steps, numbers, strict=True):
-            row = StepRow(step, lr, loss, norm)
-            if not (math.isfinite(loss) and math.isfinite(norm)):
+        start = 0
+        pending = list(zip(self.pending, map(len, self.numbers), strict=True))
+        self.pending.clear()
+        self.numbers.clear()
+        for (step, lr, layers), length in pending:
+            row = step_row(step, lr, numbers[start : start + length], layers)
+            start += length
+            if not (math.isfinite(row.loss) and math.isfinite(row.grad_norm)):
                 raise NotFinite(row, rows)
             rows.append(row)
         return rows

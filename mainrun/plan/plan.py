@@ -31,6 +31,36 @@ class StepInputs(NamedTuple):
     rdrop: float
     label_smoothing: float
     average: float  # weight of the new parameters in the weight average; 1 turns averaging off
+    # The values below concern routed blocks. A value that no block of the model uses is 0.
+    capacity: float
+    sharpness: float
+    prior_loss: float
+    student_loss: float
+    router_loss: float
+    router_z_loss: float
+    lr_router: float
+    lr_prior: float
+    lr_student: float
+
+
+# the values of `StepInputs` for routed blocks, and the letters of the blocks that use each value
+ROUTING_INPUTS = {
+    "capacity": "MST",
+    "sharpness": "ST",
+    "prior_loss": "ST",
+    "student_loss": "MST",
+    "router_loss": "M",
+    "router_z_loss": "M",
+    "lr_router": "MST",
+    "lr_prior": "ST",
+    "lr_student": "MST",
+}
+
+
+def selected_tokens(capacity: float, tokens: int) -> int:
+    """Return the number of tokens that a routed block selects from a row of `tokens` tokens."""
+    # without 1e-9, rounding would make 0.29 * 100 smaller than 29
+    return max(1, math.floor(capacity * tokens + 1e-9))
 
 
 class Decision(NamedTuple):
@@ -282,7 +312,29 @@ class Plan:
             rdrop=cfg.rdrop,
             label_smoothing=cfg.label_smoothing,
             average=self.average(step),
+            **self._routing(cfg, step, lr_factor),
         )
+
+    def _routing(self, cfg: TrainConfig, step: int, lr_factor: float) -> dict[str, float]:
+        """Return the scheduled values of routed blocks. A value that no block uses is 0."""
+        values = dict.fromkeys(ROUTING_INPUTS, 0.0)
+        for name, letters in ROUTING_INPUTS.items():
+            if not set(letters) & set(cfg.letters):
+                continue
+            values[name] = getattr(cfg, name)
+            if name.startswith("lr_"):
+                values[name] = (values[name] or cfg.lr_aux or cfg.lr) * lr_factor
+        if values["sharpness"]:
+            values["sharpness"] = self.sharpness(step)
+        return values
+
+    def sharpness(self, step: int) -> float:
+        """Return the sharpness of the surprise, which changes along a half cosine wave after the warm-up."""
+        cfg = self.segments[self._index_at(step)].cfg
+        progress = (step - self.warmup_steps) / max(1, self.steps - 1 - self.warmup_steps)
+        progress = min(max(progress, 0.0), 1.0)
+        rise = cfg.sharpness_end - cfg.sharpness
+        return cfg.sharpness + rise * (1 - math.cos(math.pi * progress)) / 2
 
     def lr_factor(self, step: int) -> float:
         """Return the learning rate of a step as a fraction of the peak learning rate."""

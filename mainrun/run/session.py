@@ -204,9 +204,9 @@ class Session:
         stop: StopSignal,
         until: int,
     ) -> None:
+        self.setup = setup
         self.cfg = setup.cfg
         self.device = setup.device
-        self.data = setup.data
         self.run_dir = run_dir
         self.state = state
         self.accounts = accounts
@@ -315,8 +315,7 @@ class Session:
 
     def _log_step(self, step: StepRow, seconds: float) -> None:
         plan = self.plan
-        row: Row = {"event": "step", "step": step.step, "tokens": plan.tokens(step.step), "lr": step.lr}
-        row |= {"loss": step.loss, "grad_norm": step.grad_norm, "seconds": seconds}
+        row: Row = {"event": "step", "tokens": plan.tokens(step.step), **step.fields(), "seconds": seconds}
         self.sharing.add_row(row)
         if step.step % self.cfg.log_every == 0 or step.step == plan.steps:
             self.run_log.step(row, plan.steps)
@@ -340,7 +339,7 @@ class Session:
             return []
         with self.accounts.clock("evaluation"):
             figures = self.growth.figures(self.state.step)
-            return [row | figures for row in score(self.cfg, self.data, self.state)]
+            return [row | figures for row in score(self.setup, self.plan, self.state)]
 
     # -- sharing and growth
 

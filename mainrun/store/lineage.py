@@ -59,6 +59,7 @@ def origin(
     fields["n_kv_head"] = cfg.kv_heads
     fields["qkv_bias"] = cfg.bias if cfg.qkv_bias is None else cfg.qkv_bias
     fields["head_dim"] = cfg.head_width
+    fields["block_pattern"] = cfg.letters
     fields["frozen"] = list(cfg.frozen)  # the tuple is converted to a list, because JSON has no tuples
     return {
         "fields": fields,
