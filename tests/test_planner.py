@@ -185,7 +185,7 @@ def test_enough_workers_need_as_long_as_the_longest_run() -> None:
 
 
 def test_the_run_with_the_longest_followers_starts_first() -> None:
-    """A run of 100 steps that another run of 5 steps shares starts before a separate run of 50 steps."""
+    """A run of 100 steps starts before a separate run of 50 steps, and includes the steps of a third run."""
     chains = {"trunk": chain([0] * 5), "long": chain([0] * 5 + [1] * 95), "lone": chain([2] * 50)}
     planned = assign(chains)
     assert [assignment.name for assignment in planned.order] == ["long", "lone", "trunk"] and [
@@ -244,7 +244,7 @@ def study(steps: int, decays: Sequence[float]) -> dict[str, list[str]]:
 def test_the_first_study_trains_less_than_a_fifth_of_its_steps() -> None:
     planned = assign(study(STEPS, DECAYS))
     assert len(planned.order) == 192 and planned.requested == 192 * STEPS
-    # each learning rate has one trunk up to its last growth step, and four from there to the last decay
+    # each rate has one trunk up to its last growth step, and one from each growth step to the last decay
     trunks = 2 * (0.55 + 4 * 0.96 - sum((0.10, 0.25, 0.40, 0.55)))
     tails = 2 * 4 * 3 * sum(1 - decay for decay in DECAYS)
     assert planned.steps == pytest.approx((trunks + tails) * STEPS, abs=1)

@@ -57,10 +57,10 @@ def test_the_kind_of_a_claim(base: dict[int, float], other: dict[int, float], ki
     [
         (-0.1, (-0.2, -0.05), 0.05, "better", "better"),
         (0.1, (0.05, 0.2), 0.05, "worse", "worse"),
-        (-0.1, (-0.2, -0.05), 0.1, "within noise", "within noise"),  # equal to the floor counts as noise
+        (-0.1, (-0.2, -0.05), 0.1, "within noise", "within noise"),  # a mean at the floor counts as noise
         (0.1, (0.05, 0.2), 0.1, "within noise", "within noise"),
         (-0.1, (-0.2, -0.05), 0.0999, "better", "better"),
-        (-0.1, (-0.2, 0.0), 0.05, "not sure", "not sure"),  # an interval that ends at zero contains it
+        (-0.1, (-0.2, 0.0), 0.05, "not sure", "not sure"),  # an interval that ends at zero contains zero
         (0.1, (0.0, 0.2), 0.05, "not sure", "not sure"),
         (-0.1, (-0.2, -1e-12), 0.05, "better", "better"),
         (0.1, (1e-12, 0.2), 0.05, "worse", "worse"),

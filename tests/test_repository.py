@@ -192,7 +192,7 @@ def menu(taskfile: Path) -> list[str]:
 def menu_gaps(taskfile: Path, readme: str) -> list[str]:
     """Return the differences between the tasks that go-task lists and those in the README's table.
 
-    Rows of the table begin with | `./task NAME or | `task NAME.
+    The first cell of each row in the table begins with `./task NAME` or `task NAME`.
     """
     told = set(re.findall(r"(?m)^\|\s*`(?:\./)?task ([\w:-]+)", readme))
     listed = set(menu(taskfile))

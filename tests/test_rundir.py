@@ -70,7 +70,7 @@ def test_a_second_writer_is_refused_and_the_lock_of_a_dead_one_is_free(tmp_path:
     run = open_run(tmp_path, cfg)
     assert (run.path / ".lock").read_text().startswith(f"{os.getpid()} on ")
     with pytest.raises(RunError, match=f"process {os.getpid()}"):
-        open_run(tmp_path, cfg)  # a second open is refused in the same process, too
+        open_run(tmp_path, cfg)  # the same process cannot open a run twice, either
     run.release()
     run.release()
     open_run(tmp_path, cfg).release()

@@ -22,7 +22,7 @@ from mainrun.data import scoring
 from mainrun.data.scoring import evaluate, official_coverage, official_spans
 from mainrun.errors import ConfigError
 
-EOS = 1  # the id that the task defines, not imported on purpose
+EOS = 1  # the id that the task defines, deliberately not imported
 VOCAB = 23
 
 

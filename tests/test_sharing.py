@@ -507,7 +507,7 @@ def test_a_run_can_be_trained_up_to_a_step(
 def test_steps_of_another_machine_are_never_stored_under_this_machines_keys(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A checkpoint of another machine has other bits than this machine's keys promise."""
+    """A checkpoint from another machine may have other bits than this machine's keys promise."""
     cfg, store, watch = config(checkpoint_every=10), Store(tmp_path / "store"), Watch()
     with monkeypatch.context() as patch:
         patch.setattr("mainrun.core.device.cpu_name", lambda: "another processor")

@@ -278,7 +278,7 @@ def test_noise_is_unknown_without_two_runs_of_one_recipe(groups: list[list[float
         ([0.001, 0.04, 0.03, 0.2], [0.004, 0.09, 0.09, 0.2]),
         ([0.5, 0.4, 0.9], [1.0, 1.0, 1.0]),  # adjusted values are at most 1
         ([0.0, 0.9, 0.5], [0.0, 1.0, 1.0]),
-        ([0.012, 0.011, 0.05], [0.033, 0.033, 0.05]),  # never below the adjusted value of a smaller p
+        ([0.012, 0.011, 0.05], [0.033, 0.033, 0.05]),  # no adjusted value is below that of a smaller p
     ],
 )
 def test_holms_correction_matches_results_by_hand(ps: list[float], adjusted: list[float]) -> None:

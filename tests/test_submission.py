@@ -163,7 +163,7 @@ def test_every_guard_has_a_fix() -> None:
 
 
 def refused(root: Path, match: str, report: str = "report.pdf") -> str:
-    """Return the error of `prepare`. The checks that precede the guards take seconds."""
+    """Return the error of `prepare`. The checks before the guards take only a few seconds."""
     run = prepare.choose_run(None, root / "runs")
     with pytest.raises(MainrunError, match=match) as caught:
         prepare.prepare(run, root / report, root / "submission.zip", lambda _: None, root=root)

@@ -223,7 +223,7 @@ class TenStepSearch(FormulaSearch):
 
 
 class InstantEngine:
-    """An engine that trains nothing, but lets trials with a learning rate of 0.09... diverge."""
+    """An engine that trains nothing, but reports that trials with lr=0.09... have diverged."""
 
     def __init__(self, workers: int, pause: float = 0.0) -> None:
         self.workers = workers

@@ -1,4 +1,4 @@
-"""Tests decay branches: a branch has its trial's config with an earlier end, and scores a rung."""
+"""Tests decay branches: a branch has its trial's config with an earlier end, and gives a rung its score."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def step_rows(count: int, reused: int = 0, pace: int = 1) -> list[dict[str, Any]
 def test_the_cost_of_a_run(
     tmp_path: Path, rows: list[Any], wasted: int | None, expected: tuple[float, ...]
 ) -> None:
-    """The cost has all, trained, reused and wasted steps, and the tokens and seconds of the trained steps."""
+    """The cost counts all, trained, reused and wasted steps, and the tokens and seconds of trained steps."""
     ledger = cost(tmp_path, rows, wasted)
     steps = (ledger.asked, ledger.trained, ledger.reused, ledger.wasted)
     assert (*steps, ledger.tokens, ledger.seconds) == expected

@@ -223,7 +223,7 @@ def test_the_sampler_learns_after_its_startup() -> None:
 def report(
     *results: tuple[Mapping[int, float], bool],
 ) -> list[tuple[TrialState, float | None, dict[int, float]]]:
-    """Report the scores of trials 1, 2, ... by rung, and return the state and scores that Optuna has."""
+    """Report the scores of trials 1, 2, ... by rung, and return the states and scores that Optuna stores."""
     sampler = make("tpe")
     for number in range(len(results) + 1):
         sampler.ask(number)

@@ -192,9 +192,7 @@ def test_the_vocabulary_keeps_growing(many: list[str]) -> None:
 
 @pytest.mark.slow
 def test_bpe_tokens_per_title(many: list[str]) -> None:
-    """Real titles have 11.9 tokens each, with a vocabulary of 16,000 that is fitted on the same 20,000
-    titles.
-    """
+    """20,000 real titles average 11.9 tokens with a vocabulary of 16,000 that is fitted on these titles."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE())

@@ -682,7 +682,7 @@ def geometries(draw: st.DrawFn) -> tuple[np.ndarray, int, int]:
     block, batch = draw(st.integers(2, 9)), draw(st.integers(1, 5))
     lengths = draw(st.lists(st.integers(0, 12), min_size=1, max_size=60))
     stream = a_stream(lengths)
-    if draw(st.booleans()):  # an edge case: the stream consists of whole spans
+    if draw(st.booleans()):  # an edge case: a stream of whole spans
         fill = -len(stream) % (block * batch) or block * batch
         stream = a_stream([*lengths, fill - 1])
     if len(stream) <= block * batch:
@@ -736,7 +736,7 @@ def test_a_shuffled_epoch_contains_each_title_once(
 
     titles = Counter(tuple(t) for t in np.split(stream, np.flatnonzero(stream == EOS) + 1)[:-1])
     for epoch in range(3):
-        # If the stream consists of whole spans, the last span lacks its last target, so it starts at 0 again.
+        # In a stream of whole spans, the last span has no final target, so reading restarts at 0.
         spans = (len(stream) - 1) // span
         rows = in_order[epoch * steps : epoch * steps + spans]
         x, y = (np.concatenate([row[i].ravel() for row in rows]) for i in (0, 1))
@@ -773,7 +773,7 @@ def growing(draw: st.DrawFn, order: str) -> tuple[np.ndarray, Plan, Batches]:
     ops = [{"name": "set_batch_size", "value": size, "trigger": draw(trigger)} for size in sizes[1:]]
     ops.insert(draw(st.integers(0, len(ops))), {"name": "set_lr", "value": 0.5, "trigger": draw(trigger)})
     lengths = draw(st.lists(st.integers(0, 12), min_size=8, max_size=60))
-    fill = draw(st.sampled_from([0, *sizes])) * block  # an edge case: the stream consists of whole spans
+    fill = draw(st.sampled_from([0, *sizes])) * block  # an edge case: a stream of whole spans
     stream = a_stream([*lengths, -sum(n + 1 for n in lengths) % fill + fill - 1] if fill else lengths)
     fields = {
         "block_size": block,
@@ -820,8 +820,7 @@ def test_shuffled_epochs_repeat_no_title_when_the_batch_size_changes(
     for step, (x, y) in enumerate(in_order):
         rows = plan.at(step).batch_size
         span = rows * plan.cfg.block_size
-        # If the stream consists of whole spans, the last span of an epoch lacks its last target, so it starts
-        # at 0 again.
+        # In a stream of whole spans, the last span of an epoch has no final target, so reading restarts at 0.
         divisible = len(stream) % span == 0
         if pointer + span + (not divisible) > len(stream):
             epoch, pointer, seen = epoch + 1, 0, set()

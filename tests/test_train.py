@@ -1,4 +1,4 @@
-"""Tests that a run always ends with the same bits, and that it clearly says why it cannot continue."""
+"""Tests that a run always gives the same bits, and that a failed run clearly says why it failed."""
 
 from __future__ import annotations
 
@@ -234,9 +234,7 @@ def test_dropout_masks_differ_from_step_to_step_and_piece_to_piece(
 
 
 def test_the_first_step_is_the_hand_written_one(tmp_path: Path) -> None:
-    """The first step of train() equals a few lines of PyTorch in its loss, clipping, learning rate and
-    update.
-    """
+    """The first step of train() has the loss, clipping, learning rate and update of a plain computation."""
     cfg = config(dropout=0.0, lr=0.3, lr_aux=0.1, warmup_frac=0.2, clip=0.5, checkpoint_every=1)
     with pytest.raises(Interrupted):
         train(cfg, tmp_path, progress=Watch({1: terminate}))

@@ -279,7 +279,7 @@ def test_two_processes_install_once(clone: Clone) -> None:
     wait = f'while ! [ -e "{gate}" ]; do sleep 0.02; done'
     both = [clone.start(FAKE_PIP=wait) for _ in range(2)]
     wait_until(lambda: clone.log.exists() and "pip" in clone.log.read_text())
-    time.sleep(0.3)  # time for the other process to reach the lock, where it must wait
+    time.sleep(0.3)  # give the other process time to reach the lock, where it must wait
     gate.touch()
     messages = [process.communicate(timeout=30)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], messages
