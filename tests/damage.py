@@ -947,7 +947,7 @@ def find_problem(fixture: FixtureDirectory, case: Case, outcome: Outcome) -> str
 
 
 def _compare_weights(fixture: FixtureDirectory) -> str:
-    """Return a problem if the resumed run has finished with other weights than an uninterrupted run."""
+    """Return a problem if the resumed run ended with different weights than an uninterrupted run."""
     summary = fixture.place / "runs" / fixture.names["half"] / "summary.json"
     if not summary.is_file():
         return ""
@@ -966,9 +966,11 @@ def _names(case: Case, message: str) -> bool:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").partition("\n")[0],
-        epilog="Exit codes: 0: all cases passed. 1: a case failed. 2: wrong use. 130: interrupted.",
+        epilog="Exit codes: 0: all cases passed. 1: a case failed. 2: invalid arguments. 130: interrupted.",
     )
-    parser.add_argument("--cases", type=whole_number(1), default=1000, help="how many cases (default: 1000)")
+    parser.add_argument(
+        "--cases", type=whole_number(1), default=1000, help="the number of cases (default: 1000)"
+    )
     parser.add_argument(
         "--first", type=whole_number(0), default=0, help="the index of the first case (default: 0)"
     )

@@ -424,15 +424,17 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Exit codes: 0: all cases passed. 1: a case failed. 2: wrong use. 130: interrupted.",
+        epilog="Exit codes: 0: all cases passed. 1: a case failed. 2: invalid arguments. 130: interrupted.",
     )
-    parser.add_argument("--cases", type=whole_number(1), default=1000, help="how many cases (default: 1000)")
+    parser.add_argument(
+        "--cases", type=whole_number(1), default=1000, help="the number of cases (default: 1000)"
+    )
     parser.add_argument(
         "--first", type=whole_number(0), default=0, help="the index of the first case (default: 0)"
     )
     parser.add_argument("--seed", type=int, default=1, help="the seed of the random cases (default: 1)")
     parser.add_argument(
-        "--jobs", type=whole_number(1), default=1, help="how many processes run cases (default: 1)"
+        "--jobs", type=whole_number(1), default=1, help="the number of processes that run cases (default: 1)"
     )
     parser.add_argument("--tree", type=Path, default=ROOT, help="the root folder of the code under test")
     parser.add_argument(

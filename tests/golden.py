@@ -267,7 +267,8 @@ def record_for(machine: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python tests/golden.py", description="Make or check the golden record of this machine class."
+        prog="python tests/golden.py",
+        description="Record the results of small runs on this machine class, or check them.",
     )
     parser.add_argument("--check", action="store_true", help="compare with the record instead of writing one")
     parser.add_argument(

@@ -916,8 +916,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         usage="./task soak -- [OPTIONS]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Exit codes: 0: all are the same. 1: one differs or crashes, or nothing was compared. "
-        "2: wrong use. 130, 143: stopped.",
+        epilog="Exit codes: 0: all results are equal. 1: a result differs, a session crashes, or nothing was "
+        "compared. 2: invalid arguments. 130, 143: stopped.",
     )
     parser.add_argument(
         "--kills",

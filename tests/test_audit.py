@@ -27,7 +27,7 @@ from mainrun.run import batch
 from mainrun.run.session import train
 from mainrun.store.nodes import Node, Store
 
-# A run of 37 steps has nodes after step 18 and 36 (scores), 27 (the decay begins) and 37 (the end).
+# A run has 37 steps, with nodes after steps 18 and 36 (scores), 27 (the decay begins) and 37 (the end).
 SMALL: dict[str, Any] = {
     "num_titles": 200,
     "n_layer": 1,

@@ -839,9 +839,7 @@ def test_a_plan_after_one_more_decision() -> None:
 
 
 def test_ops_after_a_late_decision_are_dropped() -> None:
-    """An op that fires too late is refused before a run, but it is dropped if a decision of the run delayed
-    it.
-    """
+    """A late op is refused before a run, but it is dropped if a decision of the run made it late."""
     ops = op("set_lr", 0.25, loss_below=3.0), op("set_batch_size", 8, step=50)
     plan = plan_with(*ops, fired=(99,))
     assert (plan.fired, len(plan.segments), plan.steps) == ((99,), 2, 100)

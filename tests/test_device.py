@@ -1,4 +1,4 @@
-"""The use of the machine: the choices for a run, their record in the machine class, and equal choices each time."""
+"""How a run uses the machine: it makes the same choices every time and records them in the machine class."""
 
 from __future__ import annotations
 
@@ -453,7 +453,7 @@ def test_the_gpu_path(tiny: Tiny, tmp_path: Path, compiled: str) -> None:
         train(cfg, tmp_path / name)
     a, b = (RunDir(tmp_path / name / cfg.run_id) for name in "ab")
     assert results(a) == results(b)
-    with pytest.raises(Interrupted):  # launched one by one again, then recorded at another step
+    with pytest.raises(Interrupted):  # the resumed run records its CUDA graph at another step
         train(cfg, tmp_path / "cut", until=7)
     train(cfg, tmp_path / "cut")
     assert results(RunDir(tmp_path / "cut" / cfg.run_id)) == results(a)

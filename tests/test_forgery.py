@@ -142,9 +142,7 @@ def test_removed_fingerprints(tiny: Callable[..., TrainConfig], tmp_path: Path) 
 def test_the_versions_of_every_session_are_kept(
     tiny: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The summary shows whether the first session used an edited trainer, another machine or another
-    evaluate.
-    """
+    """The summary shows that the first session used edited code and another machine."""
     cfg = tiny()
     versions = resume.versions()
     with monkeypatch.context() as patch:

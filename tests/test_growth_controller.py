@@ -431,7 +431,7 @@ def test_an_op_that_raises_has_failed(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_loss_before_an_op_belongs_to_the_state_at_that_step(tmp_path: Path) -> None:
-    """Without an evaluation, there is no loss before an op. A second op uses the reevaluation of the first."""
+    """Without an evaluation, no loss is known before an op. A second op uses the first op's reevaluation."""
     ops = [
         op("widen_mlp", 160, {"step": 5}),
         op("widen_mlp", 192, {"step": 9}),

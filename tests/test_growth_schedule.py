@@ -367,7 +367,7 @@ PLATEAU = "plateau: best loss {:.4f} in the last 2 evaluations, 4.0000 before"
         ({"plateau": {"evals": 2, "rel": 0.01}}, facts(100, 4.0, 3.99, 3.97), PLATEAU.format(3.97)),
         ({"plateau": {"evals": 2, "rel": 0.01}}, facts(100, 4.0, 3.95, 3.99),
             None),  # the best of the two losses counts
-        ({"plateau": {"evals": 2, "rel": 0.01}}, facts(100, 4.0, 3.96, 3.96), None),  # a gain of 1%
+        ({"plateau": {"evals": 2, "rel": 0.01}}, facts(100, 4.0, 3.96, 3.96), None),  # a gain of exactly 1%
         ({"plateau": {"evals": 2, "rel": 0.01}}, facts(100, 4.0, 4.0, 4.0, last=80),
             None),  # only two losses since the last op
         ({"plateau": {"evals": 2, "rel": 0.01}}, facts(100, 4.0, 4.0, 4.0, last=79), PLATEAU.format(4.0)),

@@ -129,9 +129,7 @@ def test_each_trainable_parameter_is_in_one_group(optimizer: str) -> None:
 
 
 def test_trap_a_zero_router_never_moves() -> None:
-    """With a zero router, all tokens go to the same experts, so the router and the other experts get no
-    gradient.
-    """
+    """A zero router sends all tokens to the same experts, so it gets no gradient and never changes."""
     model, optimizers = trained(config(optimizer="adamw"))
     what = op("upcycle_moe", {"experts": 4, "top_k": 2} | ZERO, optimizer=ASYMMETRIC)
     # In the mode "scale", all experts stay equal.

@@ -185,7 +185,7 @@ def check(e: Evidence, guard: str, all: bool = False) -> tuple[str, str]:
 
 @pytest.fixture(autouse=True)
 def same_titles_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the corpus loader return the titles of honest_parts again."""
+    """Make the corpus loader return the titles of `honest_parts`."""
     monkeypatch.setattr(guards_module.corpora, "load_corpus", lambda cfg: honest_parts()[1])
 
 
@@ -209,7 +209,7 @@ def test_no_guard_needs_dev() -> None:
     statuses = {g.name: g.status for g in guards(evidence(corpus=corpus, data=tokens_of(corpus)))}
     assert {name for name, status in statuses.items() if status == "fail"} == {
         "data_known"
-    }  # loading the corpus again gives other titles
+    }  # the corpus loader returns other titles
 
 
 def test_every_guard_gets_all_and_an_error_fails_only_its_guard(
@@ -1065,7 +1065,7 @@ def test_other_rows_may_move_logits_by_rounding_only(
 def test_the_length_may_move_logits_by_rounding_only(
     length: int, dtype: str, largest: float, beyond: float, within: float
 ) -> None:
-    """The model sees a row that is alone in its batch, at each length that the guard uses."""
+    """The guard shows the model a single row at each of several lengths."""
 
     def leak(amount: float) -> Callable[[Tensor], Tensor]:
         return lambda idx: torch.full(idx.shape, amount * (idx.shape == (1, length)))
@@ -1103,7 +1103,7 @@ def test_the_positions_after_which_causality_changes_tokens(
 
 
 def sorted_text() -> Evidence:
-    """Return evidence whose val begins with 16 ascending tokens, unlike any other future."""
+    """Return evidence whose val begins with 16 ascending tokens, unlike all tokens that replace them."""
     corpus = a_corpus(honest_parts()[1].train, [], ["jklmnopqrstuvwxy" + "z" * 83])
     return evidence(corpus=corpus, data=tokens_of(corpus))
 
@@ -1127,7 +1127,7 @@ def test_a_leak_that_only_one_kind_of_future_reveals_is_detected(seen: Callable[
 
 
 def test_the_futures_are_pinned() -> None:
-    """The guard always tries the same futures, so its verdict is reproducible."""
+    """The guard always substitutes the same later tokens, so its verdict is reproducible."""
     seen: list[Tensor] = []
     e = sorted_text()
     model = Table(lambda idx: (seen.append(idx), torch.zeros(idx.shape))[1])

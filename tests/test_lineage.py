@@ -193,8 +193,7 @@ CASES: dict[str, Case] = {
     "log_every": Case(3, None),
     "checkpoint_every": Case(2, None),
 }
-# The class of these fields is static, but the bits are equal, because small tensors are not split over
-# threads.
+# The class of these fields is static, but the bits can be equal, because small tensors use a single thread.
 SAME_BITS = {"threads"}
 # Fields that this machine cannot test in seconds, and the machine class that they would give.
 NOT_HERE: dict[str, dict[str, Any]] = {}
