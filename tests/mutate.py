@@ -602,8 +602,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         usage="./task mutate -- FILE [FILE ...] [OPTIONS]",
         description="Plant small bugs in source files and list those that no test detects. "
         "Tests that are marked slow do not run.",
-        epilog="Exit codes: 0: done. 1: fewer mutants are killed than --at-least requires. 2: invalid arguments. "
-        "130: interrupted.",
+        epilog="Exit codes: 0: done. 1: fewer mutants are killed than --at-least requires. "
+        "2: invalid arguments. 130: interrupted.",
     )
     parser.add_argument(
         "targets",

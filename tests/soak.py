@@ -5,7 +5,7 @@
 
 A test case is called a subject. Each subject is one run, two runs that share a store, or a study with
 two workers. First, the subject is trained without disturbances. Then the same command is started again
-and again, and every session is disturbed by a signal, a killed worker, a full disk, a clock that jumps,
+and again, and its sessions are disturbed by a signal, a killed worker, a full disk, a clock that jumps,
 or files with wrong dates. The signals are SIGKILL, SIGTERM, SIGINT, and SIGSTOP followed by SIGCONT.
 In the end, a disturbed run must have the same rows, scores and weights as the undisturbed run. A disturbed
 study must have the same trials, promotions and claims as the undisturbed study.
