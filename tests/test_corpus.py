@@ -1,4 +1,4 @@
-"""Corpora that are not on the hub: order, splits, fingerprints and messages about bad input."""
+"""Corpora that are not on the hub: order, splits, fingerprints, and messages about bad input."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_dev_is_the_end_of_train_and_does_not_change_val(txt: str) -> None:
     [
         (20_000, 0.1, 0.0, (18_000, 0, 2_000)),
         (100_000, 0.1, 0.05, (85_500, 4_500, 10_000)),
-        (100, 0.34, 0.0, (66, 0, 34)),  # 100 * (1 - 0.34) is 65.999... in floats
+        (100, 0.34, 0.0, (66, 0, 34)),  # 100 * (1 - 0.34) is 65.999... in floating point
         (1_000, 0.1, 0.3, (630, 270, 100)),
         (2, 0.1, 0.0, (1, 0, 1)),
     ],

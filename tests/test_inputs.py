@@ -17,7 +17,7 @@ from mainrun.files.inputs import BadInput
 
 
 def short(value: Any) -> str:
-    """Return an example as a short id of its test."""
+    """Return a short test id for an example value."""
     return inputs.shown(value, 40).replace("::", ":")
 
 
