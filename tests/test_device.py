@@ -159,7 +159,7 @@ def test_without_a_compiler_auto_leaves_it_and_on_is_refused(monkeypatch: pytest
     found.settle(cfg, Plan(cfg, 10**9))
     assert not found.compile and not found.machine_class["compile"]
     with pytest.raises(
-        ConfigError, match=r"compile=on needs a C\+\+ compiler.*install what is missing, or set compile=off"
+        ConfigError, match=r"compile=on needs a C\+\+ compiler.*install the missing part, or set compile=off"
     ):
         Device(cfg.model_copy(update={"compile": "on"}))
 
@@ -373,7 +373,7 @@ def test_a_compiler_that_fails_is_an_error_with_a_way_out(tiny: Tiny, tmp_path: 
     assert (
         done.returncode == 2
         and "torch.compile failed" in done.stderr
-        and "--set compile=off trains without it" in done.stderr
+        and "use --set compile=off to train without it" in done.stderr
     )
     missing = subprocess.run(command, env=env | {"CXX": "/no/such/compiler"}, capture_output=True, text=True)
     assert missing.returncode == 2 and "CXX=/no/such/compiler does not exist" in missing.stderr
@@ -494,7 +494,8 @@ def test_what_a_batch_system_left_in_the_environment_is_refused(
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.delenv("MASTER_PORT", raising=False)
     with pytest.raises(
-        ConfigError, match=f"got RANK='{rank}' and WORLD_SIZE='{world}'.*start with torchrun, or unset both"
+        ConfigError,
+        match=f"got RANK='{rank}' and WORLD_SIZE='{world}'.*start mainrun with torchrun, or unset both variables",
     ):
         Device(tiny())
 
