@@ -132,7 +132,7 @@ def test_a_run_is_compiled_when_it_is_long_enough_and_says_so(tiny: Tiny) -> Non
         found.settle(cfg, plan)
         costs, saves = compile_balance(cfg, plan, found.torch_device.type, found.threads)
         assert found.compile == found.machine_class["compile"] == compiled == (saves > costs)
-        assert (f"about {costs:.0f} s, to save about {saves:.0f} s" in found.note) == compiled
+        assert (f"about {costs:.0f} s and saves about {saves:.0f} s" in found.note) == compiled
         assert ("compiler" in found.machine_class) == compiled
     for asked in ("on", "off"):
         fixed = cfg.model_copy(update={"compile": asked})
@@ -493,10 +493,8 @@ def test_what_a_batch_system_left_in_the_environment_is_refused(
     monkeypatch.setenv("WORLD_SIZE", world)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.delenv("MASTER_PORT", raising=False)
-    with pytest.raises(
-        ConfigError,
-        match=f"got RANK='{rank}' and WORLD_SIZE='{world}'.*start mainrun with torchrun, or unset both variables",
-    ):
+    fix = "start mainrun with torchrun, or unset both variables"
+    with pytest.raises(ConfigError, match=f"got RANK='{rank}' and WORLD_SIZE='{world}'.*{fix}"):
         Device(tiny())
 
 

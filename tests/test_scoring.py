@@ -277,9 +277,7 @@ def test_memory_mapped_tokens_give_the_same_score(model: Attention, tmp_path: Pa
 
 
 def test_bad_arguments_are_refused_with_a_fix(model: Attention) -> None:
-    with pytest.raises(
-        ConfigError, match=r"32 tokens, but one span.*2x16\+1 = 33.*official_geometry"
-    ):
+    with pytest.raises(ConfigError, match=r"32 tokens, but one span.*2x16\+1 = 33.*official_geometry"):
         evaluate(model, stream(32), chars=1, nbytes=1, block_size=16, geometry=(2, 16))
     assert official_spans(33, (2, 16)) == 1
     assert official_spans(65, (2, 16)) == 1  # spans do not overlap, so two spans need 66 tokens

@@ -109,9 +109,9 @@ def cores() -> int:
 
 
 def cpp_compiler() -> tuple[str, str]:
-    """Return the path of the C++ compiler that torch.compile uses on a CPU, and a description of the problem.
+    """Return the path of the C++ compiler that torch.compile uses on a CPU, and why it cannot be used.
 
-    The description is empty if the compiler can be used.
+    The second value is an empty string if the compiler can be used.
     """
     requested = os.environ.get("CXX")
     path = shutil.which(requested or "g++")

@@ -44,7 +44,10 @@ def opaque_op(function: Callable[..., Any], compiled: Callable[..., Any] | None 
 
 
 class RootMeanSquare(torch.autograd.Function):
-    """RMSNorm that computes in the dtype of the gain. On a CPU, it is three times as fast as F.rms_norm."""
+    """RMSNorm that computes in the dtype of the gain.
+
+    On a CPU, this implementation is three times as fast as F.rms_norm.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor) -> Tensor:

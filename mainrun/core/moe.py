@@ -21,7 +21,7 @@ from mainrun.config import TrainConfig
 class MoE(nn.Module):
     """A layer of experts.
 
-    In the comments on shapes, N is the number of tokens, D is the width of the model, E is the number of
+    In shapes such as (N, D), N is the number of tokens, D is the width of the model, E is the number of
     experts, and k is the number of experts per token.
     """
 
@@ -54,8 +54,8 @@ class MoE(nn.Module):
     def shares(self, chosen: Tensor) -> list[int]:
         """Return the number of rows that each expert receives."""
         experts = len(self.experts)
-        # The memory estimate uses fake tensors, which have no values. It assumes that all experts receive the
-        # same number of rows.
+        # The memory estimate uses fake tensors, which have no values, and therefore assumes that all experts
+        # receive the same number of rows.
         if isinstance(chosen, FakeTensor):
             n = chosen.numel()
             return [n * (i + 1) // experts - n * i // experts for i in range(experts)]

@@ -38,7 +38,7 @@ class ParamSchedule(NamedTuple):
 
 
 def skip_dynamo_import() -> None:
-    """Prevent torch from importing torch._dynamo when it creates an optimizer. The import takes a second.
+    """Prevent torch from importing torch._dynamo when an optimizer is created. The import takes a second.
 
     The wrapper that excludes the method add_param_group from torch.compile imports torch._dynamo. This
     wrapper is not needed, because mainrun creates no optimizer inside compiled code. The wrapper skips the

@@ -68,8 +68,8 @@ def load_mix(path: Path, wanted: int, order: Callable[[int], np.ndarray]) -> Mix
                 f"{source.where} ({source.corpus}): the source gets no title of num_titles={wanted}, "
                 "because its ratio is too small; raise the ratio or num_titles"
             )
-        # A synthetic source generates `wanted` titles. This number is sufficient even if another source
-        # contains some of the same titles.
+        # A synthetic source generates `wanted` titles, which is sufficient even if another source contains
+        # some of the same titles.
         titles = open_source(source.corpus, wanted)
         fresh = _unseen(titles, order(titles.count), share, wanted, seen)
         if len(fresh) < share:

@@ -50,7 +50,7 @@ class Score:
 def official_spans(n_tokens: int, geometry: tuple[int, int]) -> int:
     """Return the number of complete spans of the official score in `n_tokens` tokens.
 
-    Raise ConfigError if there are too few tokens for one span. A run detects this error before step 0.
+    Raise ConfigError if there are too few tokens for one span. A run calls this function before step 0.
     """
     rows, length = geometry
     span = rows * length + 1
@@ -98,8 +98,8 @@ def evaluate(
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        # The model may keep a tensor that it creates here and use the tensor in training. This is possible
-        # with no_grad, but not with inference_mode.
+        # The code uses no_grad instead of inference_mode, because the model may keep a tensor that it creates
+        # here and use the tensor in training.
         with torch.no_grad():
             official_nll = _nll(model, _official(tokens, spans, geometry))
             full_nll = _nll(model, _full(tokens, block_size))
@@ -140,7 +140,7 @@ def _nll(model: nn.Module, batches: Iterator[Batch]) -> float:
     first = next(model.parameters(), None)
     device = torch.device("cpu") if first is None else first.device
     total = torch.zeros((), dtype=torch.float64, device=device)
-    width = 1  # the number of rows per forward pass; the first pass reveals the vocabulary size
+    width = 1  # rows per forward pass, which is raised when the first pass has shown the vocabulary size
     for inputs, targets in batches:
         start = 0
         while start < len(inputs):

@@ -57,8 +57,7 @@ def open_source(corpus: str, wanted: int) -> Titles:
     if source is None or (":" in source.syntax and not argument):
         names = [key for key, known in SOURCES.items() if ":" not in known.syntax]
         raise CorpusError(
-            f"corpus={corpus!r} is unknown{nearest(corpus, names)}; "
-            f"allowed: {', '.join(syntaxes())} or {MIX}"
+            f"corpus={corpus!r} is unknown{nearest(corpus, names)}; allowed: {', '.join(syntaxes())} or {MIX}"
         )
     return source.open(name, argument, wanted)
 

@@ -81,7 +81,7 @@ def read_bytes(path: Path, allowed: str) -> bytes:
     """Read a file that the user names. `allowed` describes the valid files in error messages."""
     why = inputs.bad_path(str(path))
     if why:
-        raise CorpusError(f"{inputs.shortened(str(path), 120)} cannot be read, {why}; give {allowed}")
+        raise CorpusError(f"{inputs.shortened(str(path), 120)} cannot be read: {why}; give {allowed}")
     if not path.exists():
         suggestion = ""
         if path.parent.is_dir():
@@ -160,8 +160,7 @@ def _jsonl(data: bytes, path: Path, column: str) -> list[str]:
             row = json.loads(line) if line.strip() else {column: None}
         except (ValueError, RecursionError) as e:
             raise CorpusError(
-                f"{where}: the line is not valid JSON ({inputs.parser_message(e)}); "
-                "write one object per line"
+                f"{where}: the line is not valid JSON ({inputs.parser_message(e)}); write one object per line"
             ) from None
         if not isinstance(row, dict):
             raise CorpusError(

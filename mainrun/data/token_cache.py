@@ -101,7 +101,7 @@ def _digest(
 
 def _load(entry: Path, *, warn: bool = True) -> TokenData | None:
     """Return a cache entry, or None if the entry does not exist or is damaged."""
-    # Whether the entry exists is checked before reading it. A check after a failed read would be too late,
+    # Check whether the entry exists before reading the entry. A check after a failed read would be too late,
     # because another process could have published an intact entry in the meantime.
     if not os.path.lexists(entry):
         return None
@@ -178,7 +178,7 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 def _publish(fresh: Path, entry: Path) -> TokenData | None:
-    """Move a finished entry to its final path. If an intact entry exists there, return its data instead."""
+    """Move a finished entry to its final path, or return the data of an intact entry that already exists."""
     for attempt in itertools.count():
         try:
             fresh.rename(entry)

@@ -40,7 +40,7 @@ def library() -> ctypes.CDLL | None:
         command = [compiler, *FLAGS, str(SOURCE), "-o", str(built)]
         if subprocess.run(command, capture_output=True).returncode:
             return None
-        with suppress(OSError):  # without a writable cache, each process compiles the library, in 0.3 s
+        with suppress(OSError):  # without a writable cache, each process compiles the library again (0.3 s)
             cached.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as temporary:
                 temporary.write(built.read_bytes())
