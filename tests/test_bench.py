@@ -350,7 +350,7 @@ def test_a_worker_answers_in_json_only(tiny: Any) -> None:
 def test_a_worker_refuses_an_unknown_word(tiny: Any) -> None:
     with step.start("x", "floor", True, tiny()) as started:
         started.listen()
-        with pytest.raises(UsageError, match="got 'stop'; it accepts step and end"):
+        with pytest.raises(UsageError, match="got the command 'stop', but accepts only step and end"):
             started.ask("stop")
 
 
@@ -378,7 +378,7 @@ def test_bench_gpu_needs_a_gpu() -> None:
         [sys.executable, "-m", "mainrun", "bench", "gpu"], cwd=ROOT, capture_output=True, text=True
     )
     assert (process.returncode, process.stdout) == (2, "")
-    assert process.stderr == "error: no GPU: torch does not see one; run this on a machine with a GPU\n"
+    assert process.stderr == "error: torch finds no GPU; run this command on a machine with a GPU\n"
 
 
 def test_the_name_of_a_gpu_decides_its_stated_peak() -> None:

@@ -170,7 +170,7 @@ def test_an_interrupted_run_of_two_processes_resumes(tmp_path: Path) -> None:
 
 def test_a_batch_that_does_not_split_is_refused(tmp_path: Path) -> None:
     done = torchrun(tmp_path, grad_accum=8)
-    message = "batch_size=8 does not split over 2 processes x grad_accum=8"
+    message = "batch_size=8 is not divisible by 2 processes x grad_accum=8"
     assert done.returncode != 0 and message in done.stderr
     assert re.findall(r"exitcode *: (\d+)", done.stderr)[:1] == ["2"], done.stderr
     assert list(tmp_path.iterdir()) == []

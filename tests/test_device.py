@@ -130,7 +130,7 @@ def test_a_run_is_compiled_when_it_is_long_enough_and_says_so(tiny: Tiny) -> Non
         found.settle(cfg, plan)
         costs, saves = compile_balance(cfg, plan, found.torch_device.type, found.threads)
         assert found.compile == found.machine_class["compile"] == compiled == (saves > costs)
-        assert (f"about {costs:.0f} s, to save about {saves:.0f} s" in found.note) == compiled
+        assert (f"about {costs:.0f} s and saves about {saves:.0f} s" in found.note) == compiled
         assert ("compiler" in found.machine_class) == compiled
     for asked in ("on", "off"):
         fixed = cfg.model_copy(update={"compile": asked})
@@ -157,7 +157,7 @@ def test_without_a_compiler_auto_leaves_it_and_on_is_refused(monkeypatch: pytest
     found.settle(cfg, Plan(cfg, 10**9))
     assert not found.compile and not found.machine_class["compile"]
     with pytest.raises(
-        ConfigError, match=r"compile=on needs a C\+\+ compiler.*install what is missing, or set compile=off"
+        ConfigError, match=r"compile=on needs a C\+\+ compiler.*install the missing part, or set compile=off"
     ):
         Device(cfg.model_copy(update={"compile": "on"}))
 
@@ -369,7 +369,7 @@ def test_a_compiler_that_fails_is_an_error_with_a_way_out(tiny: Tiny, tmp_path: 
     assert (
         done.returncode == 2
         and "torch.compile failed" in done.stderr
-        and "--set compile=off trains without it" in done.stderr
+        and "use --set compile=off to train without it" in done.stderr
     )
     missing = subprocess.run(command, env=env | {"CXX": "/no/such/compiler"}, capture_output=True, text=True)
     assert missing.returncode == 2 and "CXX=/no/such/compiler does not exist" in missing.stderr
@@ -489,9 +489,8 @@ def test_what_a_batch_system_left_in_the_environment_is_refused(
     monkeypatch.setenv("WORLD_SIZE", world)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.delenv("MASTER_PORT", raising=False)
-    with pytest.raises(
-        ConfigError, match=f"got RANK='{rank}' and WORLD_SIZE='{world}'.*start with torchrun, or unset both"
-    ):
+    fix = "start mainrun with torchrun, or unset both variables"
+    with pytest.raises(ConfigError, match=f"got RANK='{rank}' and WORLD_SIZE='{world}'.*{fix}"):
         Device(tiny())
 
 

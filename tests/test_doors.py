@@ -223,7 +223,7 @@ def test_suggestions_are_computed_only_for_the_faults_that_are_shown(
             "and 1,990 more unknown keys",
         ),
         ("grow plan odd.yaml", odd_cases.bomb("x"), "more than 1,000,000 values"),
-        ("grow plan odd.yaml", "k: 1\n" * 100_000, "at most 300,000 are allowed in YAML, write JSON"),
+        ("grow plan odd.yaml", "k: 1\n" * 100_000, "at most 300,000 are allowed in YAML; use JSON instead"),
         ("sweep run odd.toml", "".join(f"k{i} = 1\n" for i in range(2000)), "and 1,991 more faults"),
         (
             "train --set corpus=mix:odd.toml",

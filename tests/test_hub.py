@@ -459,7 +459,7 @@ def test_an_endpoint_that_is_not_a_url_is_refused(url: str, monkeypatch: pytest.
     monkeypatch.setenv("HF_ENDPOINT", url)
     message = (
         f"got HF_ENDPOINT='{url.rstrip('/')}', which is not a URL; "
-        "write it like https://huggingface.co, or unset it"
+        "set it to a URL such as https://huggingface.co, or unset it"
     )
     assert hub_reachable() == (False, message)
     with pytest.raises(HubError) as refused:

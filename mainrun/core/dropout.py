@@ -14,13 +14,13 @@ from torch import Tensor
 from mainrun.config import TrainConfig
 from mainrun.plan.plan import StepInputs
 
-Site = tuple[int, float]  # the number of elements and the dropout rate
+Site = tuple[int, float]  # the number of elements and the dropout rate of one dropout layer
 
 
 def dropout_sites(cfg: TrainConfig, inputs: StepInputs, rows: int, attention: str) -> list[Site]:
-    """Return the number of elements and the dropout rate of each dropout in a forward pass, in order."""
+    """Return the size and the dropout rate of each dropout layer, in the order of the forward pass."""
     branch = rows * cfg.block_size * cfg.d_model
-    # Fused attention creates the dropout mask itself.
+    # Fused attention creates its own dropout mask.
     weights = rows * cfg.n_head * cfg.block_size**2 if attention == "plain" else 0
     block = [(weights, inputs.attn_dropout), (branch, inputs.resid_dropout), (branch, inputs.resid_dropout)]
     sites = [(branch, inputs.dropout), *block * cfg.n_layer]
@@ -35,7 +35,7 @@ def random_bytes(count: int, seed: int) -> np.ndarray:
 
 
 def threshold(noise: Any, sites: list[Site]) -> None:
-    """Turn random bytes into masks in place.
+    """Convert random bytes to dropout masks in place.
 
     A byte becomes 1 if its value is at least 256 times the dropout rate. Otherwise, the byte becomes 0.
     """
@@ -66,9 +66,9 @@ class Masks:
         return self.pool[start : self.used].view(shape)
 
     def drop(self, x: Tensor, p: float) -> Tensor:
-        """Multiply x by the next unused mask, and scale the elements that the mask keeps."""
+        """Apply dropout: multiply x by the next unused mask, and scale the result by 1 / (1 - p)."""
         if not p:
             return x
-        # Converting a mask of bytes is six times faster than converting a mask of bools. Multiplying by the
-        # scale comes last, because the scale would otherwise be rounded to bfloat16.
+        # Converting bytes to floats is six times faster than converting bools to floats. The scale is applied
+        # last, because multiplying the mask by the scale would round the scale to bfloat16.
         return x * self.take(x.shape).to(x.dtype) * (1 / (1 - p))
