@@ -22,9 +22,9 @@ from mainrun.core.machine_class import HASHED
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("mainrun", "sweeps", "reports")
 
-# The parts that each part may import besides `errors`. A part is a folder or a file directly below mainrun, or
-# a package next to mainrun. In short: core imports only basic parts; train imports core, plan and data; run
-# imports train; checks and sweeps import run.
+# The parts that each part may import besides `errors`. A part is a folder or a file directly below mainrun,
+# or a package next to mainrun. In short: core imports only basic parts; train imports core, plan and data;
+# run imports train; checks and sweeps import run.
 MAY_IMPORT = {
     "config": "files plan data.sources",
     "plan": "files config",
