@@ -1,4 +1,4 @@
-"""The set-up of all tests: a separate cache, one thread, and a config that trains in a second."""
+"""Fixtures for all tests: a separate cache, one thread, and a config that trains in about a second."""
 
 import os
 from pathlib import Path
@@ -7,10 +7,11 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# On a busy machine the threads would wait for each other. The tokens are the same without threads.
+# On a busy machine, the tokenizer's threads would wait for each other. The tokens are the same without
+# threads.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# The time of an example depends on the load of the machine, so a slow example is not an error.
+# Hypothesis examples take longer on a busy machine, so a slow example is not an error.
 settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("house")
 
@@ -33,7 +34,7 @@ TINY = {
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Use a separate cache, also in subprocesses, so that no test reads or changes the user's cache."""
+    """Use a separate cache in this process and its subprocesses, so that no test touches the user's cache."""
     os.environ["MAINRUN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
@@ -46,14 +47,14 @@ def real_titles() -> Path:
 
 @pytest.fixture
 def tiny():
-    """Return a function of config changes. It returns a config whose whole run takes about a second."""
+    """Return a function that applies changes to a tiny config, which trains in about a second."""
     from mainrun.config import from_dict
 
     return lambda **changes: from_dict(TINY | changes)
 
 
 def tiny_sets(**changes: object) -> list[str]:
-    """Return the same config as `--set key=value ...` arguments for the command line."""
+    """Return the tiny config with these changes, as `--set key=value` command-line arguments."""
     arguments = []
     for key, value in (TINY | changes).items():
         text = str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,9 +1,11 @@
-"""Damaged files for test_damaged.py: a folder with every kind of file of mainrun, and ways to damage it.
+"""Damage the files of mainrun at random and run a command that reads them.
+
+test_damaged.py runs a sample of the cases. This command runs more of them:
 
     python tests/damage.py --cases 20000 --seed 1        # print every case that fails
-    python tests/damage.py --case 1:57                   # one of them, with all of its output
+    python tests/damage.py --case 1:57                   # run one case and print all of its output
 
-A case is a function of (seed, index): which file, which damage, which command.
+The seed and the index of a case determine the damaged file, the damage and the command.
 """
 
 from __future__ import annotations
@@ -82,7 +84,7 @@ json.dump(fields | {"steps": 0, "rows": []}, into.open("w"))
 
 
 def sets(fields: dict[str, Any]) -> list[str]:
-    """The fields as `--set` arguments."""
+    """Return the fields as `--set` arguments."""
     return [
         word
         for key, value in fields.items()
@@ -94,7 +96,7 @@ def sets(fields: dict[str, Any]) -> list[str]:
 
 
 def make(folder: Path) -> None:
-    """Make a finished, an interrupted and a growing run with a store, a study, an export and a bundle."""
+    """Make three runs (finished, interrupted and growing), a store, a study, an export and a bundle."""
     os.environ["MAINRUN_CACHE"] = str(folder / "cache")
     runs = folder / "runs"
     names = {"whole": _train(runs, PLAIN), "half": _train(runs, HALF, until=14), "grown": _train(runs, GROWN)}
@@ -195,7 +197,7 @@ def _bundle(folder: Path, run: Path) -> None:
 
 
 def add_manifest(files: dict[str, bytes], summary: dict[str, Any]) -> dict[str, bytes]:
-    """Return the files with a matching manifest."""
+    """Return the files with a manifest that matches them."""
     members = {name: data for name, data in files.items() if name != "MANIFEST.json"}
     figures = {name: summary[name] for name in ("last", "best", "steps", "params", "weights")}
     plain = ("run", "preset", "fingerprints", "tokenizer", "geometry", "machine_class", "versions", "guards")
@@ -251,7 +253,7 @@ RAW_VALUES = {
     "nested 10,000 deep": "[" * 10_000 + "]" * 10_000,
     "100,000 items": f"[{'0,' * 99_999}0]",
 }
-FIXED = ", checksums fixed"  # the end of a description
+FIXED = ", checksums fixed"  # appended to the description of a damage
 PLACEHOLDER = "PLACEHOLDER-OF-A-RAW-VALUE"
 RAW_LINES = (
     "[1]",
@@ -271,7 +273,7 @@ RAW_LINES = (
 
 
 def slots(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Yield the paths of all values inside a value, including containers."""
+    """Yield the path of every value inside a nested value, including lists and dicts."""
     yield path
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
@@ -279,7 +281,7 @@ def slots(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def put(value: Any, path: tuple[Any, ...], new: Any) -> Any:
-    """Return the value with another value at the path."""
+    """Return a copy of a nested value in which the value at the path is replaced."""
     if not path:
         return new
     copy = value.copy()
@@ -288,7 +290,7 @@ def put(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 
 
 def cut(value: Any, path: tuple[Any, ...]) -> Any:
-    """Return the value without the entry at the path."""
+    """Return a copy of a nested value without the entry at the path."""
     parent = value
     for key in path[:-1]:
         parent = parent[key]
@@ -300,9 +302,8 @@ def cut(value: Any, path: tuple[Any, ...]) -> Any:
 def damage_value(chance: random.Random, value: Any) -> tuple[str, str]:
     """Return a damaged JSON text and a description of the damage."""
     paths = list(slots(value))
-    depth = chance.randint(
-        0, max(map(len, paths))
-    )  # otherwise the many deeply nested values would be drawn almost always
+    # Limit the depth first: most values are deeply nested, so they would be drawn nearly every time.
+    depth = chance.randint(0, max(map(len, paths)))
     path = chance.choice([path for path in paths if len(path) <= depth])
     where = ".".join(map(str, path)) or "the top"
     if path and chance.random() < 0.25:
@@ -373,7 +374,7 @@ def _with(data: bytes, place: int, flip: int) -> bytes:
 
 def _socket(path: Path) -> None:
     folder = os.getcwd()
-    os.chdir(path.parent)  # the address of a socket must be short
+    os.chdir(path.parent)  # the path of a Unix socket must be short
     try:
         with socket.socket(socket.AF_UNIX) as server:
             server.bind(path.name)
@@ -451,7 +452,10 @@ CHECKSUMS: dict[str, Callable[[Path], None]] = {
 
 @dataclass(frozen=True)
 class Target:
-    """A kind of file. In `commands`, {whole}, {half} and {grown} stand for the names of the runs."""
+    """A kind of file to damage, and the commands that read it.
+
+    In `commands`, {whole}, {half} and {grown} are placeholders for the names of the three runs.
+    """
 
     pattern: str  # relative to the fixture directory
     damage: Callable[[random.Random, bytes], tuple[bytes, str]]
@@ -549,11 +553,12 @@ MEMBERS = (
     "run/tokenizer.json",
 )
 
-REWRITTEN = (".lock", "status.json", "env.json")  # rewritten by every start
+REWRITTEN = (".lock", "status.json", "env.json")  # every start rewrites these files
+# error messages about the source tree under test, which the damage did not cause
 ABOUT_THE_TREE = (
     "the working tree is not committed",
     "a submission must not contain",
-)  # messages about the tree under test, not about the damage
+)
 CHECKS = {
     "store verify": {1},
     "store audit": {1},
@@ -575,7 +580,7 @@ class Row:
 
 
 def value_at(*path: Any, value: Any) -> Callable[[Path], Any]:
-    """Change a value in a JSON document, and fix its checksum if it has one."""
+    """Return a function that replaces a value in a JSON file and updates the checksum, if there is one."""
 
     def damage(file: Path) -> None:
         file.write_text(json.dumps(put(json.loads(file.read_bytes()), path, value)))
@@ -777,7 +782,7 @@ class Case:
 
 
 class FixtureDirectory:
-    """A copy of the fixture directory, to be damaged."""
+    """A copy of the fixture directory whose files can be damaged."""
 
     def __init__(self, made: Path, place: Path) -> None:
         self.made, self.place = made, place
@@ -785,14 +790,14 @@ class FixtureDirectory:
         self.hashes = self._hashes()
 
     def _hashes(self) -> dict[str, str]:
-        """Return the hash of every file that must not change."""
+        """Return the hash of every file that a refused command must not change."""
         paths = sorted(path for path in self.made.rglob("*") if path.is_file() and path.name not in REWRITTEN)
         hashes = {str(path.relative_to(self.made)): _sha256(path.read_bytes()) for path in paths}
-        hashes.pop("studies/tiny/study.json")  # a start writes into it how to resume
+        hashes.pop("studies/tiny/study.json")  # every start of a study records in this file how to resume it
         return hashes
 
     def renew(self, *parts: str) -> None:
-        """Copy these parts and the small files again."""
+        """Make a fresh copy that contains the given folders, the cache and the top-level files."""
         shutil.rmtree(self.place, ignore_errors=True)
         self.place.mkdir(parents=True)
         for path in self.made.iterdir():
@@ -802,7 +807,7 @@ class FixtureDirectory:
                 shutil.copytree(path, self.place / path.name)
 
     def changed(self, damaged: str) -> list[str]:
-        """Return the files that changed, apart from the damaged one."""
+        """Return the files that changed, except for the damaged file."""
         changed = []
         for name, sha256 in self.hashes.items():
             path = self.place / name
@@ -838,7 +843,10 @@ class FixtureDirectory:
 
 
 def prepare(fixture: FixtureDirectory, seed: int, index: int) -> Case:
-    """Damage a new copy of the fixture directory. The seed and the index decide how."""
+    """Damage one file in a fresh copy of the fixture directory.
+
+    The seed and the index determine the file, the damage and the command.
+    """
     chance = random.Random(f"{seed}:{index}")
     if chance.random() < 0.06:
         fixture.renew()
@@ -864,7 +872,7 @@ def prepare(fixture: FixtureDirectory, seed: int, index: int) -> Case:
 
 
 def _add_missing(path: Path) -> None:
-    """Create a file that a store has only during a run."""
+    """Create a pin, because a store contains pins only while a run uses it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.parent.name == "pins":
         path.write_text(json.dumps(["0" * 64]))
@@ -873,7 +881,7 @@ def _add_missing(path: Path) -> None:
 
 
 def _damage_member(fixture: FixtureDirectory, chance: random.Random, name: str) -> Case:
-    """Damage a file in the bundle. In most cases, fix its checksum in the manifest."""
+    """Damage one file in the bundle. In most cases, update its checksum in the manifest."""
     from reports.submission import bundle
 
     path = fixture.place / "submission.zip"
@@ -907,7 +915,10 @@ def _damage_member(fixture: FixtureDirectory, chance: random.Random, name: str) 
 
 
 def run_case(fixture: FixtureDirectory, driver: Driver, case: Case) -> tuple[Outcome, str]:
-    """Run the command of a prepared case. Returns its outcome and why it failed, or an empty string."""
+    """Run the command of a prepared case.
+
+    Return its outcome and the reason why the case failed, or an empty string if it passed.
+    """
     env = {"MAINRUN_CACHE": str(fixture.place / "cache")}
     outcome = driver.run(case.argv, fixture.place, env)
     return outcome, find_problem(fixture, case, outcome)
@@ -936,7 +947,7 @@ def find_problem(fixture: FixtureDirectory, case: Case, outcome: Outcome) -> str
 
 
 def _compare_weights(fixture: FixtureDirectory) -> str:
-    """If the interrupted run is finished, it must end with the same weights as an uninterrupted run."""
+    """Return a problem if the resumed run ended with different weights than an uninterrupted run."""
     summary = fixture.place / "runs" / fixture.names["half"] / "summary.json"
     if not summary.is_file():
         return ""
@@ -955,13 +966,15 @@ def _names(case: Case, message: str) -> bool:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").partition("\n")[0],
-        epilog="Exit codes: 0: all cases passed. 1: a case failed. 2: wrong use. 130: interrupted.",
+        epilog="Exit codes: 0: all cases passed. 1: a case failed. 2: invalid arguments. 130: interrupted.",
     )
-    parser.add_argument("--cases", type=whole_number(1), default=1000, help="how many cases (default: 1000)")
+    parser.add_argument(
+        "--cases", type=whole_number(1), default=1000, help="the number of cases (default: 1000)"
+    )
     parser.add_argument(
         "--first", type=whole_number(0), default=0, help="the index of the first case (default: 0)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="another seed draws other cases (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="the seed of the random cases (default: 0)")
     parser.add_argument(
         "--case",
         type=case_number,
@@ -969,9 +982,9 @@ def parse() -> argparse.Namespace:
         help="run only this case and print all of its output",
     )
     parser.add_argument("--rows", action="store_true", help="run the damage in ROWS instead of random damage")
-    parser.add_argument("--tree", type=Path, default=ROOT, help="the root of the code under test")
+    parser.add_argument("--tree", type=Path, default=ROOT, help="the root folder of the code under test")
     parser.add_argument("--made", type=Path, help="use this fixture directory, or make it if it is missing")
-    parser.add_argument("--make", type=Path, help="make a fixture directory and do nothing else")
+    parser.add_argument("--make", type=Path, help="make a fixture directory at this path and exit")
     parser.add_argument("--keep", type=Path, help="keep the damaged copy in this folder")
     return parser.parse_args()
 

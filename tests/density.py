@@ -1,10 +1,9 @@
-"""How dense the code is: constructs per 1,000 lines that make a reader stop, and the places that break a
-rule.
+"""Report how dense the code is: constructs per 1,000 lines that slow a reader down, and broken rules.
 
     python tests/density.py                   # the product, a row per folder
     python tests/density.py mainrun/train.py  # a row per file
 
-tests/test_house.py holds the limits.
+tests/test_house.py sets the limits.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 LONGEST_FUNCTION = 60
 WIDEST_LINE = 110
-# methods that change their object: in `a, b = x.pop(), x` the order of the two matters
+# Methods that change their object. In `a, b = x.pop(), x` the order of evaluation matters.
 CHANGING = {
     "pop",
     "popleft",
@@ -58,7 +57,7 @@ def counts(tree: ast.Module) -> Counter[str]:
 
 
 def violations(tree: ast.Module, lines: list[str]) -> Iterator[tuple[int, str]]:
-    """Yield (line, rule) for each place that breaks a rule."""
+    """Yield (line, rule) for each violation of a rule."""
     own = own_classes(tree)
     for number, line in enumerate(lines, 1):
         if len(line) > WIDEST_LINE:
@@ -83,7 +82,7 @@ def violations(tree: ast.Module, lines: list[str]) -> Iterator[tuple[int, str]]:
 
 
 def has_call(value: ast.expr) -> bool:
-    """Whether a tuple holds a call whose place in the order of evaluation may matter."""
+    """Return whether a tuple contains a method call that may change its object."""
     if not isinstance(value, ast.Tuple):
         return False
     calls = [
@@ -95,7 +94,7 @@ def has_call(value: ast.expr) -> bool:
 
 
 def own_classes(tree: ast.Module) -> set[str]:
-    """Return the names that a file defines as classes, or imports from the product."""
+    """Return the classes that a file defines and the names that it imports from our packages."""
     names = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in PRODUCT:
@@ -104,7 +103,10 @@ def own_classes(tree: ast.Module) -> set[str]:
 
 
 def outside_attributes(function: ast.AST, own: set[str]) -> Iterator[int]:
-    """Yield the lines that set an attribute of an own object which the same function has created."""
+    """Yield the lines where a function sets attributes on an object that it has created.
+
+    Only objects of the classes in `own` count.
+    """
     created: set[str] = set()
     for node in ast.walk(function):
         if not isinstance(node, ast.Assign):
@@ -123,7 +125,7 @@ def outside_attributes(function: ast.AST, own: set[str]) -> Iterator[int]:
 
 
 def per_1000_lines(files: list[Path]) -> dict[str, float]:
-    """Return how often each construct occurs per 1,000 lines of some files."""
+    """Return how often each construct occurs per 1,000 lines of the files."""
     total: Counter[str] = Counter()
     lines = 0
     for file in files:

@@ -1,8 +1,8 @@
 """Run the command line thousands of times with odd input.
 
-Each case is a child, forked from a process that has imported everything. A case passes if the command ends in
-time with a documented exit code and at most one readable message. `Driver.run` runs a case, and
-`Outcome.problem` returns the reason why it failed.
+Each case runs in a child process, forked from a process that has imported everything. A case passes if the
+command ends in time with a documented exit code and at most one readable message. `Driver.run` runs a case.
+`Outcome.problem` returns the reason why a case failed, or an empty string.
 
     with Driver() as driver:
         outcome = driver.run(["presets", "no-such-preset"], cwd=tmp_path)
@@ -42,7 +42,7 @@ from mutate import whole_number
 
 ROOT = Path(__file__).parents[1]
 
-# Imported once, before the first case. Nothing is computed, so there are no threads that a fork would lose.
+# Modules to import once, before the first fork. Importing them starts no threads, which a fork would lose.
 WARM = (
     "mainrun.cli", "mainrun.config", "mainrun.data.sources", "mainrun.train", "mainrun.run.session",
     "mainrun.ui.sample", "mainrun.checks.guards", "mainrun.ui.compare", "mainrun.ui.doctor",
@@ -55,31 +55,31 @@ WARM = (
     "yaml", "ctypes", "difflib", "http.client", "urllib.request", "concurrent.futures", "multiprocessing",
 )  # fmt: skip
 
-# documented exit codes of the commands, apart from 0, 2 and 75
+# Documented exit codes of each command, in addition to 0, 2 and 75, which every command may return.
 OTHER_CODES = {
     "train": {3},  # the loss became NaN
     "demo": {3},
-    "doctor": {1},  # something must be fixed before training
+    "doctor": {1},  # a check found a problem that must be fixed before training
     "submit": {1},  # the upload failed
     "verify": {1},  # the bundle does not match its manifest
     "store verify": {1},  # a file is damaged
-    "store audit": {1},  # training a segment again gives other bits
+    "store audit": {1},  # retraining a segment gives different bits
     "grow verify": {1},  # an op violates its contract
-    "bench lineage": {1},  # a shared prefix changes the bits
+    "bench lineage": {1},  # a run that reuses a shared prefix has different bits
     "bench gpu": {1},  # two runs differ
 }
-MESSAGES = {"demo": 2}  # the message of the command that it runs, and its own
+MESSAGES = {"demo": 2}  # one message of `demo`, and one of the command that it runs
 LONGEST_MESSAGE = 3000
-MOST_OUTPUT = 1 << 20  # of each stream, in bytes; the rest is cut off
+MOST_OUTPUT = 1 << 20  # bytes per stream; longer output is truncated
 PREFIX = re.compile(r"^(error|interrupted|diverged|crash)( in process [^\n:]*)?: ?", re.MULTILINE)
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended.
+    """The result of a command.
 
-    `code` is None if it was killed at the time limit, and negative if a signal ended it.
+    `code` is None if the command was killed at the time limit, and negative if a signal ended it.
     """
 
     command: str
@@ -95,9 +95,9 @@ class Outcome:
         return self.err[match.end() :].strip() if match else ""
 
     def problem(self, allowed: Sequence[int] = (), stderr_is_read: bool = True) -> str:
-        """Return why the case failed, or an empty string.
+        """Return the reason why the case failed, or an empty string if it passed.
 
-        `allowed` are further exit codes that are correct.
+        `allowed` lists additional exit codes that count as correct.
         """
         if self.code is None:
             return f"hangs: no end after {self.seconds:.0f} s"
@@ -129,7 +129,7 @@ class Outcome:
 
 
 def command_of(argv: Sequence[str]) -> str:
-    """Return the command as in `OTHER_CODES`: two words for a command of a group, otherwise one."""
+    """Return the name of the command as in `OTHER_CODES`: two words for a subcommand, otherwise one."""
     groups = {name.split()[0] for name in OTHER_CODES if " " in name}
     return " ".join(argv[: 2 if argv and argv[0] in groups else 1])
 
@@ -138,10 +138,10 @@ def command_of(argv: Sequence[str]) -> str:
 class Driver:
     """A process that has imported everything and forks one child per case.
 
-    Use it as a context manager, from one thread.
+    Use it as a context manager, from a single thread.
 
     `tree` is the root of the code under test. `env` changes the environment of the interpreter, for example
-    its locale. `warm=False` imports only the command line.
+    its locale. With `warm=False`, the process imports only the command line.
     """
 
     tree: Path = ROOT
@@ -184,10 +184,13 @@ class Driver:
         stderr: str = "file",
         limit: float | None = None,
     ) -> Outcome:
-        """Run `mainrun *argv` in the folder `cwd`. `env` changes the environment; None removes a variable.
+        """Run `mainrun *argv` in the folder `cwd`.
 
-        `stdin` is null, none (no such descriptor) or text:TEXT. `stdout` and `stderr` are file, pipe, none,
-        closed (a pipe that nobody reads) or full (/dev/full). The outcome has the text of file and pipe only.
+        `env` sets environment variables; the value None removes a variable.
+
+        `stdin` is "null", "none" (the descriptor does not exist) or "text:TEXT". `stdout` and `stderr` are
+        "file", "pipe", "none", "closed" (a pipe that nobody reads) or "full" (/dev/full). The outcome
+        contains the output only for "file" and "pipe".
         """
         words = [os.fsdecode(word) for word in argv]
         case = {
@@ -211,7 +214,7 @@ class Driver:
 
 
 def serve(warm: bool) -> None:
-    """Read one case per line, run it and write its outcome, until stdin ends."""
+    """Read one case per line from stdin, run it and write its outcome, until stdin is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     channel = os.fdopen(os.dup(1), "wb")
     requests = os.fdopen(os.dup(0), "rb")
@@ -223,13 +226,12 @@ def serve(warm: bool) -> None:
     for name in WARM if warm else WARM[:1]:
         try:
             importlib.import_module(name)
-        except ModuleNotFoundError as e:  # an older or newer tree may have other modules
+        except ModuleNotFoundError as e:  # another version of the code may lack this module
             if name == WARM[0] or not name.startswith(("mainrun", "sweeps", "reports")):
                 raise RuntimeError(f"{name} cannot be imported") from e
     typer_main = importlib.import_module("typer.main")
-    typer_main.get_command = functools.cache(
-        typer_main.get_command
-    )  # building it takes as long as a small command
+    # Building the Typer command takes as long as running a small command.
+    typer_main.get_command = functools.cache(typer_main.get_command)
     typer_main.get_command(importlib.import_module("mainrun.cli").app)
     gc.collect()
     gc.freeze()
@@ -244,7 +246,7 @@ def _run_case(case: dict[str, Any], channels: tuple[io.BufferedWriter, io.Buffer
     begin = time.monotonic()
     pid = os.fork()
     if pid == 0:
-        log = os.dup(2)  # for errors of this file
+        log = os.dup(2)  # for tracebacks from this file
         try:
             for file in channels:
                 os.close(file.fileno())
@@ -274,7 +276,7 @@ def _run_case(case: dict[str, Any], channels: tuple[io.BufferedWriter, io.Buffer
 
 
 def _stream(kind: str) -> tuple[int | None, int | None]:
-    """Return the read and write descriptors of a stream."""
+    """Open a stream. Return its read and write descriptors."""
     if kind == "none":
         return None, None
     if kind == "full":
@@ -290,7 +292,10 @@ def _stream(kind: str) -> tuple[int | None, int | None]:
 
 
 def _wait(pid: int, end: float, pipes: dict[int, bytearray]) -> int | None:
-    """Return the exit code, or None at the time limit. Then kill all processes that the child has started."""
+    """Wait for a child and return its exit code, or None if it exceeds the time limit.
+
+    In both cases, kill all processes that the child has started.
+    """
     ended = os.pidfd_open(pid)
     waiting = [ended, *pipes]
     late = False
@@ -318,7 +323,7 @@ def _wait(pid: int, end: float, pipes: dict[int, bytearray]) -> int | None:
 
 
 def _child(case: dict[str, Any], writes: dict[str, int | None]) -> None:
-    """Run the case in the child as if a shell had started it."""
+    """Run a case in the forked child as if a shell had started the command."""
     os.setsid()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _redirect(case["stdin"], writes)
@@ -345,9 +350,9 @@ def _child(case: dict[str, Any], writes: dict[str, int | None]) -> None:
 
 
 def _decode(text: str) -> str:
-    """Decode an argument as the interpreter does in its locale.
+    """Decode a command-line argument as the interpreter does in its locale.
 
-    A lone surrogate cannot come from a shell and is kept.
+    A text with other lone surrogates is returned unchanged, because no shell could pass it.
     """
     try:
         return os.fsdecode(text.encode("utf-8", "surrogateescape"))
@@ -382,9 +387,9 @@ def _redirect(stdin: str, writes: dict[str, int | None]) -> None:
 
 
 def _finish(code: int) -> int:
-    """Flush the streams as the interpreter does at its end, and return the exit code.
+    """Flush the streams as the interpreter does at exit, and return the exit code.
 
-    If that fails, the interpreter prints a message and exits with 120.
+    If flushing fails, the interpreter prints a message and exits with 120.
     """
     for file in (sys.stdout, sys.stderr):
         try:
@@ -419,17 +424,19 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Exit codes: 0: all cases passed. 1: a case failed. 2: wrong use. 130: interrupted.",
+        epilog="Exit codes: 0: all cases passed. 1: a case failed. 2: invalid arguments. 130: interrupted.",
     )
-    parser.add_argument("--cases", type=whole_number(1), default=1000, help="how many cases (default: 1000)")
+    parser.add_argument(
+        "--cases", type=whole_number(1), default=1000, help="the number of cases (default: 1000)"
+    )
     parser.add_argument(
         "--first", type=whole_number(0), default=0, help="the index of the first case (default: 0)"
     )
-    parser.add_argument("--seed", type=int, default=1, help="another seed draws other cases (default: 1)")
+    parser.add_argument("--seed", type=int, default=1, help="the seed of the random cases (default: 1)")
     parser.add_argument(
-        "--jobs", type=whole_number(1), default=1, help="how many processes run cases (default: 1)"
+        "--jobs", type=whole_number(1), default=1, help="the number of processes that run cases (default: 1)"
     )
-    parser.add_argument("--tree", type=Path, default=ROOT, help="the root of the code under test")
+    parser.add_argument("--tree", type=Path, default=ROOT, help="the root folder of the code under test")
     parser.add_argument(
         "--case",
         type=case_number,
@@ -441,7 +448,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
-    sys.path.insert(0, str(args.tree))  # the options of the tree under test
+    sys.path.insert(0, str(args.tree))  # odd_cases must read the options of the tree under test
     import odd_cases
 
     known = odd_cases.commands()
@@ -464,7 +471,7 @@ def _run_cases(args: argparse.Namespace, known: dict[str, list[Any]], folder: Pa
         try:
             return [row for job in jobs for row in job.result()]
         finally:
-            stop.set()  # after Ctrl-C, each job ends after its current case
+            stop.set()  # after Ctrl-C, each job stops when its current case is finished
 
 
 def _run_part(

@@ -1,4 +1,4 @@
-"""Hand-made runs, recipes and studies for the tests of reports, in memory or on disk."""
+"""Hand-made runs, recipes and studies for testing reports, in memory or on disk."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def make_summary(run_id: str, preset: str, full: float = 2.0, **changes: Any) ->
 
 
 def make_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return a row for each step, and the evaluations of the summary."""
+    """Return one row per training step and one row for each evaluation in the summary."""
     rows: list[dict[str, Any]] = [
         {
             "event": "step",
@@ -96,7 +96,7 @@ def make_run(
     env: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> Run:
-    """Make a run. `fields` change its config, `changes` its summary."""
+    """Make a run. `fields` override its config and `changes` override its summary."""
     cfg = from_dict(TINY | {"preset": preset, "seed": seed} | dict(fields or {}))
     summary = make_summary(cfg.run_id, preset, full, **changes)
     if changes.get("last") and "scores" not in changes:
@@ -119,7 +119,7 @@ def make_run(
 def make_recipe(
     name: str, fulls: Mapping[int, float], fields: Mapping[str, Any] | None = None, **changes: Any
 ) -> Recipe:
-    """Make a recipe with a run for each seed and full score."""
+    """Make a recipe with one run per seed. `fulls` maps each seed to the full score of its run."""
     return Recipe(
         name, tuple(make_run(name, seed, full, fields=fields, **changes) for seed, full in fulls.items())
     )
@@ -130,7 +130,7 @@ def failing(detail: str = "it sees the future", name: str = "causality") -> list
 
 
 def make_data(*recipes: Recipe, studies: tuple[Study, ...] = ()) -> ReportData:
-    """Make report data. The first two recipes are the baseline and the optimised recipe."""
+    """Make report data. The first recipe is the baseline, and the second is the optimised recipe."""
     base, optimised = (*recipes, None, None)[:2]
     return ReportData(recipes, studies, base, optimised, "by hand")
 
@@ -144,7 +144,7 @@ def make_study(*trials: dict[str, Any], **facts: Any) -> Study:
 
 
 def write_run(out: Path, run: Run, status: str = "done") -> Path:
-    """Write a run directory, named by the run's id, and return its path."""
+    """Write a run directory named after the run's id, and return its path."""
     folder = out / run.cfg.run_id
     (folder / "checkpoints").mkdir(parents=True)
     config = run.cfg.model_dump(mode="json")
@@ -176,14 +176,14 @@ def write_log(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def edit(path: Path, change: Callable[[Any], Any]) -> None:
-    """Change a JSON file."""
+    """Apply a function to the content of a JSON file."""
     value = json.loads(path.read_text(encoding="utf-8"))
     change(value)
     path.write_text(json.dumps(value), encoding="utf-8")
 
 
 def edit_rows(path: Path, change: Callable[[list[dict[str, Any]]], Any]) -> None:
-    """Change the rows of a log."""
+    """Apply a function to the rows of a log."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     change(rows)
     write_log(path, rows)

@@ -1,13 +1,12 @@
-"""The golden record: what small runs of every kind came to, to the last bit. test_golden.py holds the code
-to it.
+"""Record the exact results of small runs of every kind. test_golden.py fails if a result changes by one bit.
 
     python tests/golden.py              # record all cases on this kind of machine
-    python tests/golden.py --add        # record new cases; then --check must name no others
-    python tests/golden.py --check      # train all cases again and name those that differ
+    python tests/golden.py --add        # record new cases only; then run --check
+    python tests/golden.py --check      # train all cases again and list those that differ
 
-A record belongs to a machine class and to versions of the libraries: other processors and other versions of
-torch give other bits. Make a record from a commit that is known to be right, and never to make a failing
-test pass.
+A record is valid for one machine class and one set of library versions, because other processors and other
+versions of torch give other bits. Make a record from a commit that is known to be correct, and never make one
+to get a failing test to pass.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ def growing(*ops: dict[str, Any], **fields: Any) -> dict[str, Any]:
     return ADAMW | fields | {"growth": {"version": 2, "ops": list(ops)}}
 
 
-# name -> (preset, fields). Those in SLOW take long and are tested with the slow tests.
+# Maps each case to (preset, fields). The cases in SLOW take long, so only the slow tests run them.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "preset baseline": ("baseline", {}),
     "preset optimized": ("optimized", {}),
@@ -192,7 +191,7 @@ def write_mix(folder: Path) -> None:
 
 
 def train(name: str, folder: Path) -> dict[str, Any]:
-    """Train a case in the folder and return its numbers."""
+    """Train a case in the folder and return the losses, scores and other numbers to record."""
     write_mix(folder)
     out = folder / "runs"
     if name.startswith("two processes"):
@@ -217,7 +216,7 @@ def train(name: str, folder: Path) -> dict[str, Any]:
     else:
         from mainrun.cli import app
 
-        with contextlib.chdir(folder), contextlib.suppress(SystemExit):  # a failure leaves no summary
+        with contextlib.chdir(folder), contextlib.suppress(SystemExit):  # a failed run leaves no summary
             app(arguments(name, out))
     (run,) = (path.parent for path in out.glob("*/summary.json"))
     return numbers(run)
@@ -241,9 +240,7 @@ def numbers(run: Path) -> dict[str, Any]:
 
 
 def machine_class() -> dict[str, Any]:
-    """What the bits depend on besides the code: the processor, and the versions of the libraries that
-    compute.
-    """
+    """Return the properties of this machine that affect the bits: the processor and the library versions."""
     from importlib.metadata import version
 
     from mainrun.config import from_dict
@@ -259,26 +256,25 @@ def machine_class() -> dict[str, Any]:
 
 
 def lines() -> list[dict[str, Any]]:
-    """A line for each case on each machine class."""
+    """Return the lines of the record, one per case and machine class."""
     return [json.loads(line) for line in FILE.read_text().splitlines()] if FILE.exists() else []
 
 
 def record_for(machine: dict[str, Any]) -> dict[str, Any]:
-    """The recorded numbers of each case on a machine class."""
+    """Return the recorded numbers of each case on a machine class."""
     return {line["case"]: line["numbers"] for line in lines() if line["machine"] == machine}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python tests/golden.py", description="Make or check the golden record of this machine class."
+        prog="python tests/golden.py",
+        description="Record the results of small runs on this machine class, or check them.",
     )
-    parser.add_argument("--check", action="store_true", help="compare with the record instead of making one")
+    parser.add_argument("--check", action="store_true", help="compare with the record instead of writing one")
     parser.add_argument(
-        "--only", metavar="TEXT", default="", help="only the cases whose names contain this text"
+        "--only", metavar="TEXT", default="", help="train only the cases whose names contain TEXT"
     )
-    parser.add_argument(
-        "--add", action="store_true", help="record the cases that have no record yet, and no others"
-    )
+    parser.add_argument("--add", action="store_true", help="record only the cases that have no record yet")
     options = parser.parse_args()
     machine = machine_class()
     known = record_for(machine)

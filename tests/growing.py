@@ -1,4 +1,4 @@
-"""Helpers for the tests of growth: small random models, ops, and steps of training."""
+"""Helpers for the growth tests: small random models, ops and training steps."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def config(**changes: Any) -> TrainConfig:
 
 
 def shaken(cfg: TrainConfig, seed: int = 0, dtype: torch.dtype = torch.float64) -> GPT:
-    """Return a model in which no bias, gate, position or low-rank term is zero, and no gain is one."""
+    """Return a model with noise in every parameter, so that no bias or gate is zero and no gain is one."""
     model = build(cfg, V)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -80,7 +80,7 @@ def at(cfg: TrainConfig, **changes: Any) -> StepInputs:
 
 
 def gradients(model: GPT, seed: int) -> Tensor:
-    """Compute the gradients of a batch of random tokens. Return the loss."""
+    """Compute the gradients for a batch of random tokens, and return the loss."""
     model.zero_grad()
     idx = probe(V, T + 1, seed, rows=4)
     loss = F.cross_entropy(model(idx[:, :-1]).flatten(0, 1), idx[:, 1:].flatten())
@@ -104,7 +104,7 @@ def trained(cfg: TrainConfig, count: int = 3, dtype: torch.dtype = torch.float64
 def go_on(
     model: GPT, optimizers: Optimizers, what: Op, mode: str = "scale", count: int = 0
 ) -> tuple[GPT, Optimizers, IndexMap]:
-    """Apply an op, carry over the state of the optimiser, and train `count` more steps."""
+    """Apply an op, transfer the optimiser state, and train for `count` more steps."""
     new, moved = grown(model, what)
     after_it = Optimizers(new.cfg, new)
     after_it.load(transfer(optimizers.state(), moved, mode)[0])

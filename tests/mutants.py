@@ -1,9 +1,9 @@
 """Find the mutants of a file and apply one of them.
 
-A mutant is the file with one small bug. Cosmic Ray provides operators that change numbers, comparisons,
-arithmetic, booleans, loops, decorators and `except` clauses. The operators in this module add the bugs that
-people make in this code: an entry missing from a table, a call or a keyword argument left out, half of a
-condition ignored, `min` for `max`, a filter that accepts everything.
+A mutant is a copy of a source file with one small bug. Cosmic Ray provides operators that change numbers,
+comparisons, arithmetic, booleans, loops, decorators and `except` clauses. This module adds operators for bugs
+that are common in this project: an entry missing from a table, a call or a keyword argument left out, half of
+a condition ignored, `min` used instead of `max`, or a filter that accepts everything.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from cosmic_ray.mutating import mutate_code
 from cosmic_ray.operators.operator import Operator
 from cosmic_ray.plugins import get_operator
 
-# Replacing `<` by `is`, or `+` by `>>`, gives type errors that any test notices. These are easy to miss.
+# Tests can easily miss these replacements. Others, such as `is` for `<` or `>>` for `+`, cause type errors
+# that every test notices.
 MISTAKES = {
     "Comparison": "Lt_LtE Lt_GtE LtE_Lt LtE_Gt Gt_GtE Gt_LtE GtE_Gt GtE_Lt Eq_NotEq NotEq_Eq "
     "Is_IsNot IsNot_Is",
@@ -35,16 +36,16 @@ OTHERS = (
     "ReplaceBreakWithContinue ReplaceContinueWithBreak ExceptionReplacer NumberReplacer RemoveDecorator "
     "ZeroIterationForLoop"
 )
-# `strict=True` only checks lengths that are already equal. The others change memory, or the behaviour on a
-# machine without UTF-8.
+# No test notices a change of these arguments. `strict` compares lengths that are equal anyway, `slots` saves
+# memory, and `encoding` matters only on machines whose default is not UTF-8.
 SAFEGUARDS = ("strict", "encoding", "slots")
 TWINS = {"min": "max", "max": "min", "any": "all", "all": "any"}
 
 
 class AddedOperator(Operator):
-    """An operator that replaces whole nodes.
+    """An operator that replaces complete nodes of the syntax tree.
 
-    `alternatives` returns the code of each replacement of a node.
+    `alternatives` returns the source code of each possible replacement of a node.
     """
 
     def alternatives(self, node: Any) -> list[str]:
@@ -64,7 +65,7 @@ class AddedOperator(Operator):
 
 
 class DropElement(AddedOperator):
-    """Leave one element out of a literal with two or more: `{"a": 1, "b": 2}` becomes `{"b": 2}`."""
+    """Remove one element of a literal that has at least two: `{"a": 1, "b": 2}` becomes `{"b": 2}`."""
 
     def alternatives(self, node: Any) -> list[str]:
         is_literal = node.type == "atom" and node.children[0].value in ("(", "[", "{")
@@ -82,7 +83,7 @@ class DropElement(AddedOperator):
 
 
 class DropKeyword(AddedOperator):
-    """Leave one keyword argument out of a call."""
+    """Remove one keyword argument from a call."""
 
     def alternatives(self, node: Any) -> list[str]:
         is_call = node.type == "trailer" and node.children[0].value == "(" and len(node.children) == 3
@@ -101,7 +102,7 @@ class DropKeyword(AddedOperator):
 class DropStatement(AddedOperator):
     """Replace a statement with `pass`.
 
-    The statement is a call, an assignment to an attribute or an item, an augmented assignment or a `raise`.
+    This applies to calls, assignments to attributes or items, augmented assignments and `raise`.
     """
 
     def alternatives(self, node: Any) -> list[str]:
@@ -120,7 +121,7 @@ class DropStatement(AddedOperator):
 
 
 class DropCondition(AddedOperator):
-    """Ignore one side of `and` or `or`."""
+    """Drop one operand of `and` or `or`."""
 
     def alternatives(self, node: Any) -> list[str]:
         if node.type not in ("and_test", "or_test"):
@@ -179,9 +180,10 @@ def name_of(argument: list[Any]) -> str:
 
 @dataclass(frozen=True)
 class Mutant:
-    """One bug in one place.
+    """One bug at one place in a file.
 
-    `lines` are the lines of its statement; `before` and `after` are the first line that differs.
+    `lines` is the range of lines of the changed statement. `before` and `after` are the first changed line in
+    the source and in the mutant.
     """
 
     file: str
@@ -205,7 +207,7 @@ OPERATORS = operators()
 
 
 def places(source: str) -> list[tuple[str, int, int]]:
-    """Return (operator, occurrence, line) of every change that a test could notice."""
+    """Return (operator, occurrence, line) for every change that a test could notice."""
     nodes = list(ast_nodes(get_ast(source)))
     everything = []
     for name, operator in OPERATORS.items():
@@ -217,9 +219,9 @@ def places(source: str) -> list[tuple[str, int, int]]:
 
 
 def draw(file: str, source: str, count: int, chance: random.Random) -> list[Mutant]:
-    """Draw `count` random mutants, or all of them for 0.
+    """Draw `count` random mutants, or return all mutants if `count` is 0.
 
-    Each mutant compiles and differs from the source in more than its spaces.
+    Each mutant compiles and differs from the source by more than whitespace.
     """
     candidates = places(source)
     chance.shuffle(candidates)
@@ -243,22 +245,22 @@ def apply(mutant: Mutant, source: str) -> str:
 
 
 def mutate(source: str, operator: str, occurrence: int) -> str:
-    """Return the source with one change, or without a change if the operator fails."""
+    """Return the source with one change, or unchanged if the operator fails."""
     try:
         return mutate_code(source, OPERATORS[operator], occurrence) or source
-    except AttributeError:  # Cosmic Ray 8.7 does not know dotted names in `except (a.Error, b.Error)`
+    except AttributeError:  # Cosmic Ray 8.7 fails on dotted names in `except (a.Error, b.Error)`
         return source
 
 
 def is_unobservable(node: Any) -> bool:
-    """Whether neither a test nor a user could notice a change of this node."""
+    """Return whether a change of this node has no effect that a test or a user could notice."""
     return is_annotation(node) or is_shortened_text(node) or is_safeguard(node)
 
 
 def is_annotation(node: Any) -> bool:
-    """Whether the node is part of an annotation.
+    """Return whether the node is part of a type annotation.
 
-    Because of `from __future__ import annotations`, Python does not evaluate annotations.
+    With `from __future__ import annotations`, Python does not evaluate annotations.
     """
     for child in upwards(node):
         parent = child.parent
@@ -272,7 +274,7 @@ def is_annotation(node: Any) -> bool:
 
 
 def is_shortened_text(node: Any) -> bool:
-    """Whether the number only sets how much of a hash a message shows, as in f"{digest[:12]}"."""
+    """Return whether the number only sets how much of a hash is shown, as in f"{digest[:12]}"."""
     in_slice = node.parent is not None and node.parent.type in ("subscript", "sliceop")
     return (
         node.type == "number" and in_slice and any(child.parent.type == "fstring" for child in upwards(node))
@@ -280,7 +282,7 @@ def is_shortened_text(node: Any) -> bool:
 
 
 def is_safeguard(node: Any) -> bool:
-    """Whether the node is part of an assert or of a keyword argument that only matters after another bug."""
+    """Return whether the node is in an assert, or in an argument that only matters after another bug."""
     if any(child.parent.type == "assert_stmt" for child in upwards(node)):
         return True
     arguments = [child for child in (node, *upwards(node)) if child.type == "argument"]
@@ -288,7 +290,7 @@ def is_safeguard(node: Any) -> bool:
 
 
 def upwards(node: Any) -> Iterator[Any]:
-    """Yield the node and its ancestors, except for the module."""
+    """Yield the node and all of its ancestors except the module."""
     while node.parent is not None:
         yield node
         node = node.parent
@@ -310,9 +312,9 @@ def changed_line(source: str, mutated: str) -> tuple[str, str]:
 
 
 def statement_lines(source: str) -> dict[int, range]:
-    """Map each line to the lines of its smallest statement.
+    """Map each line to the lines of the smallest statement that contains it.
 
-    For a compound statement these are the lines before its body.
+    For a compound statement, these are the lines before its body.
     """
     ranges = {}
     for node in ast.walk(ast.parse(source)):
@@ -328,7 +330,10 @@ def statement_lines(source: str) -> dict[int, range]:
 
 
 def sources(root: Path, targets: list[str]) -> list[str]:
-    """Return the Python files of the targets, relative to the root. A folder stands for all files in it."""
+    """Return the Python files of the targets as paths relative to the root.
+
+    A folder stands for all Python files below it.
+    """
     files = []
     for target in targets:
         path = (root / target).resolve()

@@ -3,16 +3,16 @@
     ./task mutate -- sweeps/confirm.py --sample 40 --seed 1
     ./task mutate -- mainrun/store --sample 0          # a folder; 0 means all mutants
 
-First the test files that mirror the source file run once without a bug. This shows which test executes which
-line, and how long each test takes. Then each mutant is tested by the test files that reach its line, and by
-the tests that start other processes. The tests that are most likely to fail run first. Tests marked slow
-never run. One worker runs per core. It imports the libraries once and forks a process for each mutant, so a
-mutant has no start-up time.
+First, the test files of the source file run once without a bug. This run records which test executes which
+line, and how long each test takes. Then each mutant is tested by the test files that execute its lines, and
+by the tests that start other processes. The tests that are most likely to fail run first. Tests marked slow
+never run. By default, one worker runs per core. A worker imports the libraries once and forks a process for
+each mutant, so a mutant has no start-up time.
 
-Cosmic Ray makes the mutants (tests/mutants.py). We use our own runner because Cosmic Ray's starts a new
-Python for each mutant, which takes four seconds. We do not use mutmut for two reasons. It changes function
-bodies only, but our tolerances, bounds and leak patterns are tables at the top of a module. It also rewrites
-every function, and the guards that hash the source refuse that.
+Cosmic Ray makes the mutants (tests/mutants.py). We use our own runner because Cosmic Ray starts a new Python
+interpreter for each mutant, which takes four seconds. We do not use mutmut for two reasons. It changes only
+function bodies, but our tolerances, bounds and leak patterns are tables at the top of a module. It also
+rewrites every function, and the guards that hash the source would then fail.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 EQUIVALENT = HERE / "equivalent_mutants.toml"
-DEADLINE = ".deadline"  # the suffix of a file next to the result
+DEADLINE = ".deadline"  # suffix of the file with the current test's deadline, next to the result file
 LEFT_OUT = (
     "[.]git",
     ".venv*",
@@ -54,8 +54,8 @@ LEFT_OUT = (
     "docs",
 )
 
-# tests/test_STEM.py and tests/test_PACKAGE_STEM.py mirror a file, with or without _rows at the end. So do the
-# tests in this table.
+# A source file is tested by tests/test_STEM.py and tests/test_PACKAGE_STEM.py, with or without _rows at the
+# end, and by the tests in this table.
 MIRRORS = {
     "mainrun/bench": "test_bench",
     "mainrun/checks/guards.py": "test_guards test_guards_rows",
@@ -145,10 +145,9 @@ def mirrored_tests(file: str, root: Path) -> list[str]:
 
 
 def serve() -> None:
-    """Read one request per line and answer each with one line of JSON. Stdout is only for answers."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole process group, and the parent handles it
+    """Read one request per line and answer each with a line of JSON. Only these answers go to stdout."""
+    # Ctrl-C reaches the whole process group, and the parent process handles it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != HERE]
     answers = os.fdopen(os.dup(1), "w")
@@ -163,21 +162,20 @@ def serve() -> None:
 def import_if_possible(name: str) -> None:
     try:
         __import__(name)
-    except Exception as error:  # if a library cannot be imported, the tests report it
+    except Exception as error:  # the tests will report a library that cannot be imported
         print(f"{name} cannot be imported in advance: {error}", file=sys.stderr)
 
 
 def run_in_fork(kind: str, limit: float, result: str, **arguments: Any) -> dict[str, Any]:
-    """Run the tests in a child with its own process group. Kill the whole group at the end."""
+    """Run the tests in a child with its own process group, and kill the whole group at the end."""
     for leftover in (Path(result), Path(result + DEADLINE)):
         leftover.unlink(missing_ok=True)
     began, parent = time.monotonic(), os.getppid()
     child = os.fork()
     if child == 0:
         os.setsid()
-        signal.signal(
-            signal.SIGINT, signal.default_int_handler
-        )  # background jobs inherit an ignored SIGINT, but some tests send SIGINT
+        # A background job inherits an ignored SIGINT, but some tests send SIGINT to themselves.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         devnull = os.open(os.devnull, os.O_RDONLY)
         os.dup2(devnull, 0)
@@ -205,10 +203,10 @@ def run_in_fork(kind: str, limit: float, result: str, **arguments: Any) -> dict[
 
 
 def deadline_of(result: str) -> float:
-    """Return the monotonic time at which the current test has taken too long."""
+    """Return the monotonic time at which the current test exceeds its time limit."""
     try:
         return float(Path(result + DEADLINE).read_text())
-    except (OSError, ValueError):  # no test has started, or the file is being written
+    except (OSError, ValueError):  # no test has started yet, or the file is being written
         return math.inf
 
 
@@ -234,10 +232,10 @@ class Recorder:
 
 
 class Stop(Recorder):
-    """Run the selected tests in their order, file by file, and record the first that fails.
+    """Run the selected tests file by file, in the given order, and record the first failure.
 
-    `selected` maps each test to the seconds that it may take. The deadline of the current test is in a file
-    that the worker reads.
+    `selected` maps each test to its time limit in seconds. This class writes the deadline of the current test
+    to a file, which the worker reads.
     """
 
     def __init__(self, selected: dict[str, float], deadline: Path) -> None:
@@ -265,12 +263,12 @@ class Stop(Recorder):
 
 
 class Measure(Recorder):
-    """Record the lines, the time, the processes and the failures of each test without a mutant."""
+    """Record the executed lines, duration and result of each test, and which tests start processes."""
 
     def __init__(self, sources: list[str]) -> None:
         import coverage
 
-        os.environ["COVERAGE_CORE"] = "ctrace"  # the only core that supports contexts
+        os.environ["COVERAGE_CORE"] = "ctrace"  # the only coverage core that supports contexts
         self.sources = sources
         self.coverage = coverage.Coverage(data_file=None, include=sources, config_file=False, messages=False)
         self.seconds: Counter[str] = Counter()
@@ -313,11 +311,11 @@ class Measure(Recorder):
         }  # fmt: skip
 
 
-# -- the parent: it sends the requests
+# -- the parent process, which sends the requests
 
 
 class Worker:
-    """A copy of the tree, and a process that works in it."""
+    """A copy of the source tree and a process that runs tests in it."""
 
     def __init__(self, root: Path, folder: Path) -> None:
         self.tree, self.result = folder / "tree", folder / "result.json"
@@ -345,7 +343,7 @@ class Worker:
     def write(self, file: str, source: str) -> None:
         """Write a source file with a new modification time.
 
-        Python reuses a .pyc if the size and the modification time in seconds are the same.
+        Python reuses a .pyc file if the source has the same size and the same modification time in seconds.
         """
         path = self.tree / file
         path.write_text(source, encoding="utf-8")
@@ -367,14 +365,14 @@ class Worker:
         return self.log.read_text(errors="replace")[-2000:]
 
     def close(self) -> None:
-        """Stop the worker and the mutant that it runs."""
+        """Stop the worker process and the tests that it runs."""
         self.process.terminate()
         self.process.wait()
 
 
 @dataclass
 class Baseline:
-    """The results of the tests without a mutant."""
+    """The results of the tests on the unchanged source."""
 
     tests: list[str]
     lines: dict[str, dict[int, list[str]]]
@@ -385,10 +383,10 @@ class Baseline:
     kills: Counter[str] = field(default_factory=Counter)
 
     def tests_of(self, file: str, lines: range) -> list[str]:
-        """Return the tests to run against a mutant, the most likely to fail first, then the quickest.
+        """Return the tests for a mutant: first those most likely to fail, then the quickest.
 
-        A shared fixture executes its lines only in the first test that uses it, so all tests of a file are
-        selected together.
+        All tests of a file are selected together, because the lines of a shared fixture are recorded only for
+        the first test that uses it.
         """
         contexts = {context for line in lines for context in self.lines.get(file, {}).get(line, ())}
         on_import = "" in contexts or not contexts
@@ -402,15 +400,16 @@ class Baseline:
         )
 
     def allowed(self, test: str) -> float:
-        """Return the seconds that a test may take.
+        """Return the time limit of a test in seconds.
 
-        The first test of a file also runs its shared fixtures, so the slowest test counts.
+        The limit depends on the slowest test of the file, because the first test of a file also runs the
+        shared fixtures.
         """
         return 20 + 5 * self.slowest[file_of(test)]
 
     @cached_property
     def slowest(self) -> dict[str, float]:
-        """The time of the slowest test of each file, in seconds."""
+        """Map each test file to the duration of its slowest test in seconds."""
         slowest: dict[str, float] = {}
         for test, seconds in self.seconds.items():
             slowest[file_of(test)] = max(seconds, slowest.get(file_of(test), 0.0))
@@ -468,7 +467,7 @@ def try_mutant(worker: Worker, baseline: Baseline, mutant: Any, source: str) -> 
     return Verdict(mutant, "killed", by=by, seconds=answer["seconds"])
 
 
-Reasons = dict[tuple[str, str, str], str]  # why a mutant (file, line, changed line) is equivalent
+Reasons = dict[tuple[str, str, str], str]  # maps (file, line, changed line) to the reason
 
 
 def read_equivalents(paths: list[Path]) -> Reasons:
@@ -499,7 +498,7 @@ def draw_mutants(sources: dict[str, str], args: argparse.Namespace) -> list[Any]
 def try_mutants(
     mutants: list[Any], sources: dict[str, str], tests: list[str], args: argparse.Namespace, folder: Path
 ) -> Iterator[Verdict]:
-    """Test the mutants in parallel, and yield the verdicts in order."""
+    """Test the mutants in parallel and yield their verdicts in the original order."""
     workers = [Worker(args.root, folder / str(i)) for i in range(args.jobs)]
     pool = ThreadPoolExecutor(args.jobs)
     try:
@@ -539,7 +538,7 @@ def show(verdict: Verdict) -> None:
 
 
 def show_progress(done: int, total: int) -> None:
-    """Show a counter on a terminal. The next line of output overwrites it."""
+    """Show a counter on a terminal. The next line of output overwrites the counter."""
     if sys.stderr.isatty():
         print(f"\r{done}/{total}\r", end="", file=sys.stderr, flush=True)
 
@@ -556,7 +555,7 @@ def summary(name: str, results: list[Verdict], seed: int, seconds: float) -> str
 
 
 def score(results: list[Verdict]) -> float:
-    """The percentage of the mutants that were killed, without the equivalent ones."""
+    """Return the percentage of mutants that were killed, not counting equivalent mutants."""
     count = Counter(verdict.outcome for verdict in results)
     killed = count["killed"] + count["timeout"]
     return 100 * killed / max(1, killed + count["survived"])
@@ -576,7 +575,7 @@ def write_json(path: Path, name: str, results: list[Verdict], args: argparse.Nam
 
 
 class UsageError(Exception):
-    """The command was used in a wrong way."""
+    """The arguments of the command are invalid."""
 
 
 def whole_number(low: int) -> Callable[[str], int]:
@@ -604,8 +603,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         usage="./task mutate -- FILE [FILE ...] [OPTIONS]",
         description="Plant small bugs in source files and list those that no test detects. "
         "Tests that are marked slow do not run.",
-        epilog="Exit codes: 0: done. 1: fewer mutants are killed than --at-least requires. 2: wrong use. "
-        "130: interrupted.",
+        epilog="Exit codes: 0: done. 1: fewer mutants are killed than --at-least requires. "
+        "2: invalid arguments. 130: interrupted.",
     )
     parser.add_argument(
         "targets",
@@ -618,38 +617,38 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         type=whole_number(0),
         default=40,
         metavar="N",
-        help="how many mutants to draw at random; 0: all (default: 40)",
+        help="how many mutants to draw at random; 0 means all (default: 40)",
     )
     parser.add_argument(
-        "--seed", type=int, default=1, metavar="S", help="another seed draws other mutants (default: 1)"
+        "--seed", type=int, default=1, metavar="S", help="the seed of the random draw (default: 1)"
     )
     parser.add_argument(
         "--jobs",
         type=whole_number(1),
         default=os.cpu_count(),
         metavar="J",
-        help="worker processes (default: one per core)",
+        help="the number of worker processes (default: one per core)",
     )
     parser.add_argument(
-        "--tests", metavar="A,B", help="run these test files instead of those that mirror the source file"
+        "--tests", metavar="A,B", help="run these test files instead of those of the source file"
     )
     parser.add_argument(
         "--at-least",
         type=percentage,
         default=0.0,
         metavar="PERCENT",
-        help="exit with 1 if fewer than PERCENT are killed (default: 0)",
+        help="exit with code 1 if less than PERCENT of the mutants are killed (default: 0)",
     )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write every mutant and its outcome to this file"
     )
-    parser.add_argument("--equivalent", type=Path, metavar="FILE", help="a second list of equivalent mutants")
+    parser.add_argument("--equivalent", type=Path, metavar="FILE", help="a file with more equivalent mutants")
     parser.add_argument(
         "--root",
         type=Path,
         default=HERE.parent,
         metavar="DIR",
-        help="the root of the tree to test (default: this one)",
+        help="the root of the source tree to test (default: this tree)",
     )
     return parser.parse_args(arguments)
 
@@ -750,7 +749,7 @@ def collect(
 ) -> None:
     """Append the verdict of each mutant to the results.
 
-    After an interruption they have the verdicts so far.
+    If the user interrupts the command, the results contain the verdicts so far.
     """
     sources = {file: (args.root / file).read_text(encoding="utf-8") for file in files}
     mutants = draw_mutants(sources, args)

@@ -1,8 +1,8 @@
-"""Odd command lines for test_doors.py: every command and every option, with unlikely values.
+"""Unusual command lines for test_doors.py: every command and every option, with unlikely values.
 
-A case is a function of (seed, index). The commands and their options are read from the command line itself. A
-text option needs a row in `TEXT`. The values of other options depend on their type. The arguments in `BASE`
-keep a case from using the network or training for longer than a second.
+The seed and the index determine a case. The commands and options are read from the Typer application. A text
+option needs a row in `TEXT`. The values of all other options depend on their types. The arguments in `BASE`
+prevent a case from using the network or from training for more than a second.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SMALL = {
 
 
 def nested(rng: random.Random) -> str:
-    """Deeply nested lists and tables in TOML, JSON or YAML, closed or not."""
+    """Return deeply nested lists and tables in TOML, JSON or YAML. Some of them are not closed."""
     depth = rng.choice([60, 99, 101, 400, 3000, 20_000])
     shapes = [
         "[" * depth,
@@ -55,7 +55,7 @@ def nested(rng: random.Random) -> str:
 
 
 def bomb(word: str) -> str:
-    """Ten lines of YAML that expand to a hundred million words."""
+    """Return ten lines of YAML that expand to a hundred million words."""
     lists = [f"{b}: &{b} [{','.join(['*' + a] * 8)}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True)]
     return "\n".join([f"a: &a [{word},{word}]", *lists, ""])
 
@@ -86,7 +86,7 @@ def number(rng: random.Random) -> str:
     return word(rng) if rng.random() < 0.15 else rng.choice(NUMBERS)
 
 
-# -- documents that are nearly valid: written for one case, under the names in DOCUMENTS
+# -- documents that are nearly valid; each case gets new ones, under the names in DOCUMENTS
 
 VALUES = (
     "-1", "0", "1", "1.5", "1e-320", "1e308", "-0.0", "nan", "inf", "true", '""', '"x"', '"none"', "[]", "{}",
@@ -145,7 +145,7 @@ def growth_file(rng: random.Random) -> str:
 
 
 def _document(rng: random.Random, known: dict[str, str], always: tuple[str, ...]) -> str:
-    """TOML with the keys in `always` and some others. Up to two of them have odd values."""
+    """Return a TOML document with the keys in `always` and a few others. Up to two keys have odd values."""
     keys = [*always, *rng.sample(sorted(set(known) - set(always)), rng.choice((0, 1, 1, 2, 3)))]
     odd = rng.choices(keys, k=rng.choice((0, 1, 1, 2)))
     return "".join(f"{key} = {rng.choice(VALUES) if key in odd else known[key]}\n" for key in keys)
@@ -162,7 +162,7 @@ DOCUMENTS: dict[str, Draw] = {
 
 
 def path(rng: random.Random) -> str:
-    """A path in the folder of the case (`make_folder`), or a word."""
+    """Return a path in the folder of the case (see `make_folder`), or an odd word."""
     chance = rng.random()
     if chance < 0.25:
         return word(rng)
@@ -186,20 +186,20 @@ PLACES = (
 )  # fmt: skip
 
 
-# -- text options: values that are nearly valid, besides words and paths
+# -- text options: nearly valid values, in addition to words and paths
 
 
 def preset(rng: random.Random) -> str:
-    """Draw a preset that does not train for minutes."""
+    """Draw a preset that does not take minutes to train."""
     names = ("demo:x", "baseline:x", "staged:", "small.toml", "small.toml:x", "Grown", "demo-grow", "demo:")
     drawn = rng.choice((path, word, lambda r: "odd-preset.toml", lambda r: r.choice(names)))(rng)
-    if drawn == "empty.toml":  # an empty preset is the baseline at its full size
+    if drawn == "empty.toml":  # an empty preset means the baseline at its full size
         return "small.toml"
     return drawn
 
 
 def setting(rng: random.Random) -> str:
-    """KEY=VALUE. A field that sets the amount of work gets no large number that is valid."""
+    """Return KEY=VALUE. A field that sets the amount of work never gets a large valid number."""
     from mainrun.config import TrainConfig
 
     fields = [*sorted(TrainConfig.model_fields), *["corpus", "growth"] * 6]
@@ -221,7 +221,7 @@ def _growth_name(rng: random.Random) -> str:
 
 
 def schedule(rng: random.Random) -> str:
-    """A schedule with something odd in it, as JSON or TOML."""
+    """Return a growth schedule with something odd in it, as JSON or TOML."""
     odd: list[Any] = [
         None,
         -1,
@@ -262,7 +262,7 @@ def schedule(rng: random.Random) -> str:
     }
     try:
         return json.dumps(data if rng.random() < 0.7 else data["ops"])
-    except ValueError:  # Python refuses to print a number with so many digits
+    except ValueError:  # Python refuses to print integers with this many digits
         return "{}"
 
 
@@ -323,7 +323,7 @@ def choice(*some: str) -> Draw:
     return lambda rng: rng.choice(some) if rng.random() < 0.4 else word(rng)
 
 
-# the values of text options and arguments, by name
+# Draws the value of each text option and argument.
 TEXT: dict[str, Draw] = {
     "--preset": preset,
     "--set": setting,
@@ -348,7 +348,7 @@ TEXT: dict[str, Draw] = {
     "file": lambda rng: rng.choice((path, nested, schedule, word, _growth_name))(rng),
 }
 
-# arguments that keep each command short
+# Arguments that make each command finish quickly.
 BASE: dict[str, list[str]] = {
     "train": ["--preset", "small.toml"],
     "demo": ["--set", "no_such_field=1"],
@@ -379,7 +379,7 @@ BASE: dict[str, list[str]] = {
     "grow plan": [],
     "grow verify": [],
 }
-# The arguments in BASE of these commands come last, because the last --set wins.
+# For these commands, the arguments in BASE come last, because the last --set takes effect.
 LAST = {"demo", "bench step", "bench lineage", "bench gpu"}
 WEIGHT = {
     "train": 4.0,
@@ -437,7 +437,7 @@ class Case:
 
 
 def commands() -> dict[str, list[Any]]:
-    """Return the parameters of every command, by the words of the command."""
+    """Map each command, such as `store ls`, to its parameters."""
     from typer.main import get_command
 
     from mainrun.cli import app
@@ -456,7 +456,7 @@ def commands() -> dict[str, list[Any]]:
 def draw_for(param: Any) -> Draw | None:
     """Return the function that draws odd values of a parameter, or None for a flag.
 
-    LookupError: an option without a row in TEXT.
+    Raise LookupError if a text option has no row in `TEXT`.
     """
     kind = param.type_descriptor.annotation
     if getattr(param, "is_flag", False):
@@ -506,7 +506,7 @@ def make(seed: int, index: int, known: dict[str, list[Any]]) -> Case:
         count = rng.choice((0, 1, 1, 2)) if param.nargs == -1 else rng.choice((1,) * 20 + (0, 2))
         places += [draw(rng) if odd else valid for _ in range(count)]
     if ends_early:
-        places = ["broken.toml"]  # its corpus is missing
+        places = ["broken.toml"]  # a study whose corpus is missing
     if any(p.opts[0] == "--prompt" for p in options) and "--prompt" not in drawn and rng.random() < 0.9:
         drawn += ["--prompt", "Show"]
     base = BASE[command]
@@ -522,7 +522,7 @@ def make(seed: int, index: int, known: dict[str, list[Any]]) -> Case:
 
 
 def _around(rng: random.Random) -> dict[str, Any]:
-    """Draw redirections and environment variables; most cases have none."""
+    """Draw redirections and environment variables. Most cases have neither."""
     around: dict[str, Any] = {}
     if rng.random() < 0.2:
         around["stdout"] = rng.choice(("pipe", "closed", "full", "none"))
@@ -558,7 +558,7 @@ def _around(rng: random.Random) -> dict[str, Any]:
 
 
 def make_fixture(driver: Driver, folder: Path) -> Path:
-    """Make the files that each case gets a copy of: a finished run with its store, and a finished study."""
+    """Make a finished run with a store, and a finished study. Each case gets a copy of these files."""
     fixture = folder / "fixture"
     fixture.mkdir()
     _small(fixture)
@@ -643,7 +643,7 @@ REFERS = {
 
 
 def make_folder(fixture: Path, folder: Path, words: Sequence[str]) -> None:
-    """Copy the fixture, and add the odd files whose names occur in the words of the command."""
+    """Copy the fixture, and add each odd file that the words of the command mention."""
     shutil.copytree(fixture, folder, symlinks=True)
     named = " ".join(words)
     named += " ".join(more for name, more in REFERS.items() if name in named)
@@ -659,7 +659,7 @@ def make_folder(fixture: Path, folder: Path, words: Sequence[str]) -> None:
 def _socket(path: Path) -> None:
     before = os.open(".", os.O_RDONLY)
     try:
-        os.chdir(path.parent)  # the path of a socket is limited to 100 characters
+        os.chdir(path.parent)  # the path of a Unix socket is limited to about 100 characters
         with socket.socket(socket.AF_UNIX) as s:
             s.bind(path.name)
     finally:
@@ -678,7 +678,10 @@ ODD: dict[str, Callable[[Path], None]] = {
 
 
 def run_case(driver: Driver, case: Case, fixture: Path, folder: Path) -> tuple[Outcome, str]:
-    """Run a case. Returns its outcome and why it failed, or an empty string."""
+    """Run a case.
+
+    Return its outcome and the reason why the case failed, or an empty string if it passed.
+    """
     make_folder(fixture, folder, [*case.argv, *case.env.values(), *case.files.values()])
     for document, text in case.files.items():
         (folder / document).write_text(text, encoding="utf-8", errors="surrogateescape")
@@ -701,6 +704,6 @@ def run_case(driver: Driver, case: Case, fixture: Path, folder: Path) -> tuple[O
 
 
 def _state(run: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of every file except .lock."""
+    """Return the size and the modification time of every file except .lock."""
     files = [p for p in run.rglob("*") if p.is_file() and p.name != ".lock"]
     return {str(p.relative_to(run)): (p.stat().st_size, p.stat().st_mtime_ns) for p in files}

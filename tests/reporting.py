@@ -1,4 +1,4 @@
-"""Real runs and exports for the tests of reports, and functions that change them consistently."""
+"""Real runs and exports for testing reports, and functions that edit them consistently."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def edit(path: Path, change: Any) -> None:
 
 
 def rescore(run: Path, full: float) -> None:
-    """Change the last full score of a run, in its rows and its summary."""
+    """Shift the full scores of a run so that the last one is `full`, in both the rows and the summary."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     evals = [row for row in rows if row["event"] == "eval"]
     shift = full - evals[-1]["full"]
@@ -57,7 +57,7 @@ def rescore(run: Path, full: float) -> None:
 
 
 def reseed(run: Path, out: Path, **fields: Any) -> Path:
-    """Copy a run with other config fields, such as its seed, into the folder of its new id."""
+    """Copy a run with changed config fields, such as another seed, into the folder of its new run id."""
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     config["config"] |= fields
     config["digest"] = digest_of(config["config"])
@@ -82,7 +82,10 @@ def fail_guard(run: Path, name: str = "causality") -> None:
 
 
 def export(folder: Path, trials: int = 40, **facts: Any) -> Path:
-    """Write an exported study. Rung 0 ranks like the last rung, except for every ninth trial."""
+    """Write an exported study.
+
+    Rung 0 ranks the trials in the same order as the last rung, except for every ninth trial.
+    """
     import pyarrow
     import pyarrow.parquet
 

@@ -1,4 +1,4 @@
-"""Helpers for the tests of `sweeps`: small studies, and an engine that writes runs without training."""
+"""Helpers for testing `sweeps`: small studies, and an engine that writes run files without training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sweeps.ledger import Ledger
 from sweeps.study import Study, validate_study
 from sweeps.trial import Trial
 
-STEPS = 10  # of a run
+STEPS = 10  # steps per run
 TRAIN_TOKENS = STEPS * TINY["batch_size"] * TINY["block_size"] + 1
 FIELDS: dict[str, Any] = {key: value for key, value in TINY.items() if key != "threads"} | {
     "num_titles": 20,
@@ -30,7 +30,7 @@ FIELDS: dict[str, Any] = {key: value for key, value in TINY.items() if key != "t
 }
 SPACE: dict[str, Any] = {"lr": {"low": 1e-3, "high": 0.1, "log": True}}
 
-ScoreFunction = Callable[[TrainConfig, int], float]  # of a run at a step
+ScoreFunction = Callable[[TrainConfig, int], float]  # returns the score of a run at a step
 
 
 def make_study(fields: Mapping[str, Any] | None = None, **keys: Any) -> Study:
@@ -40,7 +40,7 @@ def make_study(fields: Mapping[str, Any] | None = None, **keys: Any) -> Study:
 
 
 def make_search(folder: Path, study: Study, engine: Any) -> Search:
-    """Create a search that starts no trainer, because tokens.json has the number of training tokens."""
+    """Create a search that starts no trainer, because tokens.json already has the number of tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokens.json").write_text(json.dumps({"train_tokens": TRAIN_TOKENS}))
     return Search(study, folder, engine, lambda text: None, lambda: None)
@@ -51,7 +51,7 @@ def no_score(cfg: TrainConfig, step: int) -> float:
 
 
 class Trainer:
-    """An engine that writes the files of a run up to the step of its task, without training."""
+    """An engine that writes the files of a run up to the requested step without training."""
 
     def __init__(self, score: ScoreFunction, workers: int = 1) -> None:
         self.score = score
@@ -61,7 +61,7 @@ class Trainer:
         self.diverging: Callable[[TrainConfig], bool] = lambda cfg: False
         self.failing: Callable[[TrainConfig], bool] = lambda cfg: False
         self.failure = Outcome(False, reason="no such corpus")
-        self.reused = 0  # steps at the beginning of each run that come from the store
+        self.reused = 0  # number of initial steps of each run that count as reused from the store
         self.val: ScoreFunction = no_score
         self.closed = False
 
@@ -96,7 +96,7 @@ def write_run(
     reused: int = 0,
     done: bool = True,
 ) -> RunDir:
-    """Write the files of a run up to a step. The first `reused` steps come from the store."""
+    """Write the files of a run up to a step. The first `reused` steps are marked as reused."""
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     eval_steps = Plan(cfg, TRAIN_TOKENS).eval_steps
@@ -142,7 +142,7 @@ def eval_row(split: str, step: int, full: float) -> dict[str, Any]:
 
 
 def score_of(split: str, step: int, full: float) -> dict[str, Any]:
-    """A score whose `official` is `full` plus 10, so that no test confuses them."""
+    """Return a score. Its `official` value is `full` plus 10, so that tests can tell the two apart."""
     return {
         "step": step,
         "split": split,
@@ -156,7 +156,7 @@ def score_of(split: str, step: int, full: float) -> dict[str, Any]:
 
 
 class ScriptedSampler:
-    """A sampler with prepared values, which records the calls of the driver."""
+    """A sampler that returns prepared values and records the calls of the driver."""
 
     def __init__(
         self, values: Callable[[int], dict[str, Any]] = lambda number: {"lr": 0.01 + 0.001 * number}
@@ -173,7 +173,10 @@ class ScriptedSampler:
 
 
 class FakeDatabase:
-    """Replaces Optuna's database, which takes a second to create. It keeps the finished trials in order."""
+    """A replacement for Optuna's database, which takes a second to create.
+
+    It keeps the finished trials in order.
+    """
 
     def __init__(self, study: Study, folder: Path, note: Callable[[str], None], written: int = 0) -> None:
         self.written = written

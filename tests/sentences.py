@@ -1,10 +1,10 @@
-"""Draws sentences from docstrings, comments, messages and documents, to have their language judged blind.
+"""Draw random sentences from docstrings, comments, messages and documents for a blind review.
 
     python tests/sentences.py --count 60 --seed 1 > ours.txt
     python tests/sentences.py --count 60 --seed 1 FOLDER ... > theirs.txt
 
-A judge who does not know which sentence is whose rates each as clear at first reading, read twice, or a
-riddle.
+A reviewer who does not know the source of a sentence rates it as clear at first reading, as read twice, or as
+a riddle.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def docstrings(tree: ast.Module) -> Iterator[str]:
 
 
 def messages(tree: ast.Module) -> Iterator[str]:
-    """Yield the texts of errors and of help, with `...` for what is filled in."""
+    """Yield the texts of errors and of help. `...` stands for each value that is filled in."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Raise) or (
             isinstance(node, ast.keyword) and node.arg in ("help", "fix", "description")
@@ -60,7 +60,7 @@ def messages(tree: ast.Module) -> Iterator[str]:
 
 
 def comments(path: Path) -> Iterator[str]:
-    """Yield comments. Whole-line comments on neighbouring lines are one text."""
+    """Yield comments. Comments on consecutive lines form one text."""
     text: list[str] = []
     last = -1
     with tokenize.open(path) as file:
@@ -77,7 +77,7 @@ def comments(path: Path) -> Iterator[str]:
 
 
 def texts(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield (kind, text) of a file."""
+    """Yield (kind, text) for each text of a file."""
     if path.suffix in (".md", ".rst"):
         body = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.S)
         yield "document", body
@@ -92,7 +92,7 @@ def texts(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def draw(roots: list[Path], count: int, seed: int) -> list[tuple[str, str, str]]:
-    """Return (kind, file, sentence): as many of each kind, as far as there are any."""
+    """Draw the same number of sentences of each kind, if there are enough. Return (kind, file, sentence)."""
     by_kind: dict[str, list[tuple[str, str]]] = {}
     for root in roots:
         files = (
@@ -113,10 +113,12 @@ def draw(roots: list[Path], count: int, seed: int) -> list[tuple[str, str, str]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw sentences whose language is to be judged.")
+    parser = argparse.ArgumentParser(
+        description="Draw random sentences for a blind review of their language."
+    )
     parser.add_argument("--count", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--where", action="store_true", help="name the kind and the file of each sentence")
+    parser.add_argument("--where", action="store_true", help="print the kind and the file of each sentence")
     parser.add_argument("roots", nargs="*", type=Path)
     options = parser.parse_args()
     roots = options.roots or [ROOT / name for name in OURS]

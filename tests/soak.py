@@ -3,14 +3,15 @@
     ./task soak -- --kills 200
     ./task soak -- --seed 1 --only 12
 
-Each subject is one run, two runs that share a store, or a study with two workers. It is trained once
-undisturbed. Then it is started again and again by the same command and disturbed: SIGKILL, SIGTERM,
-SIGINT, SIGSTOP and later SIGCONT, a killed worker, a full disk, a clock that jumps, files with wrong
-dates. In the end it must equal the undisturbed run: every row, every score and the hash of the weights.
-A study must have the same trials, promotions and claims.
+A test case is called a subject. Each subject is one run, two runs that share a store, or a study with
+two workers. First, the subject is trained without disturbances. Then the same command is started again
+and again, and its sessions are disturbed by a signal, a killed worker, a full disk, a clock that jumps,
+or files with wrong dates. The signals are SIGKILL, SIGTERM, SIGINT, and SIGSTOP followed by SIGCONT.
+In the end, a disturbed run must have the same rows, scores and weights as the undisturbed run. A disturbed
+study must have the same trials, promotions and claims as the undisturbed study.
 
-The seed decides what is run, how it is disturbed and before which file operation. If a signal is sent
-after some seconds, its effect also depends on the load of the machine.
+The seed determines the subjects, their disturbances, and the file operations that are disturbed. The effect
+of a signal that is sent after some seconds also depends on the load of the machine.
 """
 
 from __future__ import annotations
@@ -50,16 +51,16 @@ from soak_sessions import (  # noqa: E402
 
 HOUR, DAY = 3600.0, 86_400.0
 CLOCKS = (-400 * DAY, -3 * DAY, -2 * HOUR, -90.0, 90.0, 2 * HOUR, 3 * DAY, 400 * DAY)
-BUSY = "is being written by process"  # another session uses the run
+BUSY = "is being written by process"  # part of the error message if another session uses the run
 MOST_REFUSALS = 200
 EVERY_STUDY, EVERY_PAIR = 30, 4
-DISK = 64 << 20  # size of a subject's own disk in bytes
+DISK = 64 << 20  # size in bytes of the disk that each subject gets
 MS_REMOUNT, MNT_DETACH = 32, 2
 
 
 # -- comparing
 
-# fields that depend on the clock, machine or number of sessions
+# Fields that may differ, because they depend on the clock, the machine or the number of sessions.
 ROW_FREE = frozenset({"seconds", "reused"})
 SUMMARY_FREE = frozenset(
     {
@@ -81,7 +82,7 @@ STUDY_FREE = frozenset(
 
 
 def compare_runs(expected: Path, actual: Path) -> list[str]:
-    """Return how a run differs from the undisturbed one."""
+    """Return the differences between a disturbed run and the undisturbed run."""
     differences = []
     for name in ("metrics.jsonl", "growth.jsonl"):
         differences += compare_rows(name, read_rows(expected / name), read_rows(actual / name))
@@ -113,7 +114,7 @@ def read_rows(path: Path) -> list[Any]:
 def compare_rows(
     name: str, expected: Sequence[dict[str, Any]], actual: Sequence[dict[str, Any]]
 ) -> list[str]:
-    """Return the first rows that differ, and a different number of rows."""
+    """Return the first rows that differ, and report a different number of rows."""
     differences = []
     if len(expected) != len(actual):
         differences.append(f"{name}: {len(actual)} rows, undisturbed {len(expected)}")
@@ -131,7 +132,7 @@ def compare_rows(
 
 
 def compare_studies(expected: Path, actual: Path) -> list[str]:
-    """Return how a study's export differs from the undisturbed one: trials, scores, promotions, claims."""
+    """Return the differences between the exports of a disturbed study and the undisturbed study."""
     try:
         a, b = (
             without_costs(json.loads((folder / "export.json").read_bytes())) for folder in (expected, actual)
@@ -154,7 +155,7 @@ def compare_values(place: str, expected: Any, actual: Any) -> Iterator[str]:
     elif isinstance(expected, list) and isinstance(actual, list) and len(expected) == len(actual):
         for i, (a, b) in enumerate(zip(expected, actual, strict=True)):
             yield from compare_values(f"{place}[{i}]", a, b)
-    elif expected != actual and not (expected != expected and actual != actual):  # NaN is the same as NaN
+    elif expected != actual and not (expected != expected and actual != actual):  # two NaNs count as equal
         yield f"{place} is {shorten(actual)}, undisturbed {shorten(expected)}"
 
 
@@ -163,7 +164,7 @@ def shorten(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-# -- drawing what is run
+# -- drawing runs
 
 BASE: dict[str, Any] = {
     "num_titles": 90,
@@ -230,7 +231,10 @@ def optimizers() -> tuple[str, ...]:
 
 
 def draw_run(chance: random.Random, index: int, folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """Draw a valid config and the names of its features. The index decides one optimizer and one feature."""
+    """Draw a valid config. Return the config and the names of its features.
+
+    The index determines the optimizer and one of the features.
+    """
     from mainrun.errors import ConfigError
     from mainrun.plan.recipes import load
 
@@ -261,7 +265,7 @@ def draw_run(chance: random.Random, index: int, folder: Path) -> tuple[dict[str,
             fields |= draw_feature(chance, name, folder)
         try:
             load("baseline", [f"{key}={to_toml(value)}" for key, value in fields.items()])
-        except ConfigError:  # two features that exclude each other
+        except ConfigError:  # two of the features exclude each other
             continue
         special = [optimizer, *dict.fromkeys(wanted)]
         if "growth" in wanted:
@@ -419,11 +423,14 @@ def write_study(chance: random.Random, path: Path) -> Path:
 
 
 def draw_disturbances(chance: random.Random, expected: Ending, study: bool) -> tuple[Disturbance, ...]:
-    """Draw one signal, or a stop and then a signal. Half are timed, half happen before a file operation."""
+    """Draw one signal. A stop and a killed worker are followed by a second signal.
+
+    About half of the first signals are timed. The others are sent just before a file operation.
+    """
     kinds = ["KILL"] * 5 + ["TERM"] * 2 + ["INT"] + ["STOP"] * 2 + ["WORKER"] * 4 * study
     kind = chance.choice(kinds)
     pause = chance.choice([0.05, 0.2, 0.6]) if kind == "STOP" else 0.0
-    # resumed sessions are shorter, so early moments are more likely to be reached
+    # Resumed sessions are shorter, so an early moment is more likely to be reached.
     share = chance.random() ** (4.0 if study else 3.0)
     if kind != "WORKER" and chance.random() < 0.5:
         first = Disturbance(kind, operation=1 + int(share * expected.operations), pause=pause)
@@ -444,7 +451,7 @@ def draw_clock(chance: random.Random) -> tuple[float, float, int]:
 
 
 def date_wrongly(chance: random.Random, folders: Sequence[Path]) -> None:
-    """Move the times of some files into the past or the future."""
+    """Move the modification times of some files into the past or the future."""
     for folder in folders:
         for path in sorted(folder.rglob("*")):
             if chance.random() < 0.3:
@@ -460,7 +467,10 @@ def date_now(folder: Path) -> None:
 
 @contextmanager
 def own_disk(place: Path) -> Iterator[bool]:
-    """Mount a small disk at a folder, if this process may. `set_disk` changes its size."""
+    """Mount a small tmpfs at a folder, and yield whether this process was allowed to.
+
+    `set_disk` changes the size of this disk.
+    """
     place.mkdir(parents=True, exist_ok=True)
     mounted = ctypes.CDLL(None).mount(b"tmpfs", os.fsencode(place), b"tmpfs", 0, f"size={DISK}".encode()) == 0
     try:
@@ -520,7 +530,7 @@ class Result:
 
 @dataclass
 class Member:
-    """One command of a subject, its undisturbed ending, and how many disturbances remain."""
+    """One command of a subject, with its undisturbed ending and the number of remaining disturbances."""
 
     argv: tuple[str, ...]
     reference: Path
@@ -582,9 +592,8 @@ class Subject:
             ]
         store = self.disk / "store"
         if store.is_dir() and self.kind != "study":
-            date_now(
-                store
-            )  # a state that was last used in the future would be reported, but the soak caused it
+            # `store verify` would report the future dates that the soak itself has set.
+            date_now(store)
             self._undisturbed(("store", "verify", "--store", str(store)), "verify")
 
     # -- undisturbed
@@ -598,7 +607,10 @@ class Subject:
         return ending
 
     def _reference(self, argv: Sequence[str], name: str) -> Ending | None:
-        """Returns None if the subject cannot be trained even without interruptions."""
+        """Train a subject without disturbances.
+
+        Return None if the subject cannot be trained even then.
+        """
         ending = self._undisturbed(argv, name)
         if ending.code in (2, 3):
             self.result.failures.clear()
@@ -701,7 +713,7 @@ class Subject:
         if ending.session.disk_is_full and self.has_disk:
             set_disk(self.disk, DISK)
         if ending.code == 2 and BUSY in ending.text and (self.kind == "study" or self._had_second_process):
-            self._refused += 1  # a process of an ended session, or a second process, still writes
+            self._refused += 1  # a process of an ended session or a second process is still writing
             if self._refused > MOST_REFUSALS:
                 self.result.failures.append(
                     f"a lock that no process holds any more: {ending.text.strip()[-300:]}"
@@ -735,7 +747,10 @@ class Subject:
         return replace(session, disk_is_full=True, file_limit=chance.randint(3_000, 200_000))
 
     def _start_second_process(self, member: Member) -> None:
-        """Start the command a second time while the first is stopped. One of the two must be refused."""
+        """Run the command a second time while the first process is stopped.
+
+        One of the two processes must be refused.
+        """
         if self.kind != "run":
             return
         self._had_second_process = True
@@ -755,7 +770,10 @@ class Subject:
 
 
 def serve(seed: int, folder: Path, requests: int, answers: int) -> None:
-    """Run the subjects whose numbers it reads, and write their results. Called in a child process."""
+    """Run the subjects whose numbers arrive on `requests`, and write their results to `answers`.
+
+    This function runs in a child process.
+    """
     adopt_orphans()
     with os.fdopen(requests, "r") as numbers, os.fdopen(answers, "w") as results:
         for line in numbers:
@@ -773,9 +791,8 @@ def soak(seed: int, kills: int, jobs: int, minutes: float, folder: Path, only: i
         pid = os.fork()
         if pid == 0:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(
-                signal.SIGTERM, lambda *_: sys.exit(1)
-            )  # kill the running sessions and unmount their disk
+            # Exiting normally kills the running sessions and unmounts their disks.
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
             for fd in [send, receive, *(fd for pair in servers.values() for fd in pair)]:
                 os.close(fd)
             with suppress(BaseException):
@@ -899,33 +916,35 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         usage="./task soak -- [OPTIONS]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Exit codes: 0: all are the same. 1: one differs or crashes, or nothing was compared. "
-        "2: wrong use. 130, 143: stopped.",
+        epilog="Exit codes: 0: all results are equal. 1: a result differs, a session crashes, or nothing was "
+        "compared. 2: invalid arguments. 130, 143: stopped.",
     )
     parser.add_argument(
         "--kills",
         type=whole_number(1),
         default=100,
         metavar="N",
-        help="stop after N disturbances; stops, killed workers and full disks count as well (default: 100)",
+        help="stop after N disturbances, including stops, killed workers and full disks (default: 100)",
     )
     parser.add_argument(
-        "--seed", type=int, default=1, help="decides what is run and how it is disturbed (default: 1)"
+        "--seed", type=int, default=1, help="the seed of the subjects and their disturbances (default: 1)"
     )
-    parser.add_argument("--jobs", type=whole_number(1), default=1, help="subjects at once (default: 1)")
+    parser.add_argument(
+        "--jobs", type=whole_number(1), default=1, help="how many subjects run at the same time (default: 1)"
+    )
     parser.add_argument(
         "--out",
         type=Path,
-        help="the folder of the runs; failed subjects are kept (default: a temporary folder)",
+        help="the folder for the runs, which keeps failed subjects (default: a temporary folder)",
     )
     parser.add_argument(
         "--minutes",
         type=positive_number,
         default=600,
-        help="start no further subject after this time (default: 600)",
+        help="start no more subjects after this many minutes (default: 600)",
     )
     parser.add_argument(
-        "--only", type=whole_number(0), metavar="INDEX", help="run only this subject of the seed"
+        "--only", type=whole_number(0), metavar="INDEX", help="run only the subject with this index"
     )
     return parser.parse_args(arguments)
 

@@ -1,9 +1,9 @@
-"""Sessions of the command line for the soak test: start them, watch them and disturb them at chosen moments.
+"""Start command-line sessions for the soak test, watch them, and disturb them at chosen moments.
 
-A session is `mainrun ARGUMENTS` in its own process. It is forked from a process that has imported
-everything and computed nothing, so it starts in milliseconds. A disturbance is a signal. It is sent
-after some seconds, or just before the n-th file operation of the session. The second way always hits the
-few instructions between two operations.
+A session is `mainrun ARGUMENTS` in its own process. The process is forked from one that has imported
+everything and computed nothing, so it starts in milliseconds. A disturbance is a signal that is sent either
+after some seconds or just before the n-th file operation of the session. A signal before a file operation
+always hits the few instructions between two operations.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-# imported once, before the first session
+# Modules to import once, before the first session.
 WARM = (
     "mainrun.cli",
     "mainrun.train",
@@ -88,7 +88,7 @@ FILE_OPERATIONS = frozenset(
         "os.scandir",
     }
 )
-# the purpose of a file operation: the first entry whose text occurs in the path wins
+# (purpose, part of the path) of file operations. The first entry whose part occurs in the path counts.
 AREAS = (
     ("token cache", "/tokens"),
     ("checkpoint", "/checkpoints"),
@@ -103,23 +103,21 @@ AREAS = (
 NAMES = tuple(dict.fromkeys(name for name, _ in AREAS))
 SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "INT": signal.SIGINT, "STOP": signal.SIGSTOP}
 HANDLED = (signal.SIGINT, signal.SIGTERM)
-SHARED = struct.Struct(
-    "<III"
-)  # file operations so far, area of the last one, disturbances that the session sent to itself
+# Numbers shared with the parent: file operations so far, area of the last one, signals sent by the session.
+SHARED = struct.Struct("<III")
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def warm_up() -> None:
-    """Import everything that a session needs."""
+    """Import all modules that a session needs."""
     os.environ.update(DRIVER_LEVEL)
     for name in ("MAINRUN_STORE", "RANK", "WORLD_SIZE"):
         os.environ.pop(name, None)
     for name in WARM:
         importlib.import_module(name)
     typer_main = importlib.import_module("typer.main")
-    typer_main.get_command = functools.cache(
-        typer_main.get_command
-    )  # building it takes as long as a small command
+    # Building the Typer command takes as long as running a small command.
+    typer_main.get_command = functools.cache(typer_main.get_command)
     typer_main.get_command(importlib.import_module("mainrun.cli").app)
     gc.collect()
     gc.freeze()
@@ -127,12 +125,15 @@ def warm_up() -> None:
 
 @dataclass(frozen=True)
 class Disturbance:
-    """A signal before file operation number `operation`, or after `after` seconds. WORKER kills a worker."""
+    """A signal that is sent before file operation number `operation`, or after `after` seconds.
+
+    The kind WORKER kills a worker of a study.
+    """
 
     kind: str
     after: float = 0.0
     operation: int = 0
-    pause: float = 0.0  # seconds from STOP to CONT
+    pause: float = 0.0  # seconds between STOP and CONT
 
     def __str__(self) -> str:
         moment = f"operation {self.operation}" if self.operation else f"{self.after:.2f} s"
@@ -141,19 +142,19 @@ class Disturbance:
 
 @dataclass(frozen=True)
 class Session:
-    """What to run and how to disturb it. Only file operations below `base` and `cache` are counted."""
+    """The command of a session and its disturbances.
+
+    Only file operations below `base` and `cache` are counted.
+    """
 
     argv: tuple[str, ...]
     base: Path
     cache: Path
     log: Path
     disturbances: tuple[Disturbance, ...] = ()
-    clock: tuple[float, float, int] = (
-        0.0,
-        0.0,
-        0,
-    )  # error of time.time() in seconds: at first, later, and the call at which it changes
-    file_limit: int = 0  # the largest size of a file in bytes; 0: no limit
+    # The error of time.time() in seconds, the later error, and the number of the call at which it changes.
+    clock: tuple[float, float, int] = (0.0, 0.0, 0)
+    file_limit: int = 0  # largest file size in bytes; 0 means no limit
     disk_is_full: bool = False  # the disk may run out of space
     limit: float = 120.0
 
@@ -171,7 +172,10 @@ class Session:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a session ended. `code` is None at the time limit, and negative if a signal ended it."""
+    """The result of a session.
+
+    `code` is None if the session reached the time limit, and negative if a signal ended it.
+    """
 
     session: Session
     code: int | None
@@ -181,7 +185,7 @@ class Ending:
     applied: tuple[tuple[str, str], ...]  # kind and area of each disturbance that took place
 
     def problem(self) -> str:
-        """Return why this ending is wrong, or an empty string."""
+        """Return the problem with this ending, or an empty string if there is none."""
         kinds = {kind for kind, _ in self.applied}
         if self.code is None:
             return f"hangs: no end after {self.seconds:.0f} s"
@@ -191,14 +195,17 @@ class Ending:
         for kind in kinds & {"KILL", "TERM", "INT"}:
             allowed |= {-SIGNALS[kind], *(() if kind == "KILL" else (75,))}
         if "INT" in kinds:
-            allowed.add(130)  # before the command has set its own handlers
+            allowed.add(130)  # the signal came before the command had set its own handlers
         if self.session.disk_is_full:
             allowed.add(75)
         return "" if self.code in allowed else f"exit code {self.code}"
 
 
 class Running:
-    """A running session. Call `poll` regularly. `stopped` is called while the session is stopped."""
+    """A running session. Call `poll` regularly.
+
+    While the session is stopped by a signal, `poll` calls `stopped`.
+    """
 
     def __init__(self, session: Session, stopped: Callable[[], None] | None = None) -> None:
         self.session, self.stopped = session, stopped
@@ -208,7 +215,7 @@ class Running:
         self._waiting = list(session.disturbances)
         self._resume_at: float | None = None
         self._pause = 0.0
-        self._own = 0  # disturbances by the session itself that are counted
+        self._own = 0  # number of counted disturbances that the session sent to itself
         sys.stdout.flush()
         sys.stderr.flush()
         signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)  # until the session has set its own handlers
@@ -272,7 +279,7 @@ class Running:
     def _send(self, disturbance: Disturbance) -> None:
         self.last = time.monotonic()
         if disturbance.kind == "WORKER":
-            workers = descendants(self.pid)[1:]  # the first is their fork server
+            workers = descendants(self.pid)[1:]  # the first descendant is the fork server
             if not workers:
                 return
             target, number = workers[len(workers) // 2], signal.SIGKILL
@@ -299,7 +306,7 @@ class Running:
 
 
 def descendants(pid: int) -> list[int]:
-    """Return the numbers of all direct and indirect children of a process."""
+    """Return the ids of all direct and indirect child processes of a process."""
     parents: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         if not name.isdecimal():
@@ -318,12 +325,15 @@ def descendants(pid: int) -> list[int]:
 
 
 def adopt_orphans() -> None:
-    """Become the parent of processes whose parent has exited. `wait_for_orphans` can then wait for them."""
+    """Become the parent of orphaned processes, so that `wait_for_orphans` can wait for them."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def wait_for_orphans(limit: float) -> bool:
-    """Wait until all processes of ended sessions have exited. Returns False if some had to be killed."""
+    """Wait until all processes of ended sessions have exited.
+
+    Return False if some of them had to be killed.
+    """
     end = time.monotonic() + limit
     while time.monotonic() < end:
         try:
@@ -363,7 +373,7 @@ def _run_session(session: Session, shared: mmap.mmap) -> None:
             )
         Probe(session, shared)
         code = run_main(session.argv)
-    except KeyboardInterrupt:  # before the command line has started
+    except KeyboardInterrupt:  # interrupted before the command line started
         code = 130
     except BaseException:
         traceback.print_exc()
@@ -410,7 +420,7 @@ def _set_clock(clock: tuple[float, float, int]) -> None:
 
 
 class Probe:
-    """Counts the file operations of the session, and disturbs it before the chosen ones."""
+    """Counts the file operations of a session and sends it the signals that are due before them."""
 
     def __init__(self, session: Session, shared: mmap.mmap) -> None:
         self.bases = (str(session.base), str(session.cache))
@@ -446,7 +456,7 @@ class Probe:
 
 @dataclass(eq=False)
 class Worker:
-    """Stands in for `subprocess.Popen` in the study's engine."""
+    """A stand-in for `subprocess.Popen` in the engine of a study."""
 
     fork_server: ForkServer
     number: int
@@ -464,7 +474,10 @@ class Worker:
 
 
 class ForkServer:
-    """A process that forks the workers of a study. The driver itself has threads and must not fork."""
+    """A process that forks the workers of a study.
+
+    The driver itself has threads, so it must not fork.
+    """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -483,7 +496,10 @@ class ForkServer:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def popen(self, command: list[str], *, env: dict[str, str], cwd: str | None = None, **_: Any) -> Worker:
-        """Replace `subprocess.Popen`. The command is an interpreter, -c, a program and its arguments."""
+        """Start a worker in place of `subprocess.Popen`.
+
+        The command consists of an interpreter, -c, a program and its arguments.
+        """
         with self.lock:
             number = next(self.numbers)
             worker = self.workers[number] = Worker(self, number, self.folder / f"worker-{number}.log")
@@ -510,7 +526,7 @@ def _use_fork_server(fork_server: ForkServer) -> None:
 
 
 def _serve_forks(channel: socket.socket) -> None:
-    """Fork a worker for each request and report its exit code. Never returns."""
+    """Fork a worker for each request and report its exit code. This function never returns."""
     channel.settimeout(0.01)
     pids: dict[int, int] = {}
     rest = b""

@@ -1,4 +1,4 @@
-"""What the tests of submissions submit: a git repository of this code, and a report that quotes a run."""
+"""Test data for submissions: a git repository of this code, and a report that quotes a run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def git(root: Path, *args: str, stdin: bytes | None = None) -> str:
 
 
 def commit(root: Path) -> str:
-    """Commit all files and return the id of the commit. Make a repository first, if needed."""
+    """Commit all files and return the commit id. Create a repository first if there is none."""
     if not (root / ".git").exists():
         git(root, "init", "--quiet")
     git(root, "add", "--all", "--force")
@@ -44,7 +44,7 @@ def read_summary(run: Path) -> dict[str, Any]:
 
 
 def make_report(summary: dict[str, Any]) -> bytes:
-    """Make a PDF that quotes the run."""
+    """Make a PDF report that quotes the figures of a run."""
     last = summary["last"]
     return make_pdf(
         [

@@ -1,4 +1,4 @@
-"""The audit detects what no checksum can detect. Also tests the commands of the store."""
+"""The audit detects changes that keep all checksums valid. This file also tests the store commands."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mainrun.run import batch
 from mainrun.run.session import train
 from mainrun.store.nodes import Node, Store
 
-# 37 steps, with nodes at steps 18 and 36 (scores), 27 (start of the decay) and 37 (end)
+# A run has 37 steps, with nodes after steps 18 and 36 (scores), 27 (the decay begins) and 37 (the end).
 SMALL: dict[str, Any] = {
     "num_titles": 200,
     "n_layer": 1,
@@ -45,7 +45,7 @@ def config(**changes: Any) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the store of one run."""
+    """Return the path of a store that contains one run."""
     out = tmp_path_factory.mktemp("made")
     train(config(), out, store=Store(out / "store"))
     return out / "store"
@@ -63,7 +63,7 @@ def at(store: Store, step: int) -> Node:
 
 
 def rewrite(store: Store, node: Node, **changes: Any) -> Node:
-    """Change the content of a node, with valid checksums."""
+    """Change the content of a node and keep its checksums valid."""
     found = Node(**(vars(node) | changes))
     (Path(str(store)) / "nodes" / found.key).write_bytes(found.dump())
     assert store.verify() == [], "the checksums must be valid"
@@ -71,7 +71,7 @@ def rewrite(store: Store, node: Node, **changes: Any) -> Node:
 
 
 def restate(store: Store, node: Node, change: Callable[[dict[str, Any]], object]) -> Node:
-    """Change the state of a node, with valid checksums."""
+    """Change the state of a node and keep its checksums valid."""
     states = Path(str(store)) / "states"
     tensors = load_file(states / f"{node.state}.safetensors")
     change(tensors)
@@ -183,7 +183,7 @@ def test_a_wrong_parent_is_detected(store: Store) -> None:
     )
 
 
-# -- what no checksum detects
+# -- changes that no checksum detects
 
 
 def test_one_changed_bit_of_an_optimizer_state_is_detected(store: Store) -> None:
@@ -265,7 +265,7 @@ def test_an_edit_with_a_valid_checksum_is_detected(store: Store, step: int, edit
 
 
 def test_a_node_under_the_key_of_another_config_is_detected(store: Store) -> None:
-    """The node is valid, but its config has a later decay than the config of the key."""
+    """The node is valid, but its config starts the decay later than the config that belongs to its key."""
     other = batch.share_steps([config(decay_frac=0.5)], None).chains[config(decay_frac=0.5).run_id][37]
     rewrite(store, at(store, 37), key=other)
     assert {finding.why for finding in audit(store, 100) if finding.node.key == other} == {

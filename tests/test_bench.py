@@ -1,4 +1,4 @@
-"""The benchmarks: the plain loop, the parts of a step, the workers, two GPU runs, and what sharing saves."""
+"""Benchmarks: the plain loop, the parts of a step, the workers, `bench gpu`, and the savings from sharing."""
 
 from __future__ import annotations
 
@@ -154,10 +154,10 @@ def test_each_part_dominates_a_config_that_consists_of_it(tiny: Any) -> None:
     assert shares(tiny(**small | matrices))["GEMM"] > 0.4
     assert shares(tiny(**small | {"block_size": 1024}))["attention"] > 0.5
     dropped = shares(tiny(**small | {"block_size": 1024, "attn_dropout": 0.1}))
-    # from 0.03 to 0.17, depending on the machine and its load
+    # The measured share ranges from 0.03 to 0.17, depending on the machine and its load.
     assert dropped["dropout"] > 0.01, dropped
     wide = {"vocab_size": 40_000, "tie_head": False, "batch_size": 16, "label_smoothing": 0.1}
-    assert shares(tiny(**small | wide))["loss"] > 0.1  # from 0.2 to 0.53, depending on the load
+    assert shares(tiny(**small | wide))["loss"] > 0.1  # 0.2 to 0.53, depending on the load
     muon = {"d_model": 256, "batch_size": 1, "block_size": 2, "optimizer": "muon"}
     assert shares(tiny(**small | muon))["optimiser"] > 0.3
 
@@ -211,7 +211,7 @@ for line in sys.stdin:
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return a function that installs fake workers. They log each word, run `code` and answer at once."""
+    """Return a function that installs fake workers. A worker logs each word, runs `code` and answers."""
     log = tmp_path / "words"
 
     def install(code: str = "pass") -> Path:
@@ -245,7 +245,7 @@ def answers(*seconds: float) -> list[dict[str, Any]]:
 
 
 def test_the_figures_are_computed_from_the_answers(tiny: Any) -> None:
-    cfg = tiny()  # 8 x 16 tokens
+    cfg = tiny()  # a batch has 8 x 16 tokens
     steps = {
         "plain, tuned allocator": answers(4, 9, 5),
         step.OURS: answers(2, 1, 4),
@@ -291,7 +291,7 @@ def test_a_worker_that_ends_early_is_an_error(
 
 
 def ended(pid: int, seconds: float = 10) -> bool:
-    """Wait for a process to end. Return False if it is still alive after that time."""
+    """Wait for a process to end. Return False if it is still running when the time is over."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
@@ -313,7 +313,7 @@ def test_a_worker_ends_after_a_ctrl_c(tiny: Any, fake: Any) -> None:
 
 
 def test_a_worker_ends_when_its_parent_is_killed(tiny: Any, tmp_path: Path) -> None:
-    """A killed parent cannot end its worker, so the worker must notice that stdin was closed."""
+    """A worker must exit when its stdin is closed, because a killed parent cannot stop it."""
     request = json.dumps({"rival": "plain", "config": tiny().model_dump()})
     code = f"""
 import subprocess, sys, time
@@ -350,7 +350,7 @@ def test_a_worker_answers_in_json_only(tiny: Any) -> None:
 def test_a_worker_refuses_an_unknown_word(tiny: Any) -> None:
     with step.start("x", "floor", True, tiny()) as started:
         started.listen()
-        with pytest.raises(UsageError, match="got 'stop'; it accepts step and end"):
+        with pytest.raises(UsageError, match="got the command 'stop', but accepts only step and end"):
             started.ask("stop")
 
 
@@ -369,7 +369,7 @@ def test_the_parent_does_not_import_torch() -> None:
     assert process.stdout == "False\n"
 
 
-# -- bench gpu, as far as it can be tested without a GPU
+# -- the parts of bench gpu that need no GPU
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -378,7 +378,7 @@ def test_bench_gpu_needs_a_gpu() -> None:
         [sys.executable, "-m", "mainrun", "bench", "gpu"], cwd=ROOT, capture_output=True, text=True
     )
     assert (process.returncode, process.stdout) == (2, "")
-    assert process.stderr == "error: no GPU: torch does not see one; run this on a machine with a GPU\n"
+    assert process.stderr == "error: torch finds no GPU; run this command on a machine with a GPU\n"
 
 
 def test_the_name_of_a_gpu_decides_its_stated_peak() -> None:
@@ -419,7 +419,7 @@ def test_the_time_of_a_whole_run_is_measured(tmp_path: Path) -> None:
         gpu.run("baseline", [*sets, "n_head=7"], tmp_path, lambda text: None)
 
 
-# -- what sharing saves
+# -- the savings from sharing steps
 
 
 def test_the_studies_train_the_fewest_steps_and_change_no_bit(tiny: Any) -> None:
@@ -461,7 +461,7 @@ def test_a_run_with_other_bits_is_reported(tiny: Any, monkeypatch: pytest.Monkey
 
     def final_bits(run: RunDir) -> str:
         calls.append(run)
-        return f"{real_bits(run)}{len(calls) == 2}"  # the second call returns other bits
+        return f"{real_bits(run)}{len(calls) == 2}"  # return different bits in the second call
 
     monkeypatch.setattr(lineage, "final_bits", final_bits)
     (row, _) = lineage.measure(tiny(**small), studies=(4,), trials=1)

@@ -1,4 +1,4 @@
-"""Malicious zip files are refused before any of their files is written or run."""
+"""Malicious zip files are refused before any file in them is written or run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ GOOD = {"code/a.py": b"print(1)\n", "code/b/c.py": b"", "run/config.json": b"{}"
 
 
 def add_manifest(files: dict[str, bytes], **changes: object) -> dict[str, bytes]:
-    """Add a manifest that lists the files."""
+    """Return the files with a manifest that lists them."""
     listed = {name: {"sha256": sha256(data), "bytes": len(data)} for name, data in files.items()}
     manifest: dict[str, object] = {
         "format": bundle.FORMAT,
@@ -47,7 +47,7 @@ def add_manifest(files: dict[str, bytes], **changes: object) -> dict[str, bytes]
 
 
 def zipped(*entries: tuple[str | zipfile.ZipInfo, bytes], kind: int = zipfile.ZIP_DEFLATED) -> bytes:
-    """A valid bundle with more entries."""
+    """Return a valid bundle with additional entries."""
     buffer = io.BytesIO(pack(add_manifest(GOOD)))
     with zipfile.ZipFile(buffer, "a") as archive:
         for name, data in entries:
@@ -64,7 +64,7 @@ def entry(name: str, mode: int = stat.S_IFREG | 0o644) -> zipfile.ZipInfo:
 
 
 def named(name: bytes) -> bytes:
-    """A zip with a name that zipfile would not write."""
+    """Return a zip that contains a file name which the zipfile module would not write."""
     placeholder = "code/" + "q" * (len(name) - 5)
     return zipped((placeholder, b"x")).replace(placeholder.encode(), name)
 
@@ -79,7 +79,7 @@ def bomb() -> bytes:
 
 
 def lying_bomb() -> bytes:
-    """Its stated size is 10 bytes, and its size is a million."""
+    """Return a zip in which a file of a million bytes claims to have 10 bytes."""
     data = zipped(("code/zeros", b"\0" * 1_000_000))
     return data.replace(struct.pack("<I", 1_000_000), struct.pack("<I", 10))
 
@@ -89,7 +89,7 @@ def too_many_files() -> bytes:
 
 
 def overlapping() -> bytes:
-    """Two entries of the directory share one file, as in zip bombs that pack better than deflate."""
+    """Return a zip in which two directory entries share the data of one file, as in some zip bombs."""
     data = bytearray(zipped(("code/one", b"x" * 100), ("code/two", b"x" * 100)))
     first = data.rindex(b"code/one") - 46
     second = data.rindex(b"code/two") - 46
@@ -133,12 +133,12 @@ def encrypted() -> bytes:
 
 def extra_name() -> bytes:
     info = entry("code/extra")
-    info.extra = struct.pack("<HH", 0x7075, 4) + b"evil"  # some unpackers prefer this name
+    info.extra = struct.pack("<HH", 0x7075, 4) + b"evil"  # some unpackers use this name instead
     return zipped((info, b"x"))
 
 
 def two_names() -> bytes:
-    """The directory and the header of a file give it different names."""
+    """Return a zip in which a file has different names in the directory and in its own header."""
     data = zipped(("code/shown", b"x"))
     return data.replace(b"code/shown", b"code/other", 1)
 
@@ -276,7 +276,7 @@ def test_an_allowed_name_stays_in_its_folder(name: str) -> None:
 @settings(max_examples=200)
 @given(st.data())
 def test_a_flipped_byte_is_detected(data: st.DataObject) -> None:
-    """A bundle with one changed byte is refused, or differs from its manifest, or has the same files."""
+    """A bundle with one changed byte is refused, differs from its manifest, or contains the same files."""
     files = add_manifest(GOOD)
     zip_bytes = bytearray(pack(files))
     offset = data.draw(st.integers(0, len(zip_bytes) - 1))

@@ -1,4 +1,4 @@
-"""Checkpoints: written atomically, verified when loaded, and resumed from."""
+"""Checkpoints are written atomically, verified when they are loaded, and used to resume runs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def saved(folder: Path, step: int, **meta: Any) -> Path:
 def newest(
     folder: Path, usable: Callable[[dict[str, Any]], str | None] = lambda meta: None
 ) -> tuple[int | None, list[str]]:
-    """Load the newest checkpoint and check its tensors. Return its step and the notes."""
+    """Load the newest checkpoint and check its tensors. Return its step and the notes of the loader."""
     notes: list[str] = []
     found = checkpoint.load_newest(folder, usable, notes.append)
     if found is None:
@@ -82,7 +82,7 @@ def test_every_bit_comes_back(
     raw: bytes,
     transposed: bool,
 ) -> None:
-    """These include NaNs with a payload, negative zeros, subnormals, scalars, empty tensors and views."""
+    """The examples include NaNs with a payload, negative zeros, subnormals, empty tensors and views."""
     n = torch.Size(shape).numel()
     bits = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
     value = (bits[:n] > 127) if dtype == torch.bool else bits[: n * dtype.itemsize].view(dtype)
@@ -127,7 +127,7 @@ def test_the_newest_two_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_damaged_newer_checkpoint_does_not_displace_a_good_one(tmp_path: Path) -> None:
-    """A run falls back to step 10 and saves step 12. The damaged checkpoint must not count."""
+    """A run falls back to step 10 and saves step 12. The damaged newer checkpoints must not count."""
     for step in (10, 37):
         saved(tmp_path, step)
     shutil.copytree(tmp_path / "step-00000037", tmp_path / "step-00000038")
@@ -181,7 +181,7 @@ def another_step(meta: dict[str, Any]) -> None:
 
 
 def forged_pickle(place: Path) -> None:
-    """Replace the tensors by a pickle and fix every checksum, as a forger would."""
+    """Replace the tensors with a pickle and update every checksum, as a forger would."""
     (place / "state.safetensors").write_bytes(pickle.dumps(Trap()))
     meta = json.loads((place / "meta.json").read_text())
     del meta["meta_sha256"]
@@ -240,7 +240,7 @@ def test_damage_is_reported_and_the_checkpoint_before_is_used(
     assert (
         len(notes) == 1 and notes[0].startswith(f"checkpoint {place} is skipped: ") and "\n" not in notes[0]
     )
-    saved(tmp_path, 3)  # the run continues in spite of the damage
+    saved(tmp_path, 3)  # a run can save a new checkpoint in spite of the damage
     assert newest(tmp_path) == (3, [])
 
 
@@ -269,7 +269,7 @@ def test_any_changed_byte_is_detected(whole: dict[Path, bytes], data: st.DataObj
 
 @pytest.mark.parametrize("name", ["meta.json", "state.safetensors"])
 def test_each_changed_byte_is_detected(whole: dict[Path, bytes], name: str) -> None:
-    """Change every blank, line end and zero of both files, and cut them at every seventh byte."""
+    """Change each space, newline and zero byte of a file, and truncate the file at every seventh byte."""
     path = next(p for p in whole if p.name == name)
     for at, byte in enumerate(whole[path]):
         if byte in b" \n\x00":
@@ -297,7 +297,7 @@ def test_a_foreign_checkpoint_is_reported_with_the_reason(tmp_path: Path) -> Non
 
 
 def test_a_temporary_folder_of_a_killed_process_is_removed(tmp_path: Path) -> None:
-    """A process that is killed before the rename leaves a .tmp folder, which may be complete."""
+    """A process that is killed before the rename leaves a .tmp folder, which may even be complete."""
     saved(tmp_path, 1)
     left = shutil.copytree(saved(tmp_path, 2), tmp_path / ".tmp-step-00000003")
     torn = tmp_path / ".tmp-step-00000002"
@@ -367,9 +367,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Run
 
 
 def again(cfg: TrainConfig, run: RunDir, out: Path, damage: Callable[[list[Path]], None]) -> Notes:
-    """Copy a run without its summary, damage its checkpoints and resume it. It must end with the same bits.
+    """Copy a run without its summary, damage its checkpoints and resume it.
 
-    damage: called with the paths of the checkpoints, newest first.
+    The resumed run must have the same bits. `damage` receives the paths of the checkpoints, newest first.
     """
     notes = Notes()
     copy = RunDir(shutil.copytree(run.path, out / cfg.run_id))
@@ -431,7 +431,7 @@ def test_a_run_does_not_use_a_checkpoint_of_another_config(
 
 
 def test_a_run_whose_log_was_changed_is_refused(finished: tuple[TrainConfig, RunDir], tmp_path: Path) -> None:
-    """A run does not resume with a metrics.jsonl that was edited or lost."""
+    """A run cannot be resumed if its metrics.jsonl was edited."""
 
     def damage(places: list[Path]) -> None:
         path = places[0].parents[1] / "metrics.jsonl"
@@ -447,6 +447,6 @@ def test_a_run_whose_log_was_changed_is_refused(finished: tuple[TrainConfig, Run
 
 
 def test_a_run_without_env_json_is_refused(finished: tuple[TrainConfig, RunDir], tmp_path: Path) -> None:
-    """Without env.json, nothing proves that the evaluation code is that of the first session."""
+    """Without env.json, nothing proves that the first session used the same evaluation code."""
     with pytest.raises(RunError, match=r"env.json.*is missing.*--fresh"):
         again(*finished, tmp_path, lambda places: (places[0].parents[1] / "env.json").unlink())

@@ -34,7 +34,7 @@ def invoke(*args: object) -> Result:
 
 
 def refused(result: Result, *words: str) -> str:
-    """Check that a command ended with exit code 2 and one message on stderr. Return stderr."""
+    """Check that a command exited with code 2 and printed only one error message. Return stderr."""
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
@@ -46,7 +46,7 @@ def refused(result: Result, *words: str) -> str:
 
 
 def summary(cfg: TrainConfig, **changes: Any) -> dict[str, Any]:
-    """Return a summary as a run writes it, with invented figures."""
+    """Return a summary in the format of a real run, with invented figures."""
     score = {
         "step": 10,
         "split": "val",
@@ -139,7 +139,7 @@ def test_every_command_has_help_and_debug(command: str) -> None:
 
 
 def imported(code: str) -> set[str]:
-    """Return the modules that are loaded after running some code."""
+    """Return the modules that are loaded after a piece of code has run."""
     probe = f"import sys\n{code}\nprint(*sorted(m for m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     return set(done.stdout.split())
@@ -159,7 +159,7 @@ def test_the_package_and_the_command_line_import_no_slow_library() -> None:
 
 
 def test_help_takes_less_than_400_ms() -> None:
-    """Measure processor time and take the best of five, because the machine may be busy."""
+    """Use the smallest processor time of five attempts, because the machine may be busy."""
 
     def processor_time() -> float:
         children = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -209,7 +209,7 @@ def test_the_refusal_of_an_unknown_run_suggests_the_nearest(args: list[str], tmp
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
-    """Return a function that lets `mainrun presets` end with a given error."""
+    """Return a function that makes `mainrun presets` fail with a given error."""
 
     def fail_with(error: BaseException) -> None:
         def raise_it() -> list[str]:
@@ -553,7 +553,7 @@ def test_a_summary_of_another_config_is_refused(tmp_path: Path) -> None:
 
 
 class FakeTrain:
-    """Replaces the training. It records the presets and raises the given errors."""
+    """A replacement for `train` that records the presets and raises the given errors."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.presets: list[str] = []

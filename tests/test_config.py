@@ -1,4 +1,4 @@
-"""Configs: round trips, refusals, presets, and the plan that a config resolves to."""
+"""Configs: round trips, refusals, presets, and the plan that follows from a config."""
 
 import contextlib
 import itertools
@@ -22,7 +22,7 @@ from mainrun.plan.recipes import load, parse_set, preset_names
 SCHEMA = TrainConfig.model_json_schema()["properties"]
 FIELDS = [f for f in TrainConfig.model_fields if f != "preset"]
 
-# another value of each field that is allowed if all other fields have their default
+# A value for each field that differs from the default and is allowed with the defaults of all other fields.
 OTHER: dict[str, Any] = {
     "seed": 7, "device": "cpu", "dtype": "bfloat16", "threads": 2, "compile": "on", "attention": "sdpa",
     "corpus": "hn", "num_titles": 5000, "shuffle": False,
@@ -49,7 +49,7 @@ OTHER: dict[str, Any] = {
     "log_every": 10, "checkpoint_every": 50,
     "growth": {"ops": [{"name": "set_lr", "value": 0.01, "trigger": {"budget_frac": 0.5}}]},
 }  # fmt: skip
-NEEDS = {"rdrop": {"rdrop": 0.5, "dropout": 0.1}}  # fields that are only allowed together with others
+NEEDS = {"rdrop": {"rdrop": 0.5, "dropout": 0.1}}  # fields that need another field
 
 
 def default(**changes: Any) -> TrainConfig:
@@ -57,7 +57,7 @@ def default(**changes: Any) -> TrainConfig:
 
 
 def values(field: str) -> st.SearchStrategy[Any]:
-    """Generate every value within the bounds of a field."""
+    """Generate values within the bounds of a field."""
     kinds = SCHEMA[field].get("anyOf", [SCHEMA[field]])
     return st.one_of([_values(kind) for kind in kinds])
 
@@ -103,7 +103,10 @@ def _values(kind: dict[str, Any]) -> st.SearchStrategy[Any]:
 
 @st.composite
 def configs(draw: st.DrawFn) -> TrainConfig:
-    """Generate allowed configs. Only a few fields change at a time, or the sizes would never fit together."""
+    """Generate allowed configs.
+
+    Only a few fields differ from their defaults, because otherwise the sizes would rarely fit together.
+    """
     names = draw(
         st.lists(
             st.sampled_from([f for f in FIELDS if f not in ("corpus", "official_geometry")]),
@@ -132,7 +135,7 @@ def test_every_field_has_a_class_a_description_and_bounds() -> None:
 
 
 def test_exactly_the_inputs_of_a_step_are_scheduled() -> None:
-    """A scheduled field must show in the resolved steps, or it would be missing from the lineage key."""
+    """A scheduled field must affect the resolved steps, because the lineage key is computed from them."""
     inputs = set(StepInputs._fields) - {"average"}
     assert {f for f in inputs if TrainConfig.class_of(f) != "scheduled"} == set()
     shapes = {
@@ -194,7 +197,7 @@ def test_a_config_survives_a_round_trip_through_its_dict(cfg: TrainConfig) -> No
 
 @given(configs(), st.sampled_from(FIELDS))
 def test_the_value_of_any_field_can_be_passed_to_set(cfg: TrainConfig, field: str) -> None:
-    """The value of any field, written as TOML, is read as the same value."""
+    """Writing the value of a field as TOML and reading it with --set gives the same value."""
     value = getattr(cfg, field)
     if isinstance(value, tuple):
         value = list(value)
@@ -415,7 +418,7 @@ def test_each_step_of_a_ladder_builds_on_the_step_before_it(tmp_path: Path) -> N
     assert [c.preset for c in ladder] == ["ladder:a", "ladder:b", "ladder:c"]
     assert [(c.lr, c.dropout) for c in ladder] == [(0.5, 0.0), (0.25, 0.0), (0.25, 0.5)]
     assert {c.n_layer for c in ladder} == {1}  # scale overrides every step
-    assert {c.d_model for c in ladder} == {64}  # and --set overrides scale
+    assert {c.d_model for c in ladder} == {64}  # and --set overrides even `scale`
     assert load(f"{path}:b")[0] == load(path)[1]
 
 
@@ -434,10 +437,8 @@ def test_a_preset_overrides_the_fields_of_its_base(tmp_path: Path) -> None:
             f'[[steps]]\nname = "x"\nbase = "baseline"\n[[steps]]\nname = "y"\nbase = "{ladder}:c"\n',
         )
     )
-    assert (first.lr, second.lr) == (
-        6e-3,
-        0.25,
-    )  # a step with a base does not continue from the step before it
+    # A step with a base does not build on the step before it.
+    assert (first.lr, second.lr) == (6e-3, 0.25)
 
 
 @pytest.mark.parametrize(
@@ -524,7 +525,7 @@ def test_unset_fields_take_their_value_from_other_fields() -> None:
 
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
-    """Generate plans of short runs with every kind of schedule."""
+    """Generate plans of short runs with all kinds of schedules."""
     fields = {
         name: draw(values(name))
         for name in ("schedule", "decay_shape", "warmup_frac", "decay_frac", "min_lr_frac", "wd_schedule")
@@ -551,7 +552,7 @@ def test_the_learning_rate_stays_between_zero_and_its_peak(plan: Plan) -> None:
     assert all(a >= b for a, b in itertools.pairwise(after))
     low = plan.cfg.min_lr_frac
     assert all(f >= low - 1e-12 for f in after)
-    # one step after the end the rate would be exactly the final one: the schedule spans the whole run
+    # The schedule spans the whole run: one step after the end, the rate would be exactly the final rate.
     if plan.cfg.schedule != "constant" and plan.decay_start < plan.steps:
         assert factors[plan.decay_start] == 1
         assert math.isclose(plan.lr_factor(plan.steps), low, abs_tol=1e-12)
@@ -589,7 +590,7 @@ def test_evaluations_are_at_both_ends_and_as_frequent_as_configured(plan: Plan) 
 )
 def test_the_shapes_of_the_weight_decay(shape: str, half: float) -> None:
     fields = {"weight_decay": 0.1, "batch_size": 2, "block_size": 4, "epochs": 1}
-    if shape == "quarter":  # where linear and cosine differ
+    if shape == "quarter":  # a quarter of the way, linear and cosine differ
         linear, cosine = (
             Plan(default(wd_schedule=s, **fields), 8 * 40).at(10).weight_decay for s in ("linear", "cosine")
         )
@@ -602,7 +603,7 @@ def test_the_shapes_of_the_weight_decay(shape: str, half: float) -> None:
 
 
 def test_the_decay_does_not_begin_before_the_warm_up_ends() -> None:
-    """Both fractions may be rounded up; then the decay is shorter."""
+    """Rounding up both the warm-up and the decay makes them overlap, so the decay becomes shorter."""
     plan = Plan(
         default(schedule="wsd", warmup_frac=0.3, decay_frac=0.7, batch_size=2, block_size=4, epochs=1), 8 * 5
     )
@@ -649,7 +650,7 @@ def test_swa_averages_the_last_steps_evenly() -> None:
     assert (plan.steps, plan.swa_start) == (10, 5)
     assert [plan.average(s) for s in range(10)] == [1, 1, 1, 1, 1, 1, 1 / 2, 1 / 3, 1 / 4, 1 / 5]
     mean = 0.0
-    for s in range(10):  # compute the average of the step numbers 5..9 step by step
+    for s in range(10):  # a running mean of the step numbers 5..9
         mean += (s - mean) * plan.average(s)
     assert math.isclose(mean, 7)
 
@@ -710,13 +711,13 @@ def op(name: str, value: Any, **trigger: Any) -> dict[str, Any]:
 
 
 def fires() -> st.SearchStrategy[dict[str, Any]]:
-    """Generate triggers that mostly fire within a short run."""
+    """Generate triggers that usually fire within a short run."""
     fracs = st.floats(0, 1, exclude_min=True, exclude_max=True)
     return st.one_of(st.integers(1, 60).map(lambda s: {"step": s}), fracs.map(lambda f: {"budget_frac": f}))
 
 
 def changes(*names: str) -> st.SearchStrategy[list[dict[str, Any]]]:
-    """Generate lists of ops with these names."""
+    """Generate lists of ops that have the given names."""
     kinds = {
         "set_lr": st.floats(1e-6, 1),
         "set_weight_decay": st.floats(0, 10),
@@ -745,7 +746,7 @@ SHORT: dict[str, Any] = {
 
 
 def planned(train_tokens: int, entries: list[dict[str, Any]], **fields: Any) -> Plan:
-    """Return a short plan with these ops. Reject the example if there is none."""
+    """Return a short plan with these ops, or reject the example if the ops are invalid."""
     try:
         return Plan(default(**SHORT | fields, growth={"ops": entries}), train_tokens)
     except ConfigError:
@@ -828,11 +829,11 @@ def test_ops_that_set_the_current_values_change_nothing() -> None:
 
 
 def test_a_schedule_computed_by_hand() -> None:
-    """400 tokens, 8 per step, 2 epochs: 100 steps. The ops double the batch size and end the dropout."""
+    """Without ops, the run would have 100 steps: 400 tokens, 8 per step and 2 epochs."""
     entries = [
         op("set_batch_size", 4, budget_frac=0.5),
         op("set_lr", 0.25, budget_frac=0.75),
-        op("set_dropout", 0.0, step=3),  # due long before, but it waits for the ops before it
+        op("set_dropout", 0.0, step=3),  # due earlier, but it waits for the ops before it
     ]
     plan = Plan(
         default(**SHORT | {"growth": {"ops": entries}, "schedule": "constant", "eval_per_epoch": 1}), 400
@@ -842,7 +843,7 @@ def test_a_schedule_computed_by_hand() -> None:
     assert [(plan.at(s).batch_size, plan.at(s).lr, plan.at(s).dropout) for s in (49, 50, 61, 62)] == [
         (2, 0.5, 26 / 256), (4, 0.5, 26 / 256), (4, 0.5, 26 / 256), (4, 0.25, 0.0),
     ]  # fmt: skip
-    assert plan.eval_steps == {1, 50, 75}  # an epoch has 50 steps, later 25
+    assert plan.eval_steps == {1, 50, 75}  # an epoch has 50 steps at first, and 25 after the first op
     assert {50, 62} <= set(plan.breaks)
     assert (
         plan.table()["growth"]
@@ -868,7 +869,7 @@ def test_an_op_fires_within_the_budget_or_is_refused() -> None:
         assert all(word in str(e.value) for word in words), str(e.value)
     with pytest.raises(
         ConfigError, match=r"growth: ops\[0\] 'set_batch_size' .*after step 99.*has 100 steps"
-    ):  # a step of the larger batch does not fit
+    ):  # the budget has no room for a step of the larger batch
         Plan(default(**SHORT | {"growth": {"ops": [op("set_batch_size", 4, step=99)]}}), 400)
     assert Plan(default(**SHORT | {"growth": {"ops": [op("set_batch_size", 1, step=99)]}}), 400).steps == 101
 
@@ -906,7 +907,7 @@ def test_all_ways_to_pass_a_schedule_give_the_same_config(how: str, tmp_path: Pa
 
 
 GOOD = op("set_lr", 0.1, step=5)
-# a few of each kind; tests/data/growth_faults.txt has all of them
+# A few faults of each kind. The file tests/data/growth_faults.txt has all of them.
 FAULTY: list[tuple[Any, list[str]]] = [
     (3, ["growth: 3 is not a schedule", "{ ops = ["]),
     (True, ["growth: True is not a schedule", "{ ops = ["]),

@@ -1,4 +1,4 @@
-"""Every number of a config and of its plan, written by hand: bounds, defaults, rates, steps and messages."""
+"""Hand-written values for every number of a config and its plan: bounds, defaults, rates, steps, messages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ INF = math.inf
 
 
 def refusals(**fields: Any) -> str:
-    """Return the message about the fields, or an empty text if they are allowed."""
+    """Return the error message for these fields, or an empty text if they are allowed."""
     try:
         from_dict(fields)
     except ConfigError as e:
@@ -144,7 +144,7 @@ def test_class_and_default(field: str, kind: str, default: Any) -> None:
 
 @pytest.mark.parametrize(("field", "lowest", "highest"), [(row[0], *row[3:]) for row in NUMBERS])
 def test_the_smallest_and_largest_allowed_values(field: str, lowest: Any, highest: Any) -> None:
-    # a bound may conflict with another field; then the message is a different one
+    # A value at the limit may conflict with another field, which gives a different message.
     for value in (lowest, highest):
         assert f"{field}={value!r} is not allowed" not in refusals(**{field: value})
     for value in (below(lowest), above(highest)):
@@ -192,7 +192,7 @@ def test_a_frozen_layer_must_be_a_whole_number(layers: Any) -> None:
     assert refusals(frozen=layers).startswith("frozen=")
 
 
-# -- conflicting fields: the smallest violation, its message, and an allowed config next to it
+# -- conflicting fields: the smallest violation, its message, and the nearest allowed config
 
 OPS = {"ops": [{"name": "set_lr", "value": 0.01, "trigger": {"step": 5}}]}
 ROPE_ODD = {"position": "rope", "d_model": 24}
@@ -358,11 +358,11 @@ def test_segment_configs_have_the_config_and_one_more_per_op() -> None:
         ({}, "kv_heads", 8),
         ({"n_kv_head": 2}, "kv_heads", 2),
         ({"d_model": 504}, "ff_width", 2016),
-        ({"d_model": 504, "mlp": "swiglu"}, "ff_width", 1344),  # 8 * 504 / 3 = 1344 = 21 * 64
-        ({"d_model": 512, "mlp": "swiglu"}, "ff_width", 1408),  # 1365.3 -> 22 * 64
-        ({"d_model": 24, "mlp": "swiglu"}, "ff_width", 64),  # 64 exactly
-        ({"d_model": 32, "mlp": "swiglu"}, "ff_width", 128),  # 85.3
-        ({"d_model": 4800, "mlp": "swiglu"}, "ff_width", 12_800),  # 200 * 64
+        ({"d_model": 504, "mlp": "swiglu"}, "ff_width", 1344),  # 8 * 504 / 3 = 1344, a multiple of 64
+        ({"d_model": 512, "mlp": "swiglu"}, "ff_width", 1408),  # 1365.3, rounded up to 22 * 64
+        ({"d_model": 24, "mlp": "swiglu"}, "ff_width", 64),  # exactly 64
+        ({"d_model": 32, "mlp": "swiglu"}, "ff_width", 128),  # 85.3, rounded up to 2 * 64
+        ({"d_model": 4800, "mlp": "swiglu"}, "ff_width", 12_800),  # exactly 200 * 64
         ({"mlp": "relu2"}, "ff_width", 2048),
         ({"d_ff": 7, "mlp": "swiglu"}, "ff_width", 7),
         ({"dropout": 0.5}, "dropouts", (0.5, 0.5, 0.5)),
@@ -419,7 +419,7 @@ def cosine(progress: float) -> float:
         ({"warmup_iters": 4, "warmup_frac": 0.9}, [0.25, 0.5, 0.75, 1.0, *(cosine(s / 6) for s in range(6))]),
         ({"warmup_iters": 20}, [s / 20 for s in range(1, 11)]),
         ({"warmup_frac": 1.0}, [s / 10 for s in range(1, 11)]),
-        ({"warmup_frac": 0.05}, [cosine(s / 10) for s in range(10)]),  # half a step is rounded to none
+        ({"warmup_frac": 0.05}, [cosine(s / 10) for s in range(10)]),  # half a step is rounded down to none
         ({"warmup_frac": 0.06}, [1.0, *(cosine(s / 9) for s in range(9))]),
         ({"schedule": "constant"}, [1.0] * 10),
         ({"schedule": "constant", "warmup_frac": 0.3, "min_lr_frac": 0.1}, [1 / 3, 2 / 3, *[1.0] * 8]),
@@ -594,7 +594,7 @@ def test_the_steps_with_an_evaluation(fields: dict[str, Any], steps: set[int]) -
     [
         ({"schedule": "constant"}, []),
         ({"schedule": "constant", "warmup_iters": 3}, [3]),
-        ({}, [1]),  # the first step of a cosine decay still has the peak rate
+        ({}, [1]),  # a cosine decay starts after its first step, which has the peak rate
         ({"warmup_iters": 3}, [3, 4]),
         ({"schedule": "wsd", "decay_frac": 0.5}, [6]),
         ({"schedule": "wsd", "decay_frac": 0.5, "warmup_frac": 0.5}, [5, 6]),
@@ -642,7 +642,7 @@ def test_the_resolved_table() -> None:
     assert make_plan(swa=0.5).table()["swa_start"] == 5
 
 
-# -- where the tokens of a step start
+# -- the position where a step begins to read
 
 
 @pytest.mark.parametrize(
@@ -650,10 +650,10 @@ def test_the_resolved_table() -> None:
     [
         ("sequential", 20, [(0, 0), (0, 8), (1, 0), (1, 8), (2, 0)]),
         ("sequential", 17, [(0, 0), (0, 8), (1, 0), (1, 8), (2, 0)]),
-        ("sequential", 16, [(0, 0), (1, 0), (2, 0)]),  # the last span has no last target
+        ("sequential", 16, [(0, 0), (1, 0), (2, 0)]),  # the last span lacks its last target
         ("sequential", 9, [(0, 0), (1, 0)]),
         ("shuffle_titles", 17, [(0, 0), (0, 8), (1, 0)]),
-        ("shuffle_titles", 16, [(0, 0), (0, 0), (1, 0), (1, 0)]),  # it reads its start again
+        ("shuffle_titles", 16, [(0, 0), (0, 0), (1, 0), (1, 0)]),  # the second step reads the start again
         ("shuffle_titles", 20, [(0, 0), (0, 8), (1, 0)]),
     ],
 )
@@ -676,9 +676,8 @@ def test_the_place_of_a_step_in_a_later_segment() -> None:
         (3, 0),
     ]
     assert [segment.after(step, 33) for step in range(5, 10)] == [(1, 8), (1, 16), (1, 24), (1, 32), (2, 8)]
-    past = Segment(
-        from_dict(SMALL), first=5, epoch=1, start=40
-    )  # a larger step before the segment has read to the end
+    # A larger step before this segment has read past the end of the tokens.
+    past = Segment(from_dict(SMALL), first=5, epoch=1, start=40)
     assert [past.place(step, 33) for step in (5, 6, 9)] == [(2, 0), (2, 8), (3, 0)]
     assert Segment(from_dict(SMALL))[1:] == (0, 0, 0, 0, 0, None)
 
@@ -757,7 +756,7 @@ def test_a_growing_batch_size() -> None:
     assert [plan.at(s).batch_size for s in (19, 20, 29, 30)] == [2, 4, 4, 8]
     assert [plan.at(s).grad_accum for s in (34, 35)] == [1, 2]
     assert [plan.segment_at(s).first for s in (0, 19, 20, 44, 99)] == [0, 0, 20, 35, 35]
-    # every third of an epoch of 50, 25 and 12 steps, counted from where the batch size changes
+    # There are three evaluations per epoch. An epoch has 50 steps, then 25, then 12.
     assert plan.eval_steps == {1, 16, 28, 34, 38, 42, 45}
     assert plan.breaks == [20, 30, 35]
 
@@ -799,7 +798,7 @@ def test_a_plan_with_an_undecided_op() -> None:
         decided.table()["growth"]
         == "set_lr 0.25 after step 10, set_lr 0.125 after step 34, set_dropout 0.5 after step 50"
     )
-    late = plan_with(*ops, lr=0.5, fired=(10, 96))  # then the last op is due immediately
+    late = plan_with(*ops, lr=0.5, fired=(10, 96))  # the decision is late, so the last op is due immediately
     assert late.fired == (10, 96, 96)
 
 
@@ -840,7 +839,7 @@ def test_a_plan_after_one_more_decision() -> None:
 
 
 def test_ops_after_a_late_decision_are_dropped() -> None:
-    """A late op is refused before the run, but left out after a decision of the run."""
+    """A late op is refused before a run, but it is dropped if a decision of the run made it late."""
     ops = op("set_lr", 0.25, loss_below=3.0), op("set_batch_size", 8, step=50)
     plan = plan_with(*ops, fired=(99,))
     assert (plan.fired, len(plan.segments), plan.steps) == ((99,), 2, 100)
@@ -861,7 +860,7 @@ def test_a_decision_changes_nothing_before_it() -> None:
     faster = plan_with(op("set_batch_size", 4, loss_below=3.0), fired=(20,), schedule="cosine")
     assert faster.steps == 60
     assert [faster.lr_factor(s) for s in (20, 50)] == pytest.approx([cosine(20 / 60), cosine(50 / 60)])
-    # before the decision, the schedule was planned for 100 steps
+    # Before the decision, the learning rate was planned for 100 steps.
     assert [faster.at(s).lr for s in (0, 19, 20)] == pytest.approx(
         [0.006, 0.006 * cosine(0.19), 0.006 * cosine(20 / 60)]
     )
@@ -1142,7 +1141,7 @@ def test_from_dict_keeps_the_preset_name() -> None:
 
 
 def test_wrong_fields_are_reported_before_the_faults_of_ops() -> None:
-    """Ops can only be applied to a valid config. Their syntax is checked in any case."""
+    """Ops can be applied only to a valid config, but their syntax is always checked."""
     late = {"ops": [{"name": "set_grad_accum", "value": 3, "trigger": {"step": 5}}]}
     assert refusals(growth=late).startswith("growth: ops[0] 'set_grad_accum': grad_accum=3")
     assert refusals(growth=late, lr=-1.0).splitlines() == refusals(lr=-1.0).splitlines()

@@ -1,4 +1,4 @@
-"""Corpora that are not on the hub: order, splits, fingerprints and messages about bad input."""
+"""Corpora that are not on the hub: order, splits, fingerprints, and messages about bad input."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_dev_is_the_end_of_train_and_does_not_change_val(txt: str) -> None:
     [
         (20_000, 0.1, 0.0, (18_000, 0, 2_000)),
         (100_000, 0.1, 0.05, (85_500, 4_500, 10_000)),
-        (100, 0.34, 0.0, (66, 0, 34)),  # 100 * (1 - 0.34) is 65.999... in floats
+        (100, 0.34, 0.0, (66, 0, 34)),  # 100 * (1 - 0.34) is 65.999... in floating point
         (1_000, 0.1, 0.3, (630, 270, 100)),
         (2, 0.1, 0.0, (1, 0, 1)),
     ],
@@ -256,7 +256,7 @@ def test_bad_text_files_are_refused(tmp_path: Path, content: bytes, says: list[s
             '{"title": "x"}\n{"titles": "y"}\n',
             ["line 2", "no key 'title'", "did you mean 'titles'"],
         ),
-        ("a.jsonl", '{"title": "x"}\n{"title": 3}\n', ["line 2", "is 3", "string"]),
+        ("a.jsonl", '{"title": "x"}\n{"title": 3}\n', ["line 2", "must be a string, got 3"]),
         ("a.jsonl", '{"title": "x"}\n{"title": "\\ud83d"}\n', ["title 2", "surrogate"]),
         ("a.jsonl", "[" * 100_000, ["line 1", "not valid JSON"]),
         ("a.json", '[{"title": "x"}]', [".jsonl"]),
@@ -275,7 +275,7 @@ def test_parquet_files_with_bad_columns_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"headline": TITLES, "id": range(50)}), path)
     assert "no column 'title'" in refused(f"file:{path}")
     assert "did you mean 'headline'" in refused(f"file:{path}#headlin")
-    assert "must hold strings" in refused(f"file:{path}#id")
+    assert "must contain strings" in refused(f"file:{path}#id")
     path.write_bytes(path.read_bytes()[:-20])
     assert "not a readable parquet" in refused(f"file:{path}#headline")
 
@@ -378,16 +378,19 @@ def test_paths_in_a_mix_are_relative_to_its_folder(tmp_path: Path, monkeypatch: 
         ("", ["is empty"]),
         ("x = 1", ["names no sources", "[[source]]"]),
         ("[[source", ["not valid TOML"]),
-        ("[[source]]\nratio = 1", ["source 1", "none of path and corpus"]),
-        ('[[source]]\npath = "a.txt"\ncorpus = "hn"', ["both of path and corpus"]),
+        ("[[source]]\nratio = 1", ["source 1", "neither path nor corpus"]),
+        ('[[source]]\npath = "a.txt"\ncorpus = "hn"', ["both path and corpus"]),
         ('[[source]]\npath = "a.txt"\nwieght = 2', ["unknown key 'wieght'", "did you mean 'weight'"]),
-        ('[[source]]\npath = "a.txt"\nratio = 0', ["ratio=0", "above 0"]),
-        ('[[source]]\npath = "a.txt"\nratio = nan', ["ratio=nan"]),
-        ('[[source]]\npath = "a.txt"\nweight = 1.5', ["weight=1.5", "whole number"]),
-        ('[[source]]\npath = "a.txt"\nweight = true', ["weight=True"]),
-        ('[[source]]\ncorpus = "mix:a.toml"', ["cannot be mixed"]),
-        ("[[source]]\ncorpus = 3", ["cannot be mixed"]),
-        ('[[source]]\ncorpus = "hnn"', ["'hnn' is not known", "did you mean 'hn'"]),
+        ('[[source]]\npath = "a.txt"\nratio = 0', ["ratio must be a number above 0, got 0"]),
+        ('[[source]]\npath = "a.txt"\nratio = nan', ["ratio must be a number above 0, got nan"]),
+        (
+            '[[source]]\npath = "a.txt"\nweight = 1.5',
+            ["the weight says", "whole number from 1 to 1000, got 1.5"],
+        ),
+        ('[[source]]\npath = "a.txt"\nweight = true', ["whole number from 1 to 1000, got True"]),
+        ('[[source]]\ncorpus = "mix:a.toml"', ["cannot be part of a mix"]),
+        ("[[source]]\ncorpus = 3", ["cannot be part of a mix"]),
+        ('[[source]]\ncorpus = "hnn"', ["'hnn' is unknown", "did you mean 'hn'"]),
         ('[[source]]\npath = "c.txt"', ["c.txt does not exist"]),
         (
             '[[source]]\npath = "a.txt"\nratio = 1000\n[[source]]\npath = "b.txt"',

@@ -1,6 +1,6 @@
-"""Damaged files on disk: a command that reads one does not crash, hang or change undamaged files.
+"""A command that reads a damaged file does not crash, hang or change undamaged files.
 
-The damage is in damage.py, which can also run thousands of cases:
+The damage is defined in damage.py, which can also run thousands of cases:
 
     python tests/damage.py --cases 20000 --seed 1
 """
@@ -37,7 +37,7 @@ from mainrun.store import records
 from mainrun.store.rundir import RunDir
 from reports.submission.prepare import _run_files
 
-SECONDS = 8.0  # for the random sample
+SECONDS = 8.0  # the time limit of the random sample
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def fixture(tmp_path_factory: pytest.TempPathFactory) -> FixtureDirectory:
 
 @pytest.fixture(scope="module")
 def driver() -> Iterator[Driver]:
-    with Driver(limit=60.0) as process:  # long enough for a busy machine
+    with Driver(limit=60.0) as process:  # enough time even on a busy machine
         yield process
 
 
@@ -65,7 +65,10 @@ def test_damage_that_crashed_or_hung(fixture: FixtureDirectory, driver: Driver, 
 
 
 def sample(fixture: FixtureDirectory, driver: Driver, seed: int, seconds: float) -> None:
-    """Run random cases until the time is over. The message of a failure has the command that repeats it."""
+    """Run random cases until the time is over.
+
+    The message of a failed case contains the command that repeats this case.
+    """
     end = time.monotonic() + seconds
     index = 0
     while time.monotonic() < end:
@@ -95,7 +98,7 @@ def test_a_case_is_a_function_of_its_number(fixture: FixtureDirectory) -> None:
 
 
 def test_damage_leaves_the_rest_of_the_file() -> None:
-    """The generator damages a single place of a file."""
+    """The damage generator changes a single place of a file."""
     chance = random.Random(1)
     whole = b'{"a": 1, "b": {"c": [2]}}'
     for _ in range(200):

@@ -30,7 +30,7 @@ SMALL: dict[str, Any] = {
     "optimizer": "sgd",
 }
 
-# One operation fires at its step and one at an evaluation. All processes must decide the same.
+# The first op fires at a fixed step and the second at an evaluation. All processes must decide the same.
 GROWS = (
     '{"version":2,"ops":[{"name":"stack_layers","value":[0,0,1],"init":"identity","trigger":{"step":9}},'
     '{"name":"widen_mlp","value":160,"trigger":{"any":[{"loss_below":0.1},{"wait_iters":5}]}}]}'
@@ -38,7 +38,7 @@ GROWS = (
 
 
 def config(**changes: Any) -> TrainConfig:
-    """Return the config that the command line makes of the same changes."""
+    """Return the config that the command line builds from the same changes."""
     from mainrun.plan.recipes import load
 
     fields = load("baseline")[0].model_dump() | TINY | SMALL | changes
@@ -63,7 +63,7 @@ def losses(run: RunDir) -> list[float]:
 
 
 def compare(one: RunDir, two: RunDir, tolerance: float = 1e-5) -> None:
-    """Check that the losses, scores and weights of two runs are nearly equal."""
+    """Check that two runs have nearly equal losses, scores and weights."""
     losses_one = losses(one)
     losses_two = losses(two)
     assert len(losses_one) == len(losses_two) >= 20 and losses_one[0] - losses_one[-1] > 0.05
@@ -76,7 +76,7 @@ def compare(one: RunDir, two: RunDir, tolerance: float = 1e-5) -> None:
     second = checkpoint.load_newest(two.checkpoints, lambda meta: None, lambda text: None)
     assert first is not None and second is not None and first[0].keys() == second[0].keys()
     for name, tensor in first[0].items():
-        # the loss does not depend on the bias of k, so AdamW amplifies the rounding of its gradient
+        # The loss does not depend on the bias of k, so AdamW amplifies the rounding error of its gradient.
         if name.startswith("model/") and not name.endswith("attn.k.bias"):
             assert (tensor - second[0][name]).abs().max() < 10 * tolerance, name
 
@@ -103,10 +103,11 @@ def test_two_processes_train_the_same_run_as_one(tmp_path: Path, recipe: dict[st
     done = torchrun(tmp_path / "two", **recipe)
     assert done.returncode == 0, done.stderr
     two = RunDir(tmp_path / "two" / cfg.run_id)
-    # Muon orthogonalises in bfloat16. A different rounding of the gradients then changes the loss by 1e-4.
+    # Muon orthogonalises in bfloat16, so differently rounded gradients change the loss by up to 1e-4.
     train(cfg, tmp_path / "one")
     compare(RunDir(tmp_path / "one" / cfg.run_id), two, 5e-4 if cfg.optimizer == "muon" else 1e-5)
-    # With accumulation, one process sums the gradients in the same order as two, so the losses are closer.
+    # With grad_accum=2, one process sums the gradients in the same order as two, so the losses agree more
+    # closely.
     if cfg.optimizer == "muon":
         pieces = config(**recipe, grad_accum=2)
         train(pieces, tmp_path / "one")
@@ -120,7 +121,7 @@ def test_two_processes_train_the_same_run_as_one(tmp_path: Path, recipe: dict[st
 
 
 def test_dropout_masks_differ_between_the_processes(tmp_path: Path) -> None:
-    """If both processes had the same seed, their losses would differ from those of one process."""
+    """If both processes used the same seed, their losses would differ from those of a single process."""
     changes = {"dropout": 0.5, "lr": 1e-9, "eval_per_epoch": 0}
     done = torchrun(tmp_path / "two", **changes)
     assert done.returncode == 0, done.stderr
@@ -142,7 +143,7 @@ def test_an_interrupted_run_of_two_processes_resumes(tmp_path: Path) -> None:
         while len(losses(run)) < 20:
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
             time.sleep(0.01)
-        os.kill(run.status()["pid"], signal.SIGTERM)  # a signal to one process stops both
+        os.kill(run.status()["pid"], signal.SIGTERM)  # a signal to one process stops both of them
         error = process.communicate(timeout=300)[1]
     finally:
         process.kill()
@@ -158,7 +159,7 @@ def test_an_interrupted_run_of_two_processes_resumes(tmp_path: Path) -> None:
     compare(RunDir(tmp_path / "one" / cfg.run_id), run)
     assert [r["step"] for r in run.metrics() if r["event"] == "step"] == list(range(1, status["steps"] + 1))
 
-    # a second command shows the finished run; with --fresh, no process reuses the old summary
+    # Running the command again shows the finished run. With --fresh, no process reuses the old summary.
     weights = (run.summary() or {})["weights"]
     assert torchrun(tmp_path / "two", **changes).returncode == 0 and (run.summary() or {})["resumed"] == 1
     done = torchrun(tmp_path / "two", "--fresh", **changes)
@@ -169,11 +170,11 @@ def test_an_interrupted_run_of_two_processes_resumes(tmp_path: Path) -> None:
 
 def test_a_batch_that_does_not_split_is_refused(tmp_path: Path) -> None:
     done = torchrun(tmp_path, grad_accum=8)
-    message = "batch_size=8 does not split over 2 processes x grad_accum=8"
+    message = "batch_size=8 is not divisible by 2 processes x grad_accum=8"
     assert done.returncode != 0 and message in done.stderr
     assert re.findall(r"exitcode *: (\d+)", done.stderr)[:1] == ["2"], done.stderr
     assert list(tmp_path.iterdir()) == []
-    # one of the processes without torchrun
+    # Start one of the two processes without torchrun.
     alone = [sys.executable, *command(tmp_path, grad_accum=8)[6:]]
     env = os.environ | {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     one = subprocess.run(alone, capture_output=True, text=True, cwd=ROOT, env=env, timeout=300)

@@ -1,6 +1,4 @@
-"""How a machine is used: what is chosen for a run, what of it the machine class tells, and that the choice
-is never a stopwatch's.
-"""
+"""How a run uses the machine: it makes the same choices every time and records them in the machine class."""
 
 from __future__ import annotations
 
@@ -51,7 +49,7 @@ def python(code: str, **env: str) -> str:
     return done.stdout.strip()
 
 
-# twenty times a tensor of 64 MB: mapped anew each time, or kept
+# Allocate a 64 MB tensor twenty times. The default allocator maps new memory every time.
 FAULTS = """
 import resource
 from mainrun.core.hardware import tune_allocator
@@ -104,7 +102,7 @@ def test_the_allocator_changes_no_bit_and_stands_in_env_json(tmp_path: Path) -> 
     assert found[0][0] == found[1][0] and found[1][1].startswith("default") and found[0][1] != found[1][1]
 
 
-# -- what is chosen
+# -- what a run uses by default
 
 
 def test_attention_is_chosen_by_device_dtype_length_and_dropout(tiny: Tiny) -> None:
@@ -132,7 +130,7 @@ def test_a_run_is_compiled_when_it_is_long_enough_and_says_so(tiny: Tiny) -> Non
         found.settle(cfg, plan)
         costs, saves = compile_balance(cfg, plan, found.torch_device.type, found.threads)
         assert found.compile == found.machine_class["compile"] == compiled == (saves > costs)
-        assert (f"about {costs:.0f} s, to save about {saves:.0f} s" in found.note) == compiled
+        assert (f"about {costs:.0f} s and saves about {saves:.0f} s" in found.note) == compiled
         assert ("compiler" in found.machine_class) == compiled
     for asked in ("on", "off"):
         fixed = cfg.model_copy(update={"compile": asked})
@@ -159,7 +157,7 @@ def test_without_a_compiler_auto_leaves_it_and_on_is_refused(monkeypatch: pytest
     found.settle(cfg, Plan(cfg, 10**9))
     assert not found.compile and not found.machine_class["compile"]
     with pytest.raises(
-        ConfigError, match=r"compile=on needs a C\+\+ compiler.*install what is missing, or set compile=off"
+        ConfigError, match=r"compile=on needs a C\+\+ compiler.*install the missing part, or set compile=off"
     ):
         Device(cfg.model_copy(update={"compile": "on"}))
 
@@ -175,11 +173,11 @@ def test_the_rate_that_is_used_is_a_whole_256th_and_recorded(asked: float, used:
         )
 
 
-# -- numbers that stay on the device for a while
+# -- losses that stay on the device for some steps
 
 
 class Late(Device):
-    """As on a GPU: the numbers of several steps are read together."""
+    """A device that reads the numbers of several steps together, as on a GPU."""
 
     def __init__(self, cfg: TrainConfig) -> None:
         super().__init__(cfg)
@@ -253,9 +251,7 @@ def test_a_loss_that_is_read_late_still_ends_the_run(
 def test_a_bad_loss_at_the_end_of_a_reading_keeps_the_rows_before_it(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That step has not reached the weights: they are saved, and the checkpoint must vouch for every row up
-    to it.
-    """
+    """The failed step has not changed the weights, so the saved checkpoint must cover every row before it."""
     cfg = tiny(eval_per_epoch=0, checkpoint_every=10**6)
     train(cfg, tmp_path / "whole")
     loss, calls = trainer.compute_loss, 0
@@ -266,7 +262,7 @@ def test_a_bad_loss_at_the_end_of_a_reading_keeps_the_rows_before_it(
         found, plain = loss(*args)
         return (found * float("nan"), plain) if calls == last else (found, plain)
 
-    last = 8  # the first step is read alone, for its score: the seven behind it are read together
+    last = 8  # step 1 is read alone, because it has a score; steps 2 to 8 are read together
     with monkeypatch.context() as late:
         late.setattr(trainer, "Device", Late)
         late.setattr(trainer, "compute_loss", planted)
@@ -299,7 +295,7 @@ def test_a_checkpoint_between_two_readings_has_every_row(
     assert results(RunDir(tmp_path / "late" / cfg.run_id)) == results(RunDir(tmp_path / "whole" / cfg.run_id))
 
 
-# -- dropout that is asked for happens
+# -- every kind of dropout has an effect
 
 
 @pytest.mark.parametrize("attention", ["plain", "sdpa"])
@@ -322,9 +318,9 @@ def test_each_dropout_alone_changes_the_training_and_is_the_same_twice(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_dropout_keeps_is_scaled_to_keep_the_mean(tiny: Tiny, dtype: torch.dtype) -> None:
-    """In bfloat16 the scale itself is not rounded:
+    """In bfloat16, the scale of dropout is not rounded.
 
-    256/230 would become 1.109, and every branch a third of a per cent smaller.
+    With rounding, 256/230 would become 1.109, and every branch would be about 0.3% too small.
     """
     for drop in (26, 13, 51, 128):
         p = drop / 256
@@ -373,7 +369,7 @@ def test_a_compiler_that_fails_is_an_error_with_a_way_out(tiny: Tiny, tmp_path: 
     assert (
         done.returncode == 2
         and "torch.compile failed" in done.stderr
-        and "--set compile=off trains without it" in done.stderr
+        and "use --set compile=off to train without it" in done.stderr
     )
     missing = subprocess.run(command, env=env | {"CXX": "/no/such/compiler"}, capture_output=True, text=True)
     assert missing.returncode == 2 and "CXX=/no/such/compiler does not exist" in missing.stderr
@@ -390,7 +386,7 @@ def test_what_makes_libraries_compute_otherwise_is_in_the_machine_class(
     assert Device(tiny()).machine_class["instructions"] != plain["instructions"]
 
 
-# -- time, by what it went into
+# -- the time of a run, by purpose
 
 
 def test_the_seconds_of_a_run_add_up(tiny: Tiny, tmp_path: Path) -> None:
@@ -420,7 +416,7 @@ def test_the_seconds_of_a_run_add_up(tiny: Tiny, tmp_path: Path) -> None:
     assert summary["spent"]["steps"] == pytest.approx(steps, rel=0.2)
 
 
-# -- the compiled path keeps what the plain one promises
+# -- compiled runs keep the promises of uncompiled runs
 
 
 @COMPILER
@@ -448,7 +444,7 @@ def test_a_compiled_run_that_was_stopped_ends_with_the_same_bits(tiny: Tiny, tmp
 
 @pytest.mark.parametrize("compiled", ["off", "on"])
 def test_the_gpu_path(tiny: Tiny, tmp_path: Path, compiled: str) -> None:
-    """The same run twice: the same bits; and the same scores as a CPU's, nearly."""
+    """Two runs on a GPU have the same bits, and nearly the same scores as a run on a CPU."""
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU, and torch sees none here")
     cfg = tiny(device="cuda", dropout=0.1, grad_accum=2, dtype="bfloat16", compile=compiled)
@@ -457,7 +453,7 @@ def test_the_gpu_path(tiny: Tiny, tmp_path: Path, compiled: str) -> None:
         train(cfg, tmp_path / name)
     a, b = (RunDir(tmp_path / name / cfg.run_id) for name in "ab")
     assert results(a) == results(b)
-    with pytest.raises(Interrupted):  # launched one by one again, then recorded at another step
+    with pytest.raises(Interrupted):  # the resumed run records its CUDA graph at another step
         train(cfg, tmp_path / "cut", until=7)
     train(cfg, tmp_path / "cut")
     assert results(RunDir(tmp_path / "cut" / cfg.run_id)) == results(a)
@@ -493,9 +489,8 @@ def test_what_a_batch_system_left_in_the_environment_is_refused(
     monkeypatch.setenv("WORLD_SIZE", world)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.delenv("MASTER_PORT", raising=False)
-    with pytest.raises(
-        ConfigError, match=f"got RANK='{rank}' and WORLD_SIZE='{world}'.*start with torchrun, or unset both"
-    ):
+    fix = "start mainrun with torchrun, or unset both variables"
+    with pytest.raises(ConfigError, match=f"got RANK='{rank}' and WORLD_SIZE='{world}'.*{fix}"):
         Device(tiny())
 
 

@@ -32,7 +32,7 @@ from mainrun.errors import ConfigError, UsageError
 from mainrun.files import inputs
 from mainrun.plan.recipes import load
 
-TREE = Path(os.environ.get("DOORS_TREE", ROOT))  # to run these tests on another tree
+TREE = Path(os.environ.get("DOORS_TREE", ROOT))  # another source tree to test
 CASES = int(os.environ.get("DOORS_CASES", "60"))
 SEED = int(os.environ.get("DOORS_SEED", "1"))
 
@@ -48,12 +48,12 @@ def fixture(driver: Driver, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return odd_cases.make_fixture(driver, tmp_path_factory.mktemp("doors"))
 
 
-# -- input that failed once: each row failed before its fix
+# -- commands that failed in the past
 
 
 class Row(NamedTuple):
-    words: str  # of the command; LONG, DEEP and other keys of `ODD` are replaced by their values
-    expected: str  # a part of the message, or of stdout if the command succeeds
+    words: str  # the command line; LONG, DEEP and the other keys of `ODD` are placeholders
+    expected: str  # part of the message, or of stdout if the command succeeds
     code: int = 2
     around: dict[str, Any] = {}  # noqa: RUF012
 
@@ -125,20 +125,20 @@ FAILED_ONCE = [
     Row("sweep run broken.toml --out FOLDERS", "1,500 folders; at most 200"),
     Row(f"{TRAIN} --set seed=6", "got MAINRUN_CACHE", 2, {"env": {"MAINRUN_CACHE": "d/" * 1500}}),
     Row(f"{TRAIN} --set seed=6", "got MAINRUN_CACHE", 2, {"env": {"MAINRUN_CACHE": "loop"}}),
-    # the home of an unknown user
+    # a home directory of a user who does not exist
     Row("store ls --store ~no-such-user", "~ names no user"),
     Row(f"{TRAIN} --set corpus=file:~no-such-user/x", "~ names no user"),
     Row("download hn", "~ names no user", 2, {"env": {"MAINRUN_CACHE": "~no-such-user"}}),
-    # symlinks that lead back to themselves
+    # symlinks that point to themselves
     Row(f"{TRAIN} --out loop", LOOP),
     Row(f"{TRAIN} --store loop", LOOP),
     Row("store ls --store loop", LOOP),
     Row(f"{TRAIN} --out loop/x", LOOP),
-    # names that are not text, and a stdout that cannot be written
+    # arguments that are not text, and a stdout that cannot be written
     Row("train --preset small.toml --out BYTES", "not UTF-8 text"),
     Row("presets", "stdout cannot be written (No space left on device)", 2, {"stdout": "full"}),
     Row("presets --json", "stdout cannot be written (No space left on device)", 2, {"stdout": "full"}),
-    Row("presets", "", 0, {"stdout": "closed"}),  # like `| head`, which ends early
+    Row("presets", "", 0, {"stdout": "closed"}),  # as with `| head`, which exits early
     Row("presets no", "", 2, {"stderr": "full"}),
     Row("presets no", "", 2, {"stderr": "closed"}),
     # numbers
@@ -187,7 +187,7 @@ def test_a_preset_of_300_000_unknown_keys(driver: Driver, tmp_path: Path) -> Non
 def test_suggestions_are_computed_only_for_the_faults_that_are_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Comparing a name with all fields takes 0.2 ms, which would be a minute for 300,000 names."""
+    """Comparing one name with all fields takes 0.2 ms, so 300,000 unknown names would take a minute."""
     names = []
     monkeypatch.setattr(config, "nearest", lambda name, allowed: names.append(name) or "")
     (tmp_path / "keys.toml").write_text("".join(f"k{i} = 1\n" for i in range(2000)), encoding="utf-8")
@@ -196,7 +196,7 @@ def test_suggestions_are_computed_only_for_the_faults_that_are_shown(
     assert names == [f"k{i}" for i in range(10)]
 
 
-# -- messages about too large input, and commands that work nevertheless
+# -- messages about input that is too large, and commands that succeed anyway
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_suggestions_are_computed_only_for_the_faults_that_are_shown(
             "and 1,990 more unknown keys",
         ),
         ("grow plan odd.yaml", odd_cases.bomb("x"), "more than 1,000,000 values"),
-        ("grow plan odd.yaml", "k: 1\n" * 100_000, "at most 300,000 are allowed in YAML, write JSON"),
+        ("grow plan odd.yaml", "k: 1\n" * 100_000, "at most 300,000 are allowed in YAML; use JSON instead"),
         ("sweep run odd.toml", "".join(f"k{i} = 1\n" for i in range(2000)), "and 1,991 more faults"),
         (
             "train --set corpus=mix:odd.toml",
@@ -249,7 +249,7 @@ def test_too_large_documents(
 def test_the_coldest_temperature_is_the_likeliest_token(
     driver: Driver, fixture: Path, tmp_path: Path
 ) -> None:
-    """1e-320 is 0 in float32, so it must not be used as a divisor."""
+    """A temperature of 1e-320 becomes 0 in float32, so it must not be used as a divisor."""
     samples = [
         end_of(driver, fixture, tmp_path, f"sample RUN --prompt x -n 3 --temperature {t}").out
         for t in ("0", "1e-320", "1e-31")
@@ -322,7 +322,7 @@ def test_an_argument_that_is_not_text(word: str) -> None:
 
 
 def test_every_option_has_odd_values() -> None:
-    """A new command or option is tested automatically. A text option needs a row in TEXT."""
+    """New commands and options are tested automatically, but a text option needs a row in `TEXT`."""
     known = odd_cases.commands()
     assert set(known) == set(odd_cases.BASE), "give each command a row in BASE, which keeps its cases short"
     for params in known.values():
@@ -331,7 +331,7 @@ def test_every_option_has_odd_values() -> None:
 
 
 def test_every_path_is_validated() -> None:
-    """Every option and argument that is a path has a callback, which refuses names of 300 characters."""
+    """Every path option and path argument has a callback, which refuses names of 300 characters."""
     bare = [
         f"{command} {param.opts[0]}"
         for command, params in odd_cases.commands().items()
@@ -367,7 +367,7 @@ def test_more_random_cases(driver: Driver, fixture: Path, tmp_path: Path) -> Non
     check_cases(driver, fixture, tmp_path, range(CASES, 13 * CASES))
 
 
-# -- the tool itself
+# -- tests/doors.py itself
 
 
 @pytest.mark.parametrize(
@@ -395,9 +395,8 @@ def test_a_wrong_option_of_the_tool_is_refused(script: str, option: str) -> None
 
 @pytest.mark.slow
 def test_an_interrupted_tool_ends_without_a_traceback() -> None:
-    allow_interrupts = partial(
-        signal.signal, signal.SIGINT, signal.default_int_handler
-    )  # background jobs inherit an ignored SIGINT
+    # A background job inherits an ignored SIGINT.
+    allow_interrupts = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
     command = [sys.executable, str(ROOT / "tests" / "doors.py"), "--cases", "100000", "--jobs", "2"]
     process = subprocess.Popen(
         command,
@@ -419,7 +418,7 @@ def test_an_interrupted_tool_ends_without_a_traceback() -> None:
 @pytest.mark.parametrize(
     ("env", "code", "expected"),
     [
-        ({"LC_ALL": "C"}, 0, "ü: nothing"),  # Python then uses UTF-8
+        ({"LC_ALL": "C"}, 0, "ü: nothing"),  # Python uses UTF-8 in the locale C
         (
             {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
             2,

@@ -39,7 +39,7 @@ def test_live_bytes_counts_each_storage_while_it_is_alive() -> None:
 
 
 def tensor_bytes(cfg: TrainConfig) -> float:
-    """Return the estimated memory without the constant part and without fragmentation."""
+    """Return the estimated memory without the constant part and without the allowance for fragmentation."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(estimate, "FRAGMENTATION", 1.0)
         return estimate_memory(Plan(cfg, 10**9), Device(cfg), cfg.vocab_size) - estimate.PROCESS
@@ -133,7 +133,7 @@ def test_the_time_is_the_sum_of_its_parts(tiny: Any, monkeypatch: pytest.MonkeyP
     cfg = tiny(dev_frac=0.2, compile="off")
     device, plan, data = planned(cfg)
     steps: list[int] = []
-    times = iter([0.5, 9.0, 0.4, 2.0, 2.0])  # three steps, then the starts of val and dev
+    times = iter([0.5, 9.0, 0.4, 2.0, 2.0])  # three steps, then the beginnings of val and dev
 
     def seconds_of(work: Any) -> float:
         work()
@@ -174,7 +174,7 @@ def test_a_probe_on_a_gpu_measures_replayed_steps(tiny: Any, monkeypatch: pytest
 
     monkeypatch.setattr(CudaGraph, "__call__", call)
     device.cuda_graph = lambda cfg: CudaGraph([], on=True)  # type: ignore[method-assign]
-    steps_before: list[int] = []  # each measurement
+    steps_before: list[int] = []  # number of forward passes before each measurement
 
     def seconds_of(work: Any) -> float:
         steps_before.append(calls.count("forward_backward"))

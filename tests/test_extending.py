@@ -1,4 +1,4 @@
-"""docs/extending.md: every example is applied to a copy of the code, and its commands run."""
+"""Apply every example of docs/extending.md to a copy of the code, and run its commands."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ COMMANDS = re.compile(r"^```console\n(?P<text>.*?)```$", re.S | re.M)
 
 
 def sections(text: str) -> dict[str, str]:
-    """Return the sections of the page that hold an example, by their headings."""
+    """Map the headings of the page to those sections that contain an example."""
     parts = re.split(r"^## (.+)$", text, flags=re.M)
     found = dict(zip(parts[1::2], parts[2::2], strict=True))
     return {heading: body for heading, body in found.items() if "```console" in body}
 
 
 def insert(root: Path, place: str, code: str) -> None:
-    """Put code where a sentence such as "In `OPS` of `file.py`:" says."""
+    """Insert code at the place that a sentence such as "In `OPS` of `file.py`:" describes."""
     new = re.match(r"Create `(?P<file>[^`]+)`:", place)
     end = re.match(r"At the end of `(?P<file>[^`]+)`:", place)
     row = re.match(r"In `(?P<table>\w+)` of `(?P<file>[^`]+)`.*:", place)
@@ -49,17 +49,17 @@ def insert(root: Path, place: str, code: str) -> None:
 
 
 def first(lines: list[str], start: str) -> int:
-    """Return the index of the line that begins with a text."""
+    """Return the index of the first line that starts with a text."""
     return next(i for i, line in enumerate(lines) if line.startswith(start))
 
 
 def last_row(lines: list[str], table: str) -> int:
-    """Return the index of the line that closes a table's rows."""
+    """Return the index of the line that closes the rows of a table."""
     begin = next(i for i, line in enumerate(lines) if re.match(rf"{table}\b.*[=(\[{{]\s*$", line))
     rest = range(begin + 1, len(lines))
     close = next(i for i in rest if re.match(r"[)\]}]", lines[i]))
     while re.match(r"\s*[)\]}]", lines[close - 1]) and not lines[close - 1].rstrip().endswith(","):
-        close -= 1  # rows that stand in a nested bracket
+        close -= 1  # the rows are inside a nested bracket
     return close
 
 
@@ -70,7 +70,7 @@ def copy_code(target: Path) -> Path:
 
 
 def run(command: str, root: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command of the page in the copy."""
+    """Run a command of the page in the copied code."""
     command = re.sub(r"^mainrun\b", f"{shlex.quote(sys.executable)} -m mainrun", command)
     env = os.environ | {"PYTHONPATH": str(root), "MAINRUN_CACHE": str(root / "cache")}
     return subprocess.run(

@@ -1,4 +1,4 @@
-"""Hashes and canonical JSON, whose bytes stored files depend on, and locks between processes."""
+"""Hashing and canonical JSON, which determine the bytes of stored files, and locks between processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of a real run are edited by hand between two sessions. No edit improves a figure unnoticed."""
+"""Someone edits the files of a real run between two sessions. No edit improves a figure unnoticed."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_cache_that_trains_on_val(
     tiny: Callable[..., TrainConfig], tmp_path: Path, own_cache: Path
 ) -> None:
-    """The cached train tokens are replaced by those of val, and the checksum is updated."""
+    """A forger replaces the cached train tokens with the val tokens and updates the checksum."""
     cfg = tiny()
     data = token_cache.prepare(cfg, load_corpus(cfg))
     [entry] = own_cache.iterdir()
@@ -70,7 +70,7 @@ def test_a_cache_that_trains_on_val(
 
 
 def test_scores_that_the_weights_contradict(tiny: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    """The scores in metrics.jsonl are halved, its checksum is updated, and the summary is made again."""
+    """A forger halves the scores in metrics.jsonl, updates its checksum and deletes the summary."""
     cfg = tiny()
     train_run(cfg, tmp_path)
     run = RunDir(tmp_path / cfg.run_id)
@@ -127,7 +127,7 @@ def test_an_edited_config_is_not_compared(tiny: Callable[..., TrainConfig], tmp_
 
 
 def test_removed_fingerprints(tiny: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    """Without fingerprints nothing shows on which titles the run began."""
+    """Without fingerprints, nothing proves which titles the run was started with."""
     titles = tmp_path / "titles.txt"
     titles.write_text("\n".join(f"title number {i} of the {i * 7 % 50} kind" for i in range(300)))
     cfg = tiny(corpus=f"file:{titles}", num_titles=300, vocab_size=320)
@@ -142,7 +142,7 @@ def test_removed_fingerprints(tiny: Callable[..., TrainConfig], tmp_path: Path) 
 def test_the_versions_of_every_session_are_kept(
     tiny: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The summary shows an edited trainer, another machine or another evaluate of the first session."""
+    """The summary shows that the first session used edited code and another machine."""
     cfg = tiny()
     versions = resume.versions()
     with monkeypatch.context() as patch:

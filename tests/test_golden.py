@@ -1,4 +1,4 @@
-"""Small runs of every kind give the bits of the golden record (golden.py)."""
+"""Small runs of every kind give exactly the results that golden.py recorded."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def test_every_operation_and_every_optimizer_has_a_case() -> None:
 
     fields = [fields for _, fields in golden.CASES.values()]
     named = {op["name"] for values in fields for op in values.get("growth", {}).get("ops", ())}
-    # set_eval_interval changes when a run is scored and no bit; set_eval_iters is refused; the climb is
-    # tested by its own schedule
+    # These three ops need no case: set_eval_interval changes no bit, set_eval_iters is refused, and the tests
+    # of set_warmup_iters use their own schedule.
     assert set(NAMES) - named == {"set_eval_interval", "set_eval_iters", "set_warmup_iters"}
     assert {values.get("optimizer") for values in fields} >= set(
         get_args(TrainConfig.model_fields["optimizer"].annotation)

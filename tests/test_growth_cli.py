@@ -35,7 +35,7 @@ GROWS = (
 
 
 def run(*args: str) -> tuple[int, str, str]:
-    """Return the exit code, stdout and stderr."""
+    """Run `mainrun grow` and return the exit code, stdout and stderr."""
     result = CliRunner().invoke(app, ["grow", *args])
     return result.exit_code, result.stdout, result.stderr
 
@@ -192,7 +192,7 @@ def finding(ok: bool = True, same: bool = True, check: str = "function") -> Repe
 
 @pytest.fixture
 def repeated(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Replace `repeat_ops`. Item 0 is the list of its findings, the others are the arguments of calls."""
+    """Replace `repeat_ops`. Return a list of the findings to report, followed by the arguments of calls."""
     called: list[Any] = []
 
     def fake(run_: RunDir, store: Any) -> Iterable[RepeatedCheck]:

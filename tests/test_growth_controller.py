@@ -1,4 +1,4 @@
-"""Growth in whole runs: when operations fire, equal bits after any interruption, and failed operations."""
+"""Growth in complete runs: when operations fire, equal bits after interruptions, and failed operations."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from mainrun.store.nodes import Store
 from mainrun.store.rundir import RunDir
 from mainrun.train import GPT
 
-# 37 steps, with scores after 1, 9, 18, 27, 36 and 37
+# A run has 37 steps, with scores after steps 1, 9, 18, 27, 36 and 37.
 SMALL: dict[str, Any] = {
     "num_titles": 200,
     "optimizer": "adamw",
@@ -62,7 +62,7 @@ MANY = (
 
 
 def journal(run: Path, event: str = "") -> list[dict[str, Any]]:
-    """Return the rows of growth.jsonl without the fields that depend on time or on sharing."""
+    """Return the rows of growth.jsonl without the fields that depend on the time or on shared steps."""
     rows = [json.loads(line) for line in (run / "growth.jsonl").read_text().splitlines()]
     return [
         {k: v for k, v in row.items() if k not in ("seconds", "reused")}
@@ -76,7 +76,7 @@ def applied_ops(run: Path) -> list[tuple[str, int]]:
 
 
 def outcome_with_journal(run: Path) -> dict[str, Any]:
-    """Return everything that must be equal to a run from scratch, with the journal."""
+    """Return the results and the journal of a run, which must equal those of a run from scratch."""
     return outcome(run) | {"journal": journal(run)}
 
 
@@ -84,7 +84,7 @@ def outcome_with_journal(run: Path) -> dict[str, Any]:
 
 
 def expected_ops(cfg: TrainConfig, run: RunDir) -> list[tuple[str, int]]:
-    """Derive the operations and their steps from the losses that a run logged."""
+    """Derive the operations and their steps from the losses that the run logged."""
     rows = [
         row
         for row in run.metrics()
@@ -188,7 +188,7 @@ def test_ops_fire_at_the_right_evaluation(tmp_path: Path) -> None:
 
 
 def test_a_reevaluation_fires_no_op(tmp_path: Path) -> None:
-    """After an operation with `reevaluate`, the next one waits for another evaluation."""
+    """After an operation with `reevaluate`, the next operation waits for another evaluation."""
     for reevaluate, second in ((False, 9), (True, 18)):
         first = op("widen_mlp", 160, {"wait_iters": 5}, reevaluate=reevaluate)
         cfg = config(first, op("widen_mlp", 192, {"loss_below": 100.0}), seed=int(reevaluate))
@@ -324,7 +324,7 @@ def test_runs_that_grow_at_different_steps_share_the_steps_before(tmp_path: Path
 
 
 def test_a_run_reuses_no_step_after_a_different_decision(tmp_path: Path) -> None:
-    """Two runs decide at step 18. Only one of them grows there, so they share the steps up to 18."""
+    """Two runs decide at step 18, and only one of them grows. They share the steps up to 18."""
     store = Store(tmp_path / "store")
     fires = config(op("widen_mlp", 160, {"any": [{"loss_below": 0.01}, {"wait_iters": 18}]}))
     never = config(op("widen_mlp", 160, {"loss_below": 0.01}))
@@ -352,7 +352,7 @@ def test_the_audit_trains_a_grown_node_again(tmp_path: Path) -> None:
 
 
 def broken_widen_mlp(c: operators.Change) -> operators.Pieces:
-    """Give each copied unit more output than its share."""
+    """Make widen_mlp wrong: each copied unit contributes more output than its share."""
     pieces = operators.widen_mlp(c)
     return {
         n: replace(p, weight=p.weight * 1.5) if n.endswith("down.weight") else p for n, p in pieces.items()
@@ -378,9 +378,8 @@ def test_a_broken_op_ends_the_run_and_changes_nothing(
         and newest[1]["step"] == 14
         and newest[0]["model/blocks.0.mlp.up.weight"].shape == (128, 32)
     )
-    train(
-        cfg, tmp_path
-    )  # with the correct operation the run resumes, and its journal equals that of a run from scratch
+    # With the correct operation, the run resumes and has the same journal as a run from scratch.
+    train(cfg, tmp_path)
     train(cfg, tmp_path / "alone")
     assert outcome(run) == outcome(tmp_path / "alone" / cfg.run_id)
 
@@ -402,7 +401,7 @@ def test_a_skipped_op_leaves_the_run_as_it_would_be_without_it(
     a, b = (RunDir(tmp_path / c.run_id).summary() for c in (cfg, alone))
     assert a is not None and b is not None
     assert a["params"] == b["params"] and a["steps"] == b["steps"]
-    train(cfg, tmp_path / "again", store=store)  # the operation is correct now, so it acts
+    train(cfg, tmp_path / "again", store=store)  # the operation is correct again, so it is applied
     assert applied_ops(tmp_path / "again" / cfg.run_id)[0] == ("widen_mlp", 14)
 
 
@@ -432,7 +431,7 @@ def test_an_op_that_raises_has_failed(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_loss_before_an_op_belongs_to_the_state_at_that_step(tmp_path: Path) -> None:
-    """A state without a score has no loss before. A second operation uses the reevaluation of the first."""
+    """Without an evaluation, no loss is known before an op. A second op uses the first op's reevaluation."""
     ops = [
         op("widen_mlp", 160, {"step": 5}),
         op("widen_mlp", 192, {"step": 9}),
@@ -447,7 +446,7 @@ def test_the_loss_before_an_op_belongs_to_the_state_at_that_step(tmp_path: Path)
 
 
 def test_a_later_op_does_not_hide_copies_that_stay_equal(tmp_path: Path) -> None:
-    """Copies without noise stay equal. They are checked after 10 steps or right before layers are stacked."""
+    """Copies without noise stay equal. This is checked after 10 steps, or just before layers are stacked."""
     wide = op("widen_model", {"factor": 2}, {"step": 4})
     after = {
         "frozen": op("freeze_layer", 0, {"step": 7}),
@@ -550,7 +549,7 @@ def test_a_default_schedule_makes_no_group() -> None:
 
 
 def test_an_average_grows_with_the_same_random_numbers(tmp_path: Path) -> None:
-    """Evaluation uses the average, so an exact operation keeps the score."""
+    """Evaluation uses the averaged weights, so an exact operation does not change the score."""
     cfg = config(op("widen_model", {"factor": 2, "noise_snr_db": 10}, {"step": 18}), ema=0.9)
     train(cfg, tmp_path)
     (row,) = journal(tmp_path / cfg.run_id, "REEVALUATION")
@@ -579,7 +578,7 @@ def test_a_checkpoint_records_how_its_state_grew(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def staged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of the preset `staged-demo`, trained with a store."""
+    """Return the run directory of the preset `staged-demo`, trained with a store."""
     folder = tmp_path_factory.mktemp("staged")
     process = subprocess.run(
         [sys.executable, "-m", "mainrun", "train", "--preset", "staged-demo", "--out", str(folder), "--quiet",
@@ -622,7 +621,10 @@ def test_the_staged_preset_runs_and_is_verified(staged: Path) -> None:
 
 
 def with_changed_pieces(name: str, change: Any) -> Any:
-    """Return an operation with changed pieces. change: gets the name and the piece of each parameter."""
+    """Return an operation whose pieces are changed.
+
+    `change` receives the name and the piece of each parameter and returns the new piece.
+    """
     real = operators.OPS[name]
 
     def op(c: operators.Change) -> operators.Pieces:
@@ -639,7 +641,7 @@ FAULTS: dict[str, tuple[str, Any]] = {
 
 
 def _unsilenced(name: str, piece: Any) -> Any:
-    """Let an inserted layer keep the output weights of its source."""
+    """Make an inserted layer keep the output weights of its source layer."""
     return replace(piece, source="blocks.3.attn.o.weight") if name == "blocks.4.attn.o.weight" else piece
 
 
@@ -651,7 +653,7 @@ def test_each_check_of_the_staged_preset_can_fail(
     name, change = FAULTS[check]
     monkeypatch.setitem(operators.OPS, name, with_changed_pieces(name, change))
     store = Store(staged.parent / ".store")
-    if check == "symmetry":  # it needs some steps of training
+    if check == "symmetry":  # this check needs some steps of training
         results = list(repeat_ops(RunDir(staged), store))
         assert [result.name for result in results if result.check == check and not result.ok] == [name]
     else:

@@ -1,4 +1,4 @@
-"""Growth on states that are not trained: when operations fire, the journal, and failed operations."""
+"""Growth without training: when operations fire, the journal, and failed operations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mainrun.plan.plan import Plan
 from mainrun.run.accounts import Accounts
 from mainrun.train import State, build
 
-# 16 tokens per step and 40 steps per epoch, evaluated after 1, 10, 20, 30 and 40
+# A step has 16 tokens and an epoch has 40 steps. Evaluations follow steps 1, 10, 20, 30 and 40.
 SMALL: dict[str, Any] = TINY | {
     "block_size": 8, "batch_size": 2, "n_layer": 2, "n_head": 2, "d_model": 8, "d_ff": 12,
     "optimizer": "adamw", "lr": 0.01, "epochs": 1,
@@ -52,7 +52,7 @@ class FakeDevice:
 
 
 class Run:
-    """A Growth with its state, journal and device. `go` sets the step without training."""
+    """A Growth object with its state, journal and device. `go` sets the step number without training."""
 
     def __init__(self, cfg: TrainConfig, step: int = 0, grown: dict[str, Any] | None = None) -> None:
         self.device: Any = FakeDevice()
@@ -399,7 +399,8 @@ def test_the_journal_records_why_an_op_fired() -> None:
     whys = [row["why"] for row in run.rows if row["event"] == "OPERATION_START"]
     assert whys == ["loss 2.7500 < 3", "0 steps since the last op >= 0"]
     late = Run(config(LOSS))
-    late.growth.plan = Plan(late.growth.cfg, TOKENS, (10,))  # the decision is known, but its score is not
+    # The plan contains the decision, but its score is missing.
+    late.growth.plan = Plan(late.growth.cfg, TOKENS, (10,))
     late.go(10)
     late.act()
     assert late.rows[0]["why"] == "loss < 3"
@@ -432,7 +433,7 @@ def with_too_much_output(
 
 @pytest.fixture
 def broken_widen_mlp(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace widen_mlp by an operation that changes the function."""
+    """Replace widen_mlp with an operation that changes the function."""
     monkeypatch.setitem(operators.OPS, "widen_mlp", with_too_much_output(operators.widen_mlp))
 
 
@@ -813,7 +814,7 @@ def test_a_loaded_state_records_which_ops_acted() -> None:
     [(10, 0, []), (10, 1, [10]), (11, 1, [10]), (19, 1, [10]), (20, 1, []), (25, 1, []), (11, 0, [])],
 )
 def test_recent_ops_are_restored(step: int, applied: int, recalled: list[int]) -> None:
-    """An op whose copies were not checked yet is restored if the growth state says that it acted."""
+    """An op is restored if its copies are still unchecked and the growth state says that it was applied."""
     before = run_with_ops(op("widen_model", {"factor": 2}, {"step": 10}), at=[10], epochs=2)
     run = before
     run.go(step)

@@ -1,4 +1,4 @@
-"""The optimiser state after each operation: against gradients, wide runs and known mistakes."""
+"""The optimiser state after each operation, compared with gradients, wide runs and known mistakes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ADAMW: dict[str, Any] = {"optimizer": "adamw"}
 
 
 def upcycle_to_all_experts(cfg: TrainConfig, **value: Any) -> Op | None:
-    """A zero router that chooses all experts spreads the gradient evenly, as the index map assumes."""
+    """Return an op whose zero router chooses all experts, so the gradient is evenly split among them."""
     if cfg.experts:
         return None
     return op(
@@ -91,7 +91,7 @@ def test_the_gradient_of_a_copy_has_the_factor_of_the_index_map(
 
 
 def adamw_by_name(model: GPT, state: dict[str, Tensor], rate: dict[str, WidthFactors]) -> torch.optim.AdamW:
-    """Return an AdamW with a learning rate, a weight decay and an eps for each parameter."""
+    """Return an AdamW with separate learning rates, weight decays and eps values for each parameter."""
     groups = []
     for name, p in model.named_parameters():
         r = rate.get(name, WidthFactors(1.0, 1.0, 1.0))
@@ -120,7 +120,7 @@ WIDE = {
 @pytest.mark.parametrize("name", WIDE)
 @pytest.mark.parametrize("fault", ["", "unscaled moments", "unscaled rates"])
 def test_a_wide_run_follows_the_narrow_one(name: str, fault: str) -> None:
-    """With scaled moments and rates, 20 steps of AdamW agree to 1e-10. Without either scaling they do not."""
+    """With scaled moments and rates, 20 steps of AdamW agree to 1e-10. Each scaling is necessary."""
     fields, value = WIDE[name]
     model, optimizers = trained(config(**ADAMW, **fields), 5)
     state = optimizers.state()
@@ -221,9 +221,8 @@ def test_asymmetric_keeps_the_momentum_of_the_first_copy_of_the_experts() -> Non
     _, moved = grown(model, op("upcycle_moe", {"experts": 4, "top_k": 2, "shards": 2}))
     state, _ = transfer(optimizers.state(), moved, "asymmetric")
     m = [state[f"optimizer/blocks.0.mlp.experts.{e}.up.weight/exp_avg"] for e in range(4)]
-    assert (
-        m[0].all() and m[1].all() and not m[2].any() and not m[3].any()
-    )  # 0 and 1 are two shards, 2 and 3 their copies
+    # Experts 0 and 1 are the two shards of the MLP, and experts 2 and 3 are their copies.
+    assert m[0].all() and m[1].all() and not m[2].any() and not m[3].any()
     assert not any("router" in name for name in state), "a router is new"
 
 
@@ -280,7 +279,7 @@ def test_merging_drops_the_moments_of_the_low_rank_term() -> None:
 
 
 def test_trap_state_looked_up_by_position_or_identity() -> None:
-    """Such a lookup transfers no state and raises no error."""
+    """Looking up state by position or identity transfers nothing, but raises no error either."""
     model, optimizers = trained(config(**ADAMW))
     new, moved = grown(model, op("widen_model", {"factor": 2}))
     by_position = {f"optimizer/{i}/exp_avg": v for i, v in enumerate(optimizers.state().values())}
@@ -296,7 +295,7 @@ def test_trap_state_looked_up_by_position_or_identity() -> None:
 
 
 def first_update(model: GPT, optimizers: Optimizers, seed: int = 0) -> dict[str, Tensor]:
-    """Return the updates of one step in units of the learning rate, for random gradients of size 1."""
+    """Return the updates of one step, divided by the learning rate, for random gradients of size 1."""
     before, generator = weights(model), torch.Generator().manual_seed(seed)
     for p in model.parameters():
         p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
@@ -309,7 +308,7 @@ def first_update(model: GPT, optimizers: Optimizers, seed: int = 0) -> dict[str,
 def test_trap_a_second_moment_of_zero_at_a_large_step_count(
     name: str, beta2: float, overshoot: float
 ) -> None:
-    """A new element's first update is at most its learning rate, even in a tensor after 10,000 steps."""
+    """The first update of a new element is at most the learning rate, even in a tensor after 10,000 steps."""
     model = shaken(config(**ADAMW, beta2=beta2, attn_lora_rank=2))
     shapes = {n: p.shape for n, p in model.named_parameters()}
     state = {f"optimizer/{n}/step": torch.tensor(10_000.0) for n in shapes}
@@ -325,7 +324,7 @@ def test_trap_a_second_moment_of_zero_at_a_large_step_count(
     assert partial or name == "layers"
     for n, mask in fresh.items():
         assert not mask.any() or updates[n][mask].max() <= 1.0 + 1e-6, n
-    for seed in range(1, 11):  # later updates are no larger than those of old elements
+    for seed in range(1, 11):  # later updates stay below 2.5 times the learning rate
         later = first_update(new, optimizers, seed)
         assert all(later[n].max() < 2.5 for n in fresh), seed
     for n in partial:  # the mistake: a second moment of zero
@@ -360,7 +359,7 @@ def test_a_partly_new_tensor_with_a_zero_second_moment_starts_empty() -> None:
 
 @pytest.mark.parametrize("mode", ["scale", "keep", "reset"])
 def test_trap_copies_that_never_diverge(mode: str) -> None:
-    """Copies stay equal if their moments are copied, and also if all state is reset."""
+    """Copies stay equal if their moments are copied, and also if the optimiser state is reset."""
     model, optimizers = trained(config(**ADAMW, **MODERN))
     new, _, moved = go_on(model, optimizers, op("widen_model", {"factor": 2}), mode, count=10)
     assert set(equal_copies(moved, new)) == {name for name, *_ in moved.copies()}

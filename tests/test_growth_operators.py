@@ -1,4 +1,4 @@
-"""Each operation on the architecture: its promise, on small models of every kind, and its formulas."""
+"""Each operation on the architecture keeps its promise on small models of every kind. Its formulas hold."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from mainrun.growth.verify import check_function, logit_change
 from mainrun.plan.ops import ARCHITECTURE, Op, Transfer, after
 from mainrun.train import GPT
 
-ASYMMETRIC = Transfer("asymmetric")  # a schedule refuses a zero router without this mode or noise
-MakeOp = Callable[[TrainConfig], Op | None]  # returns None if the op does not apply to the model
+ASYMMETRIC = Transfer("asymmetric")  # a schedule accepts a zero router only with this mode or with noise
+MakeOp = Callable[[TrainConfig], Op | None]  # returns None if the op does not apply to this model
 
 EXACT: dict[str, MakeOp] = {
     "split hidden units": lambda c: op("widen_mlp", c.ff_width + 7),
@@ -196,7 +196,7 @@ def test_copied_layers_change_the_function() -> None:
 
 
 def test_an_identity_layer_ends_in_zeros_and_gets_gradients() -> None:
-    """The zeros get gradients at once. The tensors before them are copies and get them one step later."""
+    """The zeros get gradients at once. The copied tensors before them get gradients one step later."""
     model = shaken(config(bias=True, attn_lora_rank=2))
     new, _ = grown(model, op("stack_layers", (0, 1, 1), init="identity"))
     old, new_weights = weights(model), weights(new)
@@ -220,7 +220,7 @@ def test_an_identity_layer_ends_in_zeros_and_gets_gradients() -> None:
 
 
 def test_trap_a_layer_with_norm_gains_of_zero_gets_no_gradient() -> None:
-    """Such a layer returns its input too, but no error reaches its MLP."""
+    """A layer whose norm gains are zero also returns its input, but its MLP gets no gradient."""
     model = shaken(config(norm="rmsnorm", bias=False))
     right, _ = grown(model, op("stack_layers", (0, 1, 1), init="identity"))
     faulty, _ = grown(model, op("stack_layers", (0, 1, 1)))
@@ -260,7 +260,7 @@ def test_the_copies_of_a_unit_have_unequal_shares_of_its_output() -> None:
         share = moved.pieces[f"{mlp}down.weight"].weight
         assert units is not None and isinstance(share, Tensor)
         assert torch.equal(units[:12], torch.arange(12)) and set(units.tolist()) == set(range(12))
-        for side in ("up", "gate"):  # both have the same index
+        for side in ("up", "gate"):  # up and gate have the same index
             assert torch.equal(new_weights[f"{mlp}{side}.weight"], old[f"{mlp}{side}.weight"][units])
             assert torch.equal(new_weights[f"{mlp}{side}.bias"], old[f"{mlp}{side}.bias"][units])
         assert torch.equal(new_weights[f"{mlp}down.weight"], old[f"{mlp}down.weight"][:, units] * share)
@@ -342,7 +342,7 @@ def test_a_change_of_the_head_width_is_refused() -> None:
 
 
 def test_trap_a_tied_head_that_is_widened_twice() -> None:
-    """Each widening divides the last norm by n. Without this, the logits are 4 times as large."""
+    """Each widening divides the last norm by n. Without this division, the logits are 4 times as large."""
     model = shaken(config(tie_head=True))
     once, _ = grown(model, op("widen_model", {"factor": 2}))
     twice, _ = grown(once, op("widen_model", {"factor": 2}))
@@ -374,9 +374,8 @@ def test_new_heads_have_output_weights_of_zero() -> None:
     model = shaken(config(n_head=4, n_kv_head=2, attn_lora_rank=2, attn_gate=True, d_model=16))
     new, _ = grown(model, op("add_heads", 6))
     attn: Any = new.blocks[0].attn
-    fresh = torch.tensor([0, 0, 1, 0, 0, 1], dtype=torch.bool).repeat_interleave(
-        4
-    )  # the third head of each group
+    # The third head of each group is new.
+    fresh = torch.tensor([0, 0, 1, 0, 0, 1], dtype=torch.bool).repeat_interleave(4)
     assert (
         not attn.o.weight[:, fresh].any()
         and not attn.o.lora_a[:, fresh].any()
@@ -479,7 +478,7 @@ def test_a_rank_of_zero_is_refused() -> None:
 
 
 def test_trap_the_term_of_a_tied_embedding_is_used_at_both_ends() -> None:
-    """If only the input used the term, merging it would change the head."""
+    """If only the input used the low-rank term, merging it would change the output of the head."""
     model = shaken(config(embed_lora_rank=2))
     new, _ = grown(model, op("merge_lora_weights"))
     assert "embed.lora_a" not in weights(new) and logit_change(model, new, IDX)[0] < 1e-10
@@ -505,7 +504,7 @@ def test_new_ids_change_the_logits_only_without_their_mask() -> None:
         before, logits = model(IDX), new(IDX)
         assert torch.allclose(
             logits[..., :V], before, rtol=0, atol=1e-12
-        )  # a wider product may sum in another order
+        )  # a wider product may add in another order
         assert (logits[..., V:] == -torch.inf).all()
         new.cfg = new.cfg.changed(unused_ids=0)  # the new ids are now in use
         open_ = new(IDX)
@@ -533,7 +532,7 @@ def test_random_numbers_depend_only_on_the_seed() -> None:
 
 
 def test_trap_a_failed_op_changes_nothing() -> None:
-    """After a failed operation the run continues with the old model and state."""
+    """After a failed operation, the run continues with the old model and optimiser state."""
     model, optimizers = trained(config())
     before, state = weights(model), {k: v.clone() for k, v in optimizers.state().items()}
     what = op("upcycle_moe", {"experts": 4, "shards": 5})
@@ -541,7 +540,7 @@ def test_trap_a_failed_op_changes_nothing() -> None:
         grow(what, model.cfg, model.cfg.changed(experts=4), model, 1)
     assert all(torch.equal(before[n], w) for n, w in weights(model).items())
     assert all(torch.equal(state[n], w) for n, w in optimizers.state().items())
-    with torch.no_grad():  # the mistake: an in-place change survives the failure
+    with torch.no_grad():  # the mistake: an in-place change remains after the failure
         model.embed.weight.mul_(2)
     with pytest.raises(RuntimeError):
         model.norm.weight.data.copy_(torch.zeros(5))  # type: ignore[operator, union-attr]
@@ -549,7 +548,7 @@ def test_trap_a_failed_op_changes_nothing() -> None:
 
 
 def test_a_grown_model_keeps_mode_attention_kernel_and_dtype() -> None:
-    """Mode, attention kernel, dtype and frozen layers are those of the old model."""
+    """A grown model keeps the mode, attention kernel, dtype and frozen layers of the old model."""
     model = shaken(config(), dtype=torch.float32).train()
     for block in model.blocks:
         block.attn.fused = True
@@ -566,7 +565,7 @@ def test_a_grown_model_keeps_mode_attention_kernel_and_dtype() -> None:
 
 
 def test_a_staged_growth_keeps_each_of_its_promises() -> None:
-    """Upcycle, widen and stack one model in turn. Each operation keeps its promise."""
+    """The same model is upcycled, widened and stacked in turn, and each operation keeps its promise."""
     model, optimizers = trained(config(**MODERN))
     for what, promise in (
         (op("upcycle_moe", {"experts": 4, "top_k": 2, "router": "zero"}, optimizer=ASYMMETRIC), "bitexact"),

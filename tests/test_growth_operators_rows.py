@@ -1,4 +1,4 @@
-"""The pieces of each operation, written out: the source of each channel and the factors of each tensor."""
+"""The expected pieces of each operation: the source of each channel and the factors of each tensor."""
 
 from __future__ import annotations
 
@@ -473,7 +473,7 @@ def noise(experts: int, k: int, shards: int = 1, snr: float = 20.0, **fields: An
 
 
 def signs(noises: list[Tensor | None]) -> list[str]:
-    """Name the noise of each expert: `+a` and `-a` for the first pair, and so on."""
+    """Name the noise of each expert: `+a` and `-a` for the first pair, `+b` and `-b` for the second, etc."""
     names: dict[tuple[float, ...], str] = {}
     shown = []
     for plus in noises:
@@ -604,7 +604,7 @@ def test_a_higher_rank_keeps_its_term() -> None:
         )
         assert factors(a) == (1.0, 1.0) and factors(b) == (4.0, 0.25) and b.plus is None
         assert a.plus is not None and a.plus[2:].all() and not a.plus[:2].any()
-        assert 0.2 < float(a.plus[2:].std()) < 0.5  # sqrt(1/8) is 0.354
+        assert 0.2 < float(a.plus[2:].std()) < 0.5  # the expected value is sqrt(1/8) = 0.354
     assert mapped["embed.lora_a"] == replace(Piece("embed.lora_a"), index=(None, None)) and factors(
         mapped["embed.lora_b"]
     ) == (1.0, 1.0)
@@ -700,7 +700,7 @@ def test_freezing_changes_no_parameter() -> None:
         assert isinstance(moved, IndexMap) and operators.OPS[name] is operators.unchanged
 
 
-# -- the order of the random draws, which the bits of a schedule depend on
+# -- the order of the random draws, which determines the bits of a grown model
 
 
 def normal(*shape: int, seed: int = 7) -> Tensor:
@@ -708,7 +708,7 @@ def normal(*shape: int, seed: int = 7) -> Tensor:
 
 
 def same_numbers(values: Tensor, expected: Tensor) -> bool:
-    """Whether two tensors are equal up to a positive factor."""
+    """Return whether two tensors are equal up to a positive factor."""
     factor = float((values / expected.to(values)).median())
     return factor > 0 and torch.allclose(values, expected.to(values) * factor, rtol=1e-4)
 

@@ -124,7 +124,7 @@ def shapes(draw: st.DrawFn) -> TrainConfig:
 
 
 def counted_flops(cfg: TrainConfig, model: GPT) -> int:
-    """Count 6 FLOPs per weight that a token is multiplied by, and add the two products of attention."""
+    """Count 6 FLOPs per weight that multiplies a token, and add the two matrix products of attention."""
     looked_up = ("positions",) if cfg.tie_head else ("positions", "embed")
     weights = 0
     for name, p in model.named_parameters():
@@ -201,13 +201,13 @@ def test_the_segments_of_the_original_example() -> None:
 
 
 def test_with_train_tokens_the_segments_assume_the_longest_waits() -> None:
-    """8 x 128 tokens per step, 100 steps per epoch, 7 epochs; evaluations after step 1 and every 33 steps."""
+    """The run has 100 steps per epoch and 7 epochs, with evaluations after step 1 and every 33 steps."""
     cfg = start(batch_size=8, block_size=128)
     ops = [
         {"name": "set_lr", "value": 0.1, "trigger": {"any": [{"loss_below": 9}, {"wait_iters": 100}]}},  # 132
-        {"name": "stack_layers", "value": [0, 0, 1], "trigger": {"step": 200}},  # 200
+        {"name": "stack_layers", "value": [0, 0, 1], "trigger": {"step": 200}},  # step 200
         {"name": "set_batch_size", "value": 16, "trigger": {"wait_iters": 0}},  # waits for a new loss: 231
-        {"name": "set_lr", "value": 0.2, "trigger": {"wait_iters": 0}},  # on the same loss: 231
+        {"name": "set_lr", "value": 0.2, "trigger": {"wait_iters": 0}},  # uses the same loss: step 231
     ]
     forecast = simulate(cfg, {"ops": ops}, train_tokens=102_401, speed=1e9)
     assert [s.begins for s in forecast.segments] == [
@@ -253,7 +253,7 @@ def wait(name: str, value: Any, **trigger: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("ops", "tokens", "warnings"),
     [
-        ([wait("set_lr", 0.1, loss_below=100, wait_iters=1)], 102_401, []),  # step 1 is always evaluated
+        ([wait("set_lr", 0.1, loss_below=100, wait_iters=1)], 102_401, []),  # step 1 always has an evaluation
         ([wait("set_lr", 0.01, step=5)], None,
             ["ops[0] 'set_lr': changes nothing; the config already has these values."]),
         ([wait("stack_layers", [1, 1, 1], step=5)], None,

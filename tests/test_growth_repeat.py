@@ -1,4 +1,4 @@
-"""`grow verify` with a fake `train`: the steps that it trains, and how it compares the journals."""
+"""`grow verify` with a fake `train`: which steps it trains, and how it compares the journals."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ JOURNAL = [row("START", "stack_layers", 4), STACK, SET_LR, WIDEN, LOOKBACK]
 
 
 class FakeTrain:
-    """Replaces `train`. It writes `rows` as the journal, and records its calls."""
+    """A replacement for `train` that writes `rows` as the journal and records its calls."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
-        self.calls: list[tuple[Any, int]] = []  # store, until
+        self.calls: list[tuple[Any, int]] = []  # (store, until)
         self.outs: set[Path] = set()
-        self.finishes = False  # before `until`
+        self.finishes = False  # whether the run ends before step `until`
 
     def __call__(self, cfg: TrainConfig, out: Path, *, store: Any, until: int) -> None:
         self.calls.append((store, until))

@@ -1,4 +1,4 @@
-"""Growth schedules: both formats, when an op fires, and what each op changes in a config and in a plan."""
+"""Growth schedules: both formats, the firing of ops, and the effect of each op on a config and a plan."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mainrun.plan.plan import Plan
 from mainrun.plan.triggers import Facts, Trigger, due
 from mainrun.store import lineage
 
-# the example of the original format in the specification
+# The specification gives this example of the original format.
 LIST = """
 [{"name": "set_lr", "desc": "start", "value": 6e-4,
   "trigger_loss": 100.0, "max_wait_iters": 1, "reevaluate": false},
@@ -155,7 +155,7 @@ def test_a_byte_order_mark_and_an_uppercase_suffix_are_allowed(tmp_path: Path) -
 
 
 def test_yaml_numbers_with_an_exponent_are_numbers(tmp_path: Path) -> None:
-    """PyYAML implements YAML 1.1, in which 6e-4 is a string."""
+    """PyYAML implements YAML 1.1, which reads 6e-4 as a string."""
     from mainrun.plan.op_files import from_text
 
     for text, value in (
@@ -246,7 +246,7 @@ def test_a_schedule_survives_a_round_trip(data: dict[str, Any]) -> None:
 
 @given(_schedules(), st.integers(1, 6))
 def test_a_config_keeps_a_schedule_that_it_accepts(data: dict[str, Any], n_layer: int) -> None:
-    """A schedule that the config refuses is reported with one fault per line."""
+    """If the config refuses a schedule, the message has one fault per line."""
     try:
         cfg, refused = config(n_layer=n_layer, growth=data), ""
     except ConfigError as e:
@@ -336,7 +336,7 @@ def test_every_op_has_its_own_seed_and_id() -> None:
 
 
 def facts(step: int, *losses: float, last: int = 0, tokens: int = 0, budget: int = 1000) -> Facts:
-    """Return facts whose losses are ten steps apart; the last loss is that of this step."""
+    """Return facts with one loss every ten steps. The last loss belongs to `step`."""
     return Facts(
         step, last, tokens, budget, [(step - 10 * i, loss) for i, loss in enumerate(reversed(losses))][::-1]
     )
@@ -349,7 +349,7 @@ PLATEAU = "plateau: best loss {:.4f} in the last 2 evaluations, 4.0000 before"
     ("trigger", "known", "reason"),
     [
         ({"loss_below": 3.5}, facts(100, 3.4999), "loss 3.4999 < 3.5"),
-        ({"loss_below": 3.5}, facts(100, 3.5), None),  # equal is not below
+        ({"loss_below": 3.5}, facts(100, 3.5), None),  # an equal loss is not below the bound
         ({"loss_below": 3.5}, facts(100, 3.4, 3.6), None),  # only the last loss counts
         ({"loss_below": 3.5}, facts(100), None),
         ({"loss_below": 3.5}, facts(100, math.nan), None),
@@ -363,13 +363,13 @@ PLATEAU = "plateau: best loss {:.4f} in the last 2 evaluations, 4.0000 before"
         ({"tokens": 2e8}, facts(9, tokens=200_000_000), "200,000,000 tokens >= 200,000,000"),
         ({"budget_frac": 0.8}, facts(9, tokens=799), None),
         ({"budget_frac": 0.8}, facts(9, tokens=800), "800 tokens >= 0.8 of the budget"),
-        ({"plateau": {"evals": 2, "rel": 0.01}}, facts(100, 4.0, 3.97), None),  # no loss before the two
+        ({"plateau": {"evals": 2, "rel": 0.01}}, facts(100, 4.0, 3.97), None),  # no earlier loss
         ({"plateau": {"evals": 2, "rel": 0.01}}, facts(100, 4.0, 3.99, 3.97), PLATEAU.format(3.97)),
         ({"plateau": {"evals": 2, "rel": 0.01}}, facts(100, 4.0, 3.95, 3.99),
-            None),  # the best of the two counts
-        ({"plateau": {"evals": 2, "rel": 0.01}}, facts(100, 4.0, 3.96, 3.96), None),  # exactly 1% is enough
+            None),  # the best of the two losses counts
+        ({"plateau": {"evals": 2, "rel": 0.01}}, facts(100, 4.0, 3.96, 3.96), None),  # a gain of exactly 1%
         ({"plateau": {"evals": 2, "rel": 0.01}}, facts(100, 4.0, 4.0, 4.0, last=80),
-            None),  # only two since the last op
+            None),  # only two losses since the last op
         ({"plateau": {"evals": 2, "rel": 0.01}}, facts(100, 4.0, 4.0, 4.0, last=79), PLATEAU.format(4.0)),
         ({"any": [{"loss_below": 3.5}, {"wait_iters": 500}]}, facts(500, 3.4), "loss 3.4000 < 3.5"),
         ({"any": [{"loss_below": 3.5}, {"wait_iters": 500}]}, facts(500, 3.6),
@@ -407,7 +407,7 @@ def test_an_op_stays_due_with_a_lower_loss_or_a_longer_wait(bound: float, known:
 
 
 def test_ops_fire_in_order_and_wait_for_a_new_loss_after_reevaluate() -> None:
-    """Decide a list of ops on losses that are evaluated every 100 steps."""
+    """Decide when each op fires, with a loss every 100 steps."""
     entries = [
         {"name": "set_lr", "value": 0.1, "trigger_loss": 100.0, "max_wait_iters": 10**6, "reevaluate": False},
         {"name": "set_dropout", "value": 0.1, "trigger_loss": 4.0, "max_wait_iters": 250, "reevaluate": True},
@@ -436,7 +436,7 @@ def test_ops_fire_in_order_and_wait_for_a_new_loss_after_reevaluate() -> None:
             plan = Plan(cfg, 81, (*plan.fired, step))
             if op.reevaluate:
                 break
-    # the second op waits 250 steps, the third for the next evaluation, the fourth again 250 steps
+    # The second op waits 250 steps, the third for the next evaluation, and the fourth another 250 steps.
     assert plan.fired == (100, 400, 500, 800) and plan.undecided is None
     assert [plan.at(s).dropout for s in (399, 400, 499, 500, 799, 800)] == [
         0.0,
@@ -602,7 +602,7 @@ def test_a_static_op_that_is_too_late_after_a_decision_is_left_out() -> None:
     )
 )
 def test_the_first_of_several_static_conditions_counts(each: list[dict[str, Any]]) -> None:
-    at = {"step": 7, "tokens": 12, "budget_frac": 15}  # of 50 steps with 8 tokens each
+    at = {"step": 7, "tokens": 12, "budget_frac": 15}  # a run has 50 steps of 8 tokens
     cfg = config(epochs=1, growth={"ops": [op("set_lr", 0.1, {"any": each})]})
     assert Plan(cfg, 401).fired == (min(at[key] for one in each for key in one),)
 
@@ -641,7 +641,7 @@ def test_a_reset_restarts_the_schedule_over_the_remaining_steps() -> None:
     plan = Plan(config(**shape, growth={"ops": [op("reset_lr_schedule", None, {"step": 30})]}), 401)
     plain = Plan(config(**shape), 401)
     assert [plan.lr_factor(s) for s in range(30)] == [plain.lr_factor(s) for s in range(30)]
-    left = [plan.lr_factor(s) for s in range(30, 50)]  # 20 steps: 2 of climbing, 10 of falling
+    left = [plan.lr_factor(s) for s in range(30, 50)]  # 20 steps left: 2 of warm-up, 10 of decay
     assert left == [0.5, 1.0, *[1.0] * 8, *(1 - i / 10 for i in range(10))]
     assert {30, 32, 41} <= set(plan.breaks)
 

@@ -445,7 +445,7 @@ def test_a_schedule_as_data_and_as_text() -> None:
 
 
 def test_the_seed_of_an_op_depends_on_its_place_and_the_seed_of_the_schedule() -> None:
-    """The seeds are fixed: other seeds would give another model for the same schedule."""
+    """The seeds are pinned, because other seeds would give another model for the same schedule."""
     ops = [op("widen_mlp", 128), op("widen_mlp", 256)]
     assert [o.seed for o in read({"ops": ops})[0].ops] == SEEDS[0]
     assert [o.seed for o in read({"ops": ops, "seed": 1})[0].ops] == SEEDS[1]
@@ -928,7 +928,7 @@ def test_a_faulty_op_does_not_reserve_its_id() -> None:
     ]
 
 
-# -- values that do not fit the model: the smallest violation, and an allowed value next to it
+# -- values that do not fit the model: the smallest violation, and the nearest allowed value
 
 MODEL: dict[
     str, tuple[dict[str, Any], str, Any, dict[str, Any], str]

@@ -11,8 +11,8 @@ from mainrun.plan.cost import costs, segment_costs, size
 from mainrun.plan.plan import Plan
 from mainrun.plan.simulate import latest, simulate
 
-# 11,520 parameters: 128 (positions) + 4,800 (embedding) + 32 (last norm) + 2 layers of
-# 1,024 (attention matrices) + 2,048 (MLP matrices) + 208 (vectors)
+# The base model has 11,520 parameters: 128 (positions) + 4,800 (embedding) + 32 (last norm) + 2 layers of
+# 1,024 (attention matrices) + 2,048 (MLP matrices) + 208 (vectors).
 BASE: dict[str, Any] = {
     "n_layer": 2, "d_model": 16, "n_head": 2, "d_ff": 64, "batch_size": 8, "block_size": 8, "vocab_size": 300,
     "lr": 0.01, "dropout": 0.1,
@@ -30,7 +30,7 @@ def op(name: str, value: Any, trigger: dict[str, Any], **more: Any) -> dict[str,
 # -- sizes
 
 SIZES: dict[str, tuple[dict[str, Any], tuple[int, int, int, int, int]]] = {
-    # params, active, trained, FLOPs per token, bytes of moments
+    # params, active params, trained params, FLOPs per token, bytes of optimiser moments
     "SGD without momentum has no state": ({}, (11520, 11520, 11520, 68736, 0)),
     "momentum is one number per parameter": ({"momentum": 0.9}, (11520, 11520, 11520, 68736, 4 * 11520)),
     "AdamW has two numbers per parameter": ({"optimizer": "adamw"}, (11520, 11520, 11520, 68736, 8 * 11520)),
@@ -113,7 +113,7 @@ def test_costs_depend_on_the_number_of_ids() -> None:
     assert costs(config(experts=4), 300) == {"params": 24416, "active": 15904, "flops_per_token": 94080}
 
 
-# -- the cost of each segment: 64 tokens per step, 10 steps per epoch, 70 steps
+# -- the cost of each segment in a run of 70 steps: 64 tokens per step, 10 steps per epoch
 
 
 def test_each_op_begins_a_segment() -> None:
@@ -196,7 +196,7 @@ def test_too_few_tokens_are_a_fault(tokens: int, message: str | None) -> None:
     )
 
 
-# -- the longest waits: evaluations after 1 and every 3rd step (eval_per_epoch=3)
+# -- the longest waits, with evaluations after step 1 and after every third step (eval_per_epoch=3)
 
 WAITS: dict[str, tuple[list[dict[str, Any]], tuple[int, ...]]] = {
     "at the first evaluation": ([op("set_lr", 0.1, {"wait_iters": 1})], (1,)),

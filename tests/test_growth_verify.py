@@ -86,7 +86,7 @@ def test_a_tied_head_stays_tied() -> None:
     assert not check_tying(tie.cfg, tie).ok
     apart = shaken(config(tie_head=False))
     assert apart.head is not None
-    apart.head.weight.data = apart.embed.weight.data  # two parameters that share memory
+    apart.head.weight.data = apart.embed.weight.data  # make the two parameters share memory
     assert not check_tying(apart.cfg, apart).ok
 
 
@@ -115,10 +115,8 @@ def test_each_trainable_parameter_is_in_one_group(optimizer: str) -> None:
         and not any("blocks.0" in n for n in rates)
     )
     inner = optimizers_after.all[0].param_groups[0]["params"]
-    for more in (
-        new.get_parameter("blocks.1.attn.q.weight"),
-        nn.Parameter(torch.zeros(2, 2)),
-    ):  # a parameter that is in a group already, and one of another model
+    # Add a parameter that is already in a group, and then a parameter of another model.
+    for more in (new.get_parameter("blocks.1.attn.q.weight"), nn.Parameter(torch.zeros(2, 2))):
         inner.append(more)
         assert not check_groups(new, optimizers_after).ok
         del inner[-1]
@@ -127,16 +125,15 @@ def test_each_trainable_parameter_is_in_one_group(optimizer: str) -> None:
     assert not check_groups(new, optimizers_after).ok, "none"
 
 
-# -- copies and routers that are stuck
+# -- copies that stay equal, and routers that never change
 
 
 def test_trap_a_zero_router_never_moves() -> None:
-    """All tokens get the same experts, so the router's gradient is 0 and the other experts never move."""
+    """A zero router sends all tokens to the same experts, so it gets no gradient and never changes."""
     model, optimizers = trained(config(optimizer="adamw"))
     what = op("upcycle_moe", {"experts": 4, "top_k": 2} | ZERO, optimizer=ASYMMETRIC)
-    new, optimizers_after, _ = go_on(
-        model, optimizers, what, "scale", count=5
-    )  # nothing breaks the tie in this mode
+    # In the mode "scale", all experts stay equal.
+    new, optimizers_after, _ = go_on(model, optimizers, what, "scale", count=5)
     assert (
         len(locked_routers(new, MANY)) == 2
         and "all tokens go to the same 2 of 4 experts" in locked_routers(new, MANY)[0]
@@ -188,7 +185,7 @@ def test_the_rope_check_fails_for_another_head_width_or_table() -> None:
         model = shaken(config(**fields))
         new, _ = grown(model, op("widen_model", {"factor": 2}))
         assert check_rope(model, new).ok
-        other = GPT(new.cfg.changed(n_head=2), V).double()  # the same width with wider heads
+        other = GPT(new.cfg.changed(n_head=2), V).double()  # the same width, but fewer and wider heads
         assert not check_rope(model, other).ok
     model = shaken(config(position="rope"))
     new, _ = grown(model, op("widen_model", {"factor": 2}))
@@ -203,7 +200,7 @@ def test_the_spread_of_router_scores_is_kept() -> None:
         "blocks.0.mlp",
         "blocks.1.mlp",
     }
-    with torch.no_grad():  # the mistake: a router that is not divided by n
+    with torch.no_grad():  # the mistake: the router is not divided by n
         new.get_parameter("blocks.1.mlp.router.weight").mul_(2)
     assert not check_router_scale(model, new, MANY).ok
     dense = shaken(config())
@@ -235,14 +232,14 @@ def test_an_inserted_layer_returns_its_input() -> None:
 
 
 def test_trap_a_grown_state_is_not_loaded_into_the_old_model() -> None:
-    """Loading by the old model's parameter names would succeed and lose the new layers."""
+    """Loading a grown state by the names of the old parameters would lose the new layers without an error."""
     model, optimizers = trained(config(optimizer="adamw"))
     new, optimizers_after, _ = go_on(model, optimizers, op("stack_layers", (0, 0, 1, 1)), count=1)
     state = State(new.cfg, new)
     state.optimizers = optimizers_after
     saved = {name: tensor.detach().clone() for name, tensor in state.tensors().items()}
     first = shaken(model.cfg)
-    with torch.no_grad():  # the mistake: every old parameter exists, so no error is raised
+    with torch.no_grad():  # the mistake: no error is raised, because every old parameter exists in the state
         for name, p in first.named_parameters():
             p.copy_(saved[f"model/{name}"])
     assert len(first.blocks) == 2 and logit_change(new, first, IDX)[0] > 0.01

@@ -1,4 +1,4 @@
-"""Each check of a grown model at its limit: what just passes, what just fails, and the text."""
+"""Each check of a grown model at its limit: the last value that passes and the first value that fails."""
 
 from __future__ import annotations
 
@@ -336,7 +336,7 @@ def test_each_parameter_must_be_in_one_group_and_nothing_else_in_any() -> None:
     )
 
 
-# -- copies and routers that are stuck
+# -- copies that stay equal, and routers that never change
 
 
 NAME, OTHER = "blocks.0.mlp.up.weight", "blocks.1.mlp.up.weight"
@@ -352,7 +352,7 @@ class FakeModel(nn.Module):
 
 
 def map_with_copies(*rows: list[float], name: str = NAME, weight: Any = 1.0) -> tuple[IndexMap, FakeModel]:
-    """Return a map and a model of four rows, in which rows 2 and 3 are copies of rows 0 and 1."""
+    """Return a map and a model with four rows, in which rows 2 and 3 are copies of rows 0 and 1."""
     value = torch.tensor(rows, dtype=torch.float64)
     piece = Piece(name, (torch.tensor([0, 1, 0, 1]), None), weight=weight)
     return IndexMap({name: piece}, {}, {name: value.shape}), FakeModel(**{name.replace(".", "__"): value})
@@ -391,7 +391,7 @@ def test_copies_within_the_tolerance_count_as_equal(
 
 
 def test_a_tensor_is_listed_if_all_of_its_copies_are_equal() -> None:
-    """Rows that copy two different tensors are judged together."""
+    """Rows that are copied from two different tensors are judged together."""
     names = [f"blocks.0.mlp.experts.{e}.up.weight" for e in range(3)]
     pieces = {
         names[0]: Piece("w", (torch.tensor([0, -1]), None)),
@@ -468,7 +468,7 @@ def route_to(x: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def with_fixed_route(model: GPT, *experts: int) -> GPT:
-    """Return a model whose layer 0 sends every token to the given experts."""
+    """Return a model whose layer 0 routes every token to the given experts."""
     moe: Any = model.blocks[0].mlp
     wanted = torch.tensor(experts)
     moe.route = lambda x: route_to(x, wanted.expand(x[..., 0].numel(), len(experts)))

@@ -1,6 +1,7 @@
-"""Red-team tests: every trick trips exactly the guard that prevents it, and honest runs trip none.
+"""Red-team tests: every trick trips exactly the guard that prevents it, and honest runs trip no guard.
 
-A trick is a function that returns the evidence of a dishonest run. Its docstring says what the cheat does.
+A trick is a function that returns the evidence of a dishonest run. The docstring of a trick describes how the
+run cheats.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ SMALL: dict[str, Any] = {
 
 
 class Attention(nn.Module):
-    """An honest model: one causal layer with learned positions."""
+    """An honest model with one causal attention layer and learned positions."""
 
     def __init__(self, cfg: TrainConfig, vocab_size: int) -> None:
         super().__init__()
@@ -62,7 +63,7 @@ class Attention(nn.Module):
 
 
 class Gru(Attention):
-    """Another honest model: a GRU plus a bigram table."""
+    """An honest model with a GRU and a bigram table."""
 
     def __init__(self, cfg: TrainConfig, vocab_size: int) -> None:
         super().__init__(cfg, vocab_size)
@@ -75,7 +76,7 @@ class Gru(Attention):
 
 
 def fit(model: nn.Module, train: np.ndarray, block_size: int, steps: int = 30, lr: float = 3e-3) -> None:
-    """Train long enough to change the score."""
+    """Train a model long enough to change its score."""
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     rng = np.random.default_rng(0)
     model.train()
@@ -121,7 +122,7 @@ def run(
     *,
     warm: bool = False,
 ) -> Evidence:
-    """Return the truthful evidence of a run with this model."""
+    """Return the truthful evidence of a run of this model."""
     plan, began = Plan(cfg, len(data.splits["train"])), evaluate_source_hash()
     model = make(cfg, data.tokenizer.vocab_size)
     if warm:
@@ -153,14 +154,14 @@ def _material(digest: str, fields: str) -> tuple[TrainConfig, Corpus, TokenData]
 
 
 def material(**fields: Any) -> tuple[TrainConfig, Corpus, TokenData]:
-    """Return the config, titles and tokens of SMALL with these fields."""
+    """Return the config, the titles and the tokens of SMALL with these config fields."""
     cfg = from_dict(SMALL | fields)
     return _material(cfg.digest, cfg.model_dump_json())
 
 
 @pytest.fixture(scope="module")
 def honest() -> Honest:
-    """Return honest(make=Attention, warm=False, **fields): evidence of an honest run of SMALL with fields."""
+    """Return a function that makes the evidence of an honest run of SMALL with the given config fields."""
 
     made: dict[tuple[str, bool, str], Evidence] = {}
 
@@ -212,7 +213,7 @@ def test_honest_runs_never_fail(honest: Honest, fields: dict[str, Any], make: An
     weights = {k: v.clone() for k, v in e.model.state_dict().items()}
     found = guards(e, all=all)
     assert [g for g in found if g.status == "fail"] == []
-    assert of(found, "flag") == {"task_rules"}  # synthetic titles are not the data of the task
+    assert of(found, "flag") == {"task_rules"}  # synthetic titles are not the data set of the task
     assert [g.name for g in found] == list(GUARDS)
     assert all_detailed(found)
     assert all_equal(weights, e.model.state_dict())
@@ -274,7 +275,7 @@ def trick(guard: str, status: str = "fail") -> Callable[[Callable[..., Evidence]
 
 
 def with_rows(e: Evidence, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Evidence:
-    """Change the eval rows, and make the summary agree with them."""
+    """Change the rows of the evaluations, and make the summary agree with them."""
     rows = [change(dict(r)) for r in e.evals]
     return replace(e, evals=rows, summary=e.summary | summarise(rows))
 
@@ -288,7 +289,7 @@ def with_titles(e: Evidence, **titles: list[str]) -> Evidence:
 
 @trick("coverage", "flag")
 def drops_the_tail(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """The official score has a huge span, so it leaves out a third of val."""
+    """The spans of the official score are so large that it leaves out a third of val."""
     n = len(honest().data.splits["val"])
     e = honest(official_geometry=f"{int(n * 0.65 / 16)}x16")
     assert 0.6 < e.evals[-1]["coverage"] < 0.67
@@ -297,7 +298,7 @@ def drops_the_tail(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
 
 @trick("coverage")
 def leaves_the_end_out_of_the_full_score(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """The full score covers only complete blocks."""
+    """The full score leaves out the tokens after the last complete block."""
     e = honest()
 
     def shorter(r: dict[str, Any]) -> dict[str, Any]:
@@ -312,7 +313,7 @@ def leaves_the_end_out_of_the_full_score(honest: Honest, monkeypatch: pytest.Mon
 
 
 def with_dev(honest: Honest, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Evidence:
-    """Change only the rows of dev, which a search ranks by."""
+    """Change only the rows of the dev split, which ranks the trials of a search."""
     return with_rows(honest(dev_frac=0.2), lambda r: change(r) if r["split"] == "dev" else r)
 
 
@@ -333,7 +334,7 @@ def leaves_the_end_out_of_the_dev_score(honest: Honest, monkeypatch: pytest.Monk
 
 @trick("geometry")
 def uses_another_geometry_for_dev(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """The official score of dev covers another share than the spans of the config."""
+    """The official score of dev covers a different share of dev than the config requires."""
     return with_dev(honest, lambda r: r | {"coverage": r["coverage"] * 0.9})
 
 
@@ -345,7 +346,7 @@ def divides_dev_by_more(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evid
 
 @trick("last_and_best")
 def invents_a_best_of_dev(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """The summary has a score of dev that no evaluation gave."""
+    """The summary contains a score of dev that no evaluation gave."""
     e = honest(dev_frac=0.2)
     scores = copy.deepcopy(e.summary["scores"])
     scores["dev"]["last"]["full"] -= 0.1
@@ -354,7 +355,7 @@ def invents_a_best_of_dev(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Ev
 
 @trick("lossless_tokens")
 def trains_on_val(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """The training stream is val, repeated."""
+    """The run trains on repeated copies of val."""
     e = honest()
     stream = np.resize(e.data.splits["val"], len(e.data.splits["train"]))
     return replace(e, data=replace(e.data, splits=e.data.splits | {"train": stream}))
@@ -362,7 +363,7 @@ def trains_on_val(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
 
 @trick("geometry")
 def changes_the_geometry_during_the_run(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """Later evaluations use longer spans than the first one."""
+    """A later evaluation uses longer spans than the first one."""
     e = honest()
     at = e.evals[1]["step"]
     rows = [e.evals[0], row(e.cfg, e.data, e.model, at, geometry=(300, 16)), e.evals[2]]
@@ -371,7 +372,7 @@ def changes_the_geometry_during_the_run(honest: Honest, monkeypatch: pytest.Monk
 
 @trick("geometry")
 def uses_the_geometry_of_another_run(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """All evaluations use the same spans, but not those of the config."""
+    """All evaluations use the same spans, but not the spans of the config."""
     e = honest()
     other = row(e.cfg, e.data, e.model, 1, geometry=(300, 16))
     return with_rows(e, lambda r: r | {k: other[k] for k in ("official", "coverage")})
@@ -379,31 +380,30 @@ def uses_the_geometry_of_another_run(honest: Honest, monkeypatch: pytest.MonkeyP
 
 @trick("denominator")
 def counts_more_characters(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """The run divides by a fifth more characters than the titles have."""
+    """The run divides by 20% more characters than the titles have."""
     cfg, corpus, data = material()
     return run(cfg, corpus, replace(data, chars=data.chars | {"val": data.chars["val"] * 6 // 5}))
 
 
 @trick("denominator")
 def counts_bytes_as_characters(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """bits_per_byte is divided by too many bytes."""
+    """The run divides bits_per_byte by too many bytes."""
     cfg, corpus, data = material()
     return run(cfg, corpus, replace(data, bytes=data.bytes | {"val": data.bytes["val"] + 1}))
 
 
 @trick("denominator")
 def divides_the_rows_by_more(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """The counts are right, but the scores in the rows are divided by more."""
+    """The recorded counts are correct, but the scores in the rows are divided by larger counts."""
     return with_rows(honest(), lambda r: r | {"full": r["full"] * 0.9, "official": r["official"] * 0.9})
 
 
 @trick("last_and_best")
 def shows_the_best_as_the_last(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """The summary's last score is of an earlier, better step."""
+    """The summary reports an earlier, better score as the last score."""
     e = honest()
-    fit(
-        e.model, e.data.splits["train"][:200], 16, steps=80, lr=1e-2
-    )  # overfit, so that the end is worse than the middle
+    # Overfit the model, so that the last score is worse than the middle one.
+    fit(e.model, e.data.splits["train"][:200], 16, steps=80, lr=1e-2)
     rows = [*e.evals[:-1], row(e.cfg, e.data, e.model, e.evals[-1]["step"])]
     assert rows[-1]["full"] > rows[-2]["full"]
     best = summarise(rows)["best"]
@@ -412,14 +412,14 @@ def shows_the_best_as_the_last(honest: Honest, monkeypatch: pytest.MonkeyPatch) 
 
 @trick("last_and_best")
 def stops_at_the_best(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """The rows after the best score are removed."""
+    """The run removes the rows after its best score."""
     e = honest()
     return replace(e, evals=e.evals[:-1], summary=e.summary | summarise(e.evals[:-1]))
 
 
 @trick("last_and_best")
 def invents_a_best(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """The summary has a best score that no evaluation gave."""
+    """The summary contains a best score that no evaluation gave."""
     e = honest()
     return replace(
         e, summary=e.summary | {"best": e.summary["best"] | {"full": e.summary["best"]["full"] - 0.1}}
@@ -431,7 +431,7 @@ def invents_a_best(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
 
 @trick("same_evaluate")
 def replaces_evaluate(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """scoring.evaluate is replaced by a function that halves all scores."""
+    """A function that halves all scores replaces scoring.evaluate."""
     e = honest()
     true = scoring.evaluate
 
@@ -447,7 +447,7 @@ def replaces_evaluate(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Eviden
 
 @trick("same_evaluate")
 def replaces_the_sum(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """A function that evaluate calls is replaced."""
+    """The run replaces a function that `evaluate` calls."""
     e, true = honest(), scoring._nll
     monkeypatch.setattr(scoring, "_nll", lambda model, parts: 0.9 * true(model, parts))
     return e
@@ -455,7 +455,7 @@ def replaces_the_sum(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidenc
 
 @trick("same_evaluate")
 def replaces_the_cross_entropy(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """A torch function that evaluate calls is replaced."""
+    """The run replaces a torch function that `evaluate` calls."""
     e, true = honest(), F.cross_entropy
     monkeypatch.setattr(scoring.F, "cross_entropy", lambda *args, **kwargs: 0.9 * true(*args, **kwargs))
     return e
@@ -463,7 +463,7 @@ def replaces_the_cross_entropy(honest: Honest, monkeypatch: pytest.MonkeyPatch) 
 
 @trick("same_evaluate")
 def adds_another_evaluate(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """Another module of the package has a function `evaluate`."""
+    """Another module of the package has a function named `evaluate`."""
     module = ModuleType("mainrun.cheat")
     module.evaluate = lambda *args, **kwargs: None  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "mainrun.cheat", module)
@@ -472,7 +472,7 @@ def adds_another_evaluate(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Ev
 
 @trick("same_evaluate")
 def edits_scoring_while_running(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """scoring.py changes during the run."""
+    """The run changes scoring.py while it is training."""
     return replace(honest(), evaluate_hash=hashlib.sha256(b"def evaluate(): return 1.1").hexdigest())
 
 
@@ -480,7 +480,7 @@ def edits_scoring_while_running(honest: Honest, monkeypatch: pytest.MonkeyPatch)
 
 
 class Learner(Attention):
-    """Takes a gradient step on the tokens that it scores."""
+    """A model that takes a gradient step on the tokens that it is scored on."""
 
     def forward(self, idx: Tensor) -> Tensor:
         logits = super().forward(idx)
@@ -495,7 +495,7 @@ class Learner(Attention):
 
 
 class Counter(Attention):
-    """Counts tokens in a buffer while it is scored, and predicts from the counts."""
+    """A model that counts tokens in a buffer while it is scored, and predicts from the counts."""
 
     def __init__(self, cfg: TrainConfig, vocab_size: int) -> None:
         super().__init__(cfg, vocab_size)
@@ -509,16 +509,15 @@ class Counter(Attention):
 
 
 class Memory(Attention):
-    """Counts tokens in a plain attribute, which no comparison of weights or buffers covers."""
+    """A model that counts tokens in a plain attribute, which comparing weights and buffers would miss."""
 
     def __init__(self, cfg: TrainConfig, vocab_size: int) -> None:
         super().__init__(cfg, vocab_size)
         self.seen = [0.0] * vocab_size
 
     def forward(self, idx: Tensor) -> Tensor:
-        logits = (
-            super().forward(idx) + 1e-5 * torch.tensor(self.seen).log1p()
-        )  # small enough to look like rounding to other guards
+        # The effect is so small that other guards take it for a rounding error.
+        logits = super().forward(idx) + 1e-5 * torch.tensor(self.seen).log1p()
         if not self.training:
             for token in idx.flatten().tolist():
                 self.seen[token] += 1
@@ -526,7 +525,7 @@ class Memory(Attention):
 
 
 class Gambler(Attention):
-    """Draws from the global generator while it is scored, which changes the rest of the training."""
+    """A model that uses the global random generator while it is scored, which changes the later training."""
 
     def forward(self, idx: Tensor) -> Tensor:
         torch.rand(1)
@@ -554,7 +553,7 @@ def moves_the_random_state(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> E
 
 
 def test_an_evaluate_that_trains_trips_three_guards(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is not the package's evaluate, it learns, and it learns the targets."""
+    """The replaced `evaluate` differs from the package's, and it trains the model on the targets."""
     e, true = honest(), scoring.evaluate
 
     def training(model: nn.Module, tokens: np.ndarray, **kwargs: Any) -> scoring.Score:
@@ -572,7 +571,7 @@ def test_an_evaluate_that_trains_trips_three_guards(honest: Honest, monkeypatch:
 
 
 class FramePeeker(Attention):
-    """Looks for the targets in the frame that called it."""
+    """A model that searches the frames of its callers for the targets."""
 
     def forward(self, idx: Tensor) -> Tensor:
         logits, frame = super().forward(idx), sys._getframe()
@@ -585,7 +584,7 @@ class FramePeeker(Attention):
 
 
 class TargetTaker(Attention):
-    """forward(idx, targets) returns better logits if it gets the targets."""
+    """A model whose forward(idx, targets) returns better logits if it is given the targets."""
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Any:
         logits = super().forward(idx)
@@ -596,7 +595,7 @@ class TargetTaker(Attention):
 
 
 class HonestTargetTaker(Attention):
-    """forward(idx, targets) returns the same logits and a loss, as in nanoGPT."""
+    """A model whose forward(idx, targets) returns the same logits and a loss, as in nanoGPT."""
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Any:
         logits = super().forward(idx)
@@ -623,7 +622,7 @@ def test_a_model_may_take_targets_for_its_loss(honest: Honest) -> None:
 
 
 class PeekOne(Attention):
-    """Looks at the next token."""
+    """A model that uses the next token."""
 
     def forward(self, idx: Tensor) -> Tensor:
         logits = super().forward(idx)
@@ -632,7 +631,7 @@ class PeekOne(Attention):
 
 
 class PeekAtTheEnd(Attention):
-    """Looks at the next token only at the last position that has one."""
+    """A model that uses the next token at a single position, the last that has one."""
 
     def forward(self, idx: Tensor) -> Tensor:
         logits = super().forward(idx)
@@ -642,7 +641,7 @@ class PeekAtTheEnd(Attention):
 
 
 class WholeRowMask(Attention):
-    """Uses a mask of the complete row, which reveals later <eos> or <pad> tokens to earlier positions."""
+    """A model whose mask covers the complete row, so early positions see later <eos> or <pad> tokens."""
 
     token = EOS
 
@@ -657,7 +656,7 @@ class WholeRowPadding(WholeRowMask):
 
 
 class Length(Attention):
-    """Uses the length of the row."""
+    """A model that uses the length of the row."""
 
     def forward(self, idx: Tensor) -> Tensor:
         logits = super().forward(idx)
@@ -666,7 +665,7 @@ class Length(Attention):
 
 
 class BatchStatistics(Attention):
-    """Subtracts the mean of the batch."""
+    """A model that subtracts the mean of the batch."""
 
     def forward(self, idx: Tensor) -> Tensor:
         logits = super().forward(idx)
@@ -674,7 +673,7 @@ class BatchStatistics(Attention):
 
 
 class NextRow(Attention):
-    """Uses the first input of the next row, which is the last target of this row."""
+    """A model that uses the first input of the next row, which is the last target of this row."""
 
     def forward(self, idx: Tensor) -> Tensor:
         logits = super().forward(idx)
@@ -703,7 +702,7 @@ def test_a_leak_is_detected_in_bfloat16(honest: Honest) -> None:
 
 @trick("random_start")
 def starts_from_trained_weights(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """The weights were trained before step 1, but the evidence says that they are random."""
+    """The weights were trained before step 1, but the evidence claims that they are random."""
     return honest(warm=True)
 
 
@@ -714,7 +713,7 @@ def names_the_source_of_its_weights(honest: Honest, monkeypatch: pytest.MonkeyPa
 
 @trick("random_start")
 def hides_its_first_score(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """There is no row of step 1."""
+    """The run omits the row of step 1."""
     e = honest(warm=True)
     return replace(e, evals=e.evals[1:])
 
@@ -723,7 +722,7 @@ def hides_its_first_score(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Ev
 
 
 class Wrapped:
-    """A tokenizer that changes its text first."""
+    """A tokenizer that changes the text before it encodes it."""
 
     def __init__(self, inner: Any, change: Callable[[str], str] = str) -> None:
         self.inner, self.change = inner, change
@@ -748,26 +747,26 @@ def retokenised(data: TokenData, corpus: Corpus, tokenizer: Any) -> TokenData:
 
 
 def with_tokenizer(change: Callable[[str], str]) -> Evidence:
-    """Return a run with a tokenizer that changes the text. Its denominators are those of the raw titles."""
+    """Return a run whose tokenizer changes the text but whose denominators belong to the original titles."""
     cfg, corpus, data = material()
     return run(cfg, corpus, retokenised(data, corpus, Wrapped(data.tokenizer, change)))
 
 
 @trick("lossless_tokens")
 def lowercases(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """The text has no capitals, which is easier."""
+    """The tokenizer removes capitals, which makes the text easier to predict."""
     return with_tokenizer(str.lower)
 
 
 @trick("lossless_tokens")
 def drops_rare_characters(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """The text has no digits, which is easier."""
+    """The tokenizer removes digits, which makes the text easier to predict."""
     return with_tokenizer(lambda t: "".join(c for c in t if not c.isdigit()))
 
 
 @trick("lossless_tokens")
 def replaces_hard_tokens_by_unk(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """Rare tokens of val become <unk>."""
+    """The run replaces rare tokens of val with <unk>."""
     e = honest()
     val = e.data.splits["val"].copy()
     counts = np.bincount(val, minlength=600)
@@ -777,14 +776,14 @@ def replaces_hard_tokens_by_unk(honest: Honest, monkeypatch: pytest.MonkeyPatch)
 
 @trick("lossless_tokens")
 def stores_an_easier_val(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """The tokenizer is lossless, but the stored stream encodes other titles."""
+    """The tokenizer is lossless, but the stored val tokens encode titles of train."""
     e = honest()
     val = e.data.tokenizer.encode(e.corpus.train[: len(e.corpus.val)])
     return run(e.cfg, e.corpus, replace(e.data, splits=e.data.splits | {"val": val}))
 
 
 def test_nfkc_normalisation_is_detected() -> None:
-    """Normalisation is lossy if a title contains such a character."""
+    """NFKC normalisation loses information if a title contains ligatures, superscripts or wide letters."""
     cfg, corpus, _ = material()
     corpus = replace(corpus, val=[*corpus.val[:-1], "A ﬁne x² for Ｗｉｄｅ ideas"])
     data = prepare_uncached(cfg, corpus)
@@ -798,7 +797,7 @@ def test_nfkc_normalisation_is_detected() -> None:
 
 
 def prepare_uncached(cfg: TrainConfig, corpus: Corpus) -> TokenData:
-    """Return the tokens of changed titles. The cache would return those of the old titles."""
+    """Return the tokens of changed titles, because the cache would return the tokens of the old titles."""
     _, _, data = _material(cfg.digest, cfg.model_dump_json())
     return replace(
         retokenised(data, corpus, data.tokenizer),
@@ -811,7 +810,7 @@ def prepare_uncached(cfg: TrainConfig, corpus: Corpus) -> TokenData:
 
 
 class Memoriser(Wrapped):
-    """A tokenizer that encodes some titles as one token."""
+    """A tokenizer that encodes each of the known titles as one token."""
 
     def __init__(self, inner: Any, known: list[str]) -> None:
         super().__init__(inner)
@@ -839,7 +838,7 @@ def memorised(known: Callable[[Corpus], list[str]], **titles: Callable[[Corpus],
 
 @trick("no_val_tokens")
 def puts_validation_titles_into_the_vocabulary(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """Fifty titles of val are in the vocabulary."""
+    """The vocabulary contains fifty titles of val as single tokens."""
     return memorised(lambda c: [t for t in c.val if t not in c.train][:50])
 
 
@@ -853,7 +852,7 @@ def test_long_tokens_of_train_and_words_of_val_are_honest() -> None:
 
 @pytest.mark.parametrize("text", ["{}", "{}!", "she says {}"])
 def test_a_phrase_without_spaces_is_not_a_word(text: str) -> None:
-    """The phrase is a complete validation title or a part of one."""
+    """The phrase is either a complete validation title or a part of one."""
     phrase = "本日は晴天なりと彼女は言ったがすぐに雨が降り出した"
     cfg, corpus, _ = material(tokenizer_fit="train+val")
     corpus = replace(corpus, val=[*corpus.val[:-1], phrase])
@@ -868,7 +867,7 @@ def test_a_phrase_without_spaces_is_not_a_word(text: str) -> None:
 
 @trick("data_known")
 def swaps_titles_after_the_fingerprint(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """The hard half of val is replaced by copies of the easy half, with the old fingerprints."""
+    """The run replaces the hard half of val with copies of the easy half, and keeps the old fingerprints."""
     cfg, corpus, _ = material()
     half = sorted(corpus.val, key=len)[: len(corpus.val) // 2]
     corpus = replace(corpus, val=half + half)
@@ -876,7 +875,7 @@ def swaps_titles_after_the_fingerprint(honest: Honest, monkeypatch: pytest.Monke
 
 
 def other_titles() -> tuple[TrainConfig, Corpus, TokenData]:
-    """Return titles in another order, with true fingerprints."""
+    """Return titles in another order with correct fingerprints."""
     cfg, corpus, _ = material()
     train, val = corpus.train[::-1], corpus.val[::-1]
     corpus = replace(corpus, train=train, val=val)
@@ -886,20 +885,20 @@ def other_titles() -> tuple[TrainConfig, Corpus, TokenData]:
 
 @trick("data_known")
 def presents_other_titles_as_synthetic(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """Other titles with true fingerprints have the name of the generator."""
+    """The run presents other titles, with correct fingerprints, as titles of the generator."""
     return run(*other_titles())
 
 
 @trick("data_known")
 def reports_another_fingerprint(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """The summary claims the data of another run."""
+    """The summary claims that the run used other data."""
     e = honest()
     return replace(e, summary=e.summary | {"fingerprints": dict(e.corpus.fingerprints) | {"val": "0" * 64}})
 
 
 @trick("data_known")
 def takes_titles_from_another_source(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """The config says synthetic, but the titles come from a file."""
+    """The config says that the corpus is synthetic, but the titles come from a file."""
     e = honest()
     return replace(e, corpus=replace(e.corpus, origin={"kind": "file", "path": "titles.txt"}))
 
@@ -926,7 +925,7 @@ def test_the_hub_corpus(
     all: bool,
     status: str,
 ) -> None:
-    """The data is known if its checksum was verified. all=True loads the titles again and compares."""
+    """A verified checksum makes the data known. With all=True, the guard also loads the titles again."""
     e = honest()
     e = replace(e, cfg=from_dict(SMALL | {"corpus": "hn"}), corpus=replace(e.corpus, origin=origin))
     if source != "unreachable":
@@ -941,7 +940,7 @@ def test_the_hub_corpus(
 
 
 def claim(e: Evidence, **fields: Any) -> Evidence:
-    """Return evidence that claims to be a run of the task. Only task_rules is checked with it."""
+    """Return evidence that claims to be a run of the task, for checking the guard task_rules only."""
     cfg = from_dict(SMALL | {"corpus": "hn", "num_titles": 100_000} | fields)
     corpus = replace(e.corpus, train=["a"] * 90_000, dev=[], val=["b"] * 10_000)
     return replace(e, cfg=cfg, corpus=corpus)
@@ -951,7 +950,7 @@ def claim(e: Evidence, **fields: Any) -> Evidence:
     "fields", [{"epochs": 8}, {"seed": 1338}, {"val_frac": 0.05}, {"num_titles": 99_999}, {"shuffle": False}]
 )
 def test_rules_of_the_task(honest: Honest, fields: dict[str, Any]) -> None:
-    """A submission must follow every rule. A study is only told which rules differ."""
+    """A submission must follow every rule of the task. For a study, the guard only flags differences."""
     name = next(iter(fields))
     for all, expected in ((True, "fail"), (False, "flag")):
         status, detail = GUARDS["task_rules"](claim(honest(), **fields), all)
@@ -974,7 +973,7 @@ def test_fewer_titles_than_the_task_has(honest: Honest) -> None:
 
 @trick("presentations")
 def counts_r_drop_once(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """Every token has two passes, and the ledger counts one."""
+    """Every token passes through the model twice, but the ledger counts one pass."""
     e = honest(rdrop=1.0, dropout=0.1)
     half = e.ledger["presentations_per_token"] / 2
     return replace(e, ledger=e.ledger | {"forward_passes": 1, "presentations_per_token": half})
@@ -982,21 +981,21 @@ def counts_r_drop_once(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evide
 
 @trick("presentations")
 def does_not_count_the_tokens_of_r_drop(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """The ledger has the passes but not the presentations."""
+    """The ledger counts both passes of R-Drop, but not the additional presentations."""
     e = honest(rdrop=1.0, dropout=0.1)
     return replace(e, ledger=e.ledger | {"presentations_per_token": e.ledger["presentations_per_token"] / 2})
 
 
 @trick("presentations")
 def counts_an_ensemble_once(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """An ensemble has five members and the presentations of one."""
+    """An ensemble has five members, but the ledger counts the presentations of one member."""
     e = honest()
     return replace(e, ledger=e.ledger | {"ensemble_members": 5})
 
 
 @trick("presentations")
 def claims_a_larger_train(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """An epoch has more tokens than train."""
+    """The ledger claims that an epoch has more tokens than train."""
     e = honest()
     return replace(e, ledger=e.ledger | {"train_tokens_per_epoch": 2 * e.ledger["train_tokens_per_epoch"]})
 
@@ -1028,7 +1027,7 @@ def test_val_titles_in_train_are_counted(honest: Honest) -> None:
 def test_a_trick_trips_exactly_its_guard(name: str, honest: Honest, monkeypatch: pytest.MonkeyPatch) -> None:
     guard, status, play = TRICKS[name]
     found = guards(play(honest, monkeypatch))
-    # Changed rows or weights do not fit each other, so same_evaluate may fail too.
+    # The changed rows and weights contradict each other, so same_evaluate may fail too.
     assert of(found, "fail") - {"same_evaluate"} == ({guard} if status == "fail" else set()) - {
         "same_evaluate"
     }, found
@@ -1042,7 +1041,7 @@ def test_every_guard_has_a_trick() -> None:
 
 @pytest.mark.parametrize("split", ["val", "dev"])
 def test_rows_that_the_weights_do_not_give_are_detected(honest: Honest, split: str) -> None:
-    """The rows agree with each other but not with the weights."""
+    """The rows agree with each other but contradict the weights."""
     e = honest(dev_frac=0.2)
     figures = ("loss", "official", "full", "bits_per_byte")
     better = with_rows(
@@ -1053,7 +1052,7 @@ def test_rows_that_the_weights_do_not_give_are_detected(honest: Honest, split: s
 
 
 def test_every_stored_token_is_checked(honest: Honest) -> None:
-    """One title of train is stored as another title."""
+    """The stored tokens of train encode one title that differs from the corpus."""
     e = honest()
     train = e.data.tokenizer.encode([*e.corpus.train[:-1], "Something else"])
     broken = replace(e, data=replace(e.data, splits=e.data.splits | {"train": train}))

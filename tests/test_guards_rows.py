@@ -1,7 +1,8 @@
 """Edge cases of each guard: the smallest violation, and the nearest evidence that still passes.
 
-The evidence is small: 45 titles, one token per letter, and a bigram table as the model, so a check takes
-milliseconds. test_guards.py plays complete tricks against all guards; this file calls each guard separately.
+The evidence consists of 45 titles, one token per letter and a bigram table as the model, so a check takes
+milliseconds. test_guards.py plays complete tricks against all guards, while this file calls each guard
+separately.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from mainrun.data.tokenizer import EOS, PAD, UNK
 from mainrun.plan.plan import Plan
 
 LETTERS = " abcdefghijklmnopqrstuvwxyzé"
-BEYOND, WITHIN = 2e-6, 5e-7  # relative changes on both sides of the tolerance of scores, 1e-6
+BEYOND, WITHIN = 2e-6, 5e-7  # relative changes just above and just below the tolerance of 1e-6
 
 # -- small evidence
 
@@ -66,7 +67,7 @@ class Pieces:
 
 
 def some_titles(count: int, length: int, seed: int) -> list[str]:
-    """Return titles of `length` letters. The first title contains a letter of two bytes."""
+    """Return titles of `length` letters. The first title contains a letter that takes two bytes."""
     chance = random.Random(seed)
     titles = ["".join(chance.choices(LETTERS[1:-1], k=length)) for _ in range(count)]
     titles[0] = "é" + titles[0][1:]
@@ -88,7 +89,7 @@ def tokens_of(corpus: Corpus, tokenizer: Any = None) -> TokenData:
 
 
 class Table(nn.Module):
-    """A bigram table with logits of at most 1. `extra` is added to the logit of token 5."""
+    """A bigram table as a model, with logits of at most 1. `extra` is added to the logit of token 5."""
 
     def __init__(self, extra: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
@@ -114,7 +115,10 @@ CONFIG = {
 
 @cache
 def honest_parts() -> tuple[TrainConfig, Corpus, TokenData]:
-    """Return parts with 160, 105 and 100 tokens in train, dev and val. 97 of 100 is the minimum coverage."""
+    """Return a config, a corpus and its tokens: 160 in train, 105 in dev and 100 in val.
+
+    The official score covers 97 of the 100 val tokens, which is the minimum coverage.
+    """
     corpus = a_corpus(some_titles(20, 7, 1), some_titles(15, 6, 2), some_titles(10, 9, 3))
     return from_dict(CONFIG), corpus, tokens_of(corpus)
 
@@ -125,7 +129,7 @@ def evidence(
     data: TokenData | None = None,
     model: nn.Module | None = None,
 ) -> Evidence:
-    """Return the evidence of an honest run of these parts. Step 17 of 35 is its best."""
+    """Return the evidence of an honest run, in which step 17 of 35 has the best score."""
     cfg, corpus, data = (
         given or default for given, default in zip((cfg, corpus, data), honest_parts(), strict=True)
     )
@@ -160,7 +164,7 @@ def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def with_row(e: Evidence, split: str, at: int, **changes: Any) -> Evidence:
-    """Change values of one eval row. A function in `changes` is applied to the old value."""
+    """Change values in one row of the evaluations. A function in `changes` is applied to the old value."""
     rows = [dict(row) for row in e.evals]
     row = [row for row in rows if row["split"] == split][at]
     row |= {name: change(row[name]) if callable(change) else change for name, change in changes.items()}
@@ -181,7 +185,7 @@ def check(e: Evidence, guard: str, all: bool = False) -> tuple[str, str]:
 
 @pytest.fixture(autouse=True)
 def same_titles_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loading the corpus again returns the titles of honest_parts."""
+    """Make the corpus loader return the titles of `honest_parts`."""
     monkeypatch.setattr(guards_module.corpora, "load_corpus", lambda cfg: honest_parts()[1])
 
 
@@ -205,7 +209,7 @@ def test_no_guard_needs_dev() -> None:
     statuses = {g.name: g.status for g in guards(evidence(corpus=corpus, data=tokens_of(corpus)))}
     assert {name for name, status in statuses.items() if status == "fail"} == {
         "data_known"
-    }  # loading the corpus again gives other titles
+    }  # the corpus loader returns other titles
 
 
 def test_every_guard_gets_all_and_an_error_fails_only_its_guard(
@@ -389,7 +393,7 @@ FIGURES = ("step", "full", "official", "loss")
 
 
 def with_summary(e: Evidence, place: str, name: str, **changes: Any) -> Evidence:
-    """Change one score of the summary, either at the top level or among the scores of a split."""
+    """Change one score of the summary, either at the top level or in the scores of a split."""
     scores = {
         split: {which: dict(row) for which, row in both.items()}
         for split, both in e.summary["scores"].items()
@@ -530,7 +534,7 @@ def test_the_known_answer_reveals_replaced_functions(
 
 
 def test_the_known_answer_counts_both_scores(evaluate_calls: list[dict[str, Any]]) -> None:
-    """There are 18 tokens in blocks of four and two spans of seven. The table is pinned."""
+    """The known answer has 18 tokens, blocks of four and two spans of seven. Its table is pinned."""
     by_evaluate, by_formula = guards_module._known_answer()
     [call] = evaluate_calls
     assert (call["chars"], call["nbytes"], call["block_size"], call["geometry"]) == (50, 40, 4, (2, 3))
@@ -579,7 +583,7 @@ def test_only_the_last_rows_are_scored_again() -> None:
 
 
 def test_the_official_score_is_compared_relative_to_the_full_score() -> None:
-    """Another guard checks what they are divided by."""
+    """Another guard checks the denominators of the official score and the full score."""
     e = with_row(evidence(), "val", -1, official=times(0.5), full=times(0.5))
     assert check(e, "same_evaluate")[0] == "pass"
     assert check(with_row(e, "val", -1, full=times(0.9)), "same_evaluate")[0] == "fail"
@@ -590,7 +594,7 @@ def test_the_official_score_is_compared_relative_to_the_full_score() -> None:
 
 @pytest.fixture
 def evaluate_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Return a list that records the tokens and arguments of every call of evaluate."""
+    """Return a list that records the tokens and the arguments of each call of `evaluate`."""
     calls: list[dict[str, Any]] = []
     true = scoring.evaluate
 
@@ -632,7 +636,7 @@ def test_a_split_shorter_than_a_block_is_scored_in_a_shorter_span(
 def test_targets_unseen_changes_only_the_last_target(
     evaluate_calls: list[dict[str, Any]], last: str | None, other: int
 ) -> None:
-    """The block ends inside a title, or with its <eos>."""
+    """The tested block ends either inside a title or with the <eos> of a title."""
     corpus = a_corpus(honest_parts()[1].train, [], ["a" * (20 if last else 15), "b" * 90])
     e = evidence(corpus=corpus, data=tokens_of(corpus))
     evaluate_calls.clear()
@@ -655,7 +659,7 @@ def test_evaluate_is_called_with_the_given_geometry(evaluate_calls: list[dict[st
 
 
 class Odd(Table):
-    """Calls `act` whenever it is scored."""
+    """A model that calls `act` whenever it is scored."""
 
     def __init__(self, act: Callable[[Odd, Tensor], None]) -> None:
         super().__init__()
@@ -704,7 +708,7 @@ def nothing(model: Odd, idx: Tensor) -> None:
 
 
 def remember_other_text(model: Odd, idx: Tensor) -> None:
-    """Only the reversed text contains two <eos> in a row."""
+    """Change the model only if it sees two <eos> in a row, which only the reversed text contains."""
     if bool(((idx[:, 1:] == EOS) & (idx[:, :-1] == EOS)).any()):
         model.scale = 1.000001
 
@@ -816,7 +820,7 @@ def test_the_model_is_restored_after_an_error(guard: str) -> None:
 
 # -- tolerances of logits
 
-# (dtype, largest logit, a change just above the tolerance, a change just below or equal to it)
+# (dtype, largest logit, a change above the tolerance, a change within the tolerance)
 SAME_SHAPE = [
     ("float32", 1.0, 1.1e-4, 0.9e-4), ("float32", -10.0, 1.1e-3, 0.9e-3), ("float32", 0.5, 1.1e-4, 0.9e-4),
     ("float32", -math.inf, 1.1e-4, 0.9e-4), ("float32", math.inf, 1.1e-4, 0.9e-4),
@@ -831,7 +835,7 @@ OTHER_SHAPE = [
 
 
 class Sized(Table):
-    """One logit of the first position has the value `largest` for every input."""
+    """A model that adds `largest` to one logit of the first position, for every input."""
 
     def __init__(self, largest: float, extra: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__(extra)
@@ -851,7 +855,7 @@ def leaking(dtype: str, largest: float, leak: Callable[[Tensor], Tensor]) -> Evi
 
 
 def frame_peeker(amount: float) -> Callable[[Tensor], Tensor]:
-    """Return a function that moves a logit if the targets in a calling frame end with <eos>."""
+    """Return a function that changes a logit if the targets in a calling frame end with <eos>."""
 
     def peek(idx: Tensor) -> Tensor:
         frame = sys._getframe()
@@ -877,21 +881,21 @@ def test_another_target_may_move_logits_by_rounding_only(
 
 @pytest.mark.parametrize("length", [15, 16])
 def test_a_leak_in_either_of_the_two_passes_is_detected(length: int) -> None:
-    """The official pass has rows of 15 tokens here, the full pass a row of 16."""
+    """In this test, the official pass has rows of 15 tokens and the full pass has a row of 16 tokens."""
     peek = frame_peeker(1.0)
     model = Table(lambda idx: peek(idx) if idx.shape[1] == length else torch.zeros(idx.shape))
     assert check(replace(evidence(), model=model), "targets_unseen")[0] == "fail"
 
 
 def test_the_tolerance_depends_on_the_logits_of_the_first_pass() -> None:
-    """The official pass is first. The full pass, which is longer here, has logits of 10,000."""
+    """The official pass comes first. The full pass, whose row is longer here, has logits of 10,000."""
     peek = frame_peeker(0.5)
     model = Table(lambda idx: peek(idx) if idx.shape[1] == 15 else torch.full(idx.shape, 10_000.0))
     assert check(replace(evidence(), model=model), "targets_unseen")[0] == "fail"
 
 
 class Taker(nn.Module):
-    """A model with forward(idx, NAME=targets). `moves` moves its logits and `form` shapes its output."""
+    """A model with forward(idx, NAME=targets). `moves` changes its logits and `form` shapes its output."""
 
     def __init__(
         self,
@@ -920,7 +924,7 @@ class Taker(nn.Module):
 
 
 def next_token(amount: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a function that moves logits if all targets are the next tokens."""
+    """Return a function that changes logits if all targets are the next tokens."""
     return lambda idx, targets: amount * bool((targets[:, :-1] == idx[:, 1:]).all())
 
 
@@ -938,9 +942,8 @@ def test_a_forward_that_takes_targets_must_give_the_same_logits(name: str, moves
     assert check(replace(evidence(), model=Taker(name, moves(1.0))), "targets_unseen")[0] == "pass"
     half = evidence(from_dict(CONFIG | {"dtype": "bfloat16"}))
     assert check(replace(half, model=Taker(name, moves(100.0))), "targets_unseen")[0] == "pass"
-    just_beyond = (
-        100.5 if moves is any_other else 101.5
-    )  # a leak with the first targets raises the tolerance by 1 percent of the leak
+    # A leak with the first targets raises the tolerance by 1% of the leak.
+    just_beyond = 100.5 if moves is any_other else 101.5
     assert check(replace(half, model=Taker(name, moves(just_beyond))), "targets_unseen")[0] == "fail"
 
 
@@ -1015,7 +1018,7 @@ def test_the_tolerance_of_small_logits_is_that_of_logits_of_1(amount: float, sta
 
 
 def future(idx: Tensor, test: Callable[[Tensor], Tensor], at: int, amount: float) -> Tensor:
-    """Move a logit of one position if any later token passes a test."""
+    """Change a logit at position `at` in each row where a later token passes the test."""
     moved = torch.zeros(idx.shape)
     if idx.shape[1] > at + 1:
         moved[:, at] = amount * test(idx[:, at + 1 :]).any(1)
@@ -1041,7 +1044,7 @@ def test_the_future_may_move_logits_by_rounding_only(
 def test_other_rows_may_move_logits_by_rounding_only(
     dtype: str, largest: float, beyond: float, within: float
 ) -> None:
-    """The leak is the first token of the last row, which differs after the rows are rolled."""
+    """The model leaks the first token of the last row, which changes when the rows are rolled."""
 
     def leak(amount: float) -> Callable[[Tensor], Tensor]:
         def by_other_rows(idx: Tensor) -> Tensor:
@@ -1062,7 +1065,7 @@ def test_other_rows_may_move_logits_by_rounding_only(
 def test_the_length_may_move_logits_by_rounding_only(
     length: int, dtype: str, largest: float, beyond: float, within: float
 ) -> None:
-    """The row is alone in its batch, with each length that the guard uses."""
+    """The guard shows the model a single row at each of several lengths."""
 
     def leak(amount: float) -> Callable[[Tensor], Tensor]:
         return lambda idx: torch.full(idx.shape, amount * (idx.shape == (1, length)))
@@ -1085,7 +1088,7 @@ def test_the_length_may_move_logits_by_rounding_only(
 def test_the_positions_after_which_causality_changes_tokens(
     block_size: int, all: bool, positions: list[int]
 ) -> None:
-    """A leak at each position is detected. The message of an honest model lists the positions."""
+    """The guard detects a leak at each position. For an honest model, its message lists the positions."""
     changes = {"block_size": block_size, "batch_size": 1, "official_geometry": "99x1"}
     e = replace(evidence(), cfg=from_dict(CONFIG | changes))
     status, detail = check(e, "causality", all)
@@ -1100,7 +1103,7 @@ def test_the_positions_after_which_causality_changes_tokens(
 
 
 def sorted_text() -> Evidence:
-    """val begins with 16 tokens in ascending order, so every other future differs from the true one."""
+    """Return evidence whose val begins with 16 ascending tokens, unlike all tokens that replace them."""
     corpus = a_corpus(honest_parts()[1].train, [], ["jklmnopqrstuvwxy" + "z" * 83])
     return evidence(corpus=corpus, data=tokens_of(corpus))
 
@@ -1124,7 +1127,7 @@ def test_a_leak_that_only_one_kind_of_future_reveals_is_detected(seen: Callable[
 
 
 def test_the_futures_are_pinned() -> None:
-    """The futures are always the same, so a verdict is reproducible."""
+    """The guard always substitutes the same later tokens, so its verdict is reproducible."""
     seen: list[Tensor] = []
     e = sorted_text()
     model = Table(lambda idx: (seen.append(idx), torch.zeros(idx.shape))[1])
@@ -1138,7 +1141,7 @@ def test_the_futures_are_pinned() -> None:
 
 
 def test_a_model_that_knows_the_true_text_is_detected() -> None:
-    """Its logits differ for every row that does not begin like val."""
+    """The logits of this model differ for every row that does not begin like val."""
     e = sorted_text()
     true = torch.arange(13, 29)
     model = Table(lambda idx: torch.zeros(idx.shape) + (idx == true[: idx.shape[1]]).all(1, keepdim=True))
@@ -1170,7 +1173,7 @@ def test_text_shorter_than_a_block_is_repeated() -> None:
 
 
 def test_logits_are_computed_in_eval_mode_without_a_graph() -> None:
-    """Dropout is off and no autograd graph is built."""
+    """The guard turns dropout off and builds no autograd graph."""
     graphs: list[bool] = []
 
     class Watched(Table):
@@ -1209,7 +1212,7 @@ def counting_loss(targets: Sequence[int], val: Sequence[int], smoothing: float, 
     return -sum(math.log((list(targets).count(token) + smoothing) / total) for token in val) / len(val)
 
 
-# the more letters of val the first batch lacks, the more smoothing fits
+# The more letters of val are missing from the first batch, the larger is the best smoothing.
 @pytest.mark.parametrize(
     ("own", "lacking", "suits"),
     [
@@ -1223,11 +1226,8 @@ def counting_loss(targets: Sequence[int], val: Sequence[int], smoothing: float, 
     ],
 )
 def test_the_lower_bound_of_a_random_start(own: int, lacking: int, suits: Any) -> None:
-    train = [
-        "habcdefg",
-        *["abcdefg"] * 3,
-        *["mnopqrs"] * 16,
-    ]  # the targets of the first batch begin at the second token
+    # The targets of the first batch begin at the second token.
+    train = ["habcdefg", *["abcdefg"] * 3, *["mnopqrs"] * 16]
     val = ["abcdefg"] * own + ["z" * lacking] * (lacking > 0)
     corpus = a_corpus(train, [], val)
     data = tokens_of(corpus)
@@ -1240,9 +1240,8 @@ def test_the_lower_bound_of_a_random_start(own: int, lacking: int, suits: Any) -
     status, detail = check(with_row(e, "val", 0, loss=floor * (1 - 1e-9)), "random_start")
     assert status == "fail"
     assert f"loss {floor * (1 - 1e-9):.3f} after" in detail and f"below {floor:.3f}" in detail
-    barely = (
-        floor if suits == "no counts" else floor * (1 + 1e-9)
-    )  # the other bounds are sums, which may be rounded differently
+    # All bounds except log(vocab) are sums, which may be rounded differently.
+    barely = floor if suits == "no counts" else floor * (1 + 1e-9)
     status, detail = check(with_row(e, "val", 0, loss=barely), "random_start")
     assert status == "pass"
     assert f"below {floor:.3f}" in detail
@@ -1305,8 +1304,8 @@ def many_titles(split: str, count: int, tokenizer: Pieces) -> Evidence:
     [
         ("val", 2000, 1, False, "fail"),  # every title of val
         ("val", 2000, 1999, False, "fail"),
-        ("train", 1999, 1, False, "fail"),  # up to 1,999 titles of the other splits
-        ("train", 2000, 1, False, "pass"),  # every second of 2,000
+        ("train", 1999, 1, False, "fail"),  # all titles of a split with up to 1,999
+        ("train", 2000, 1, False, "pass"),  # every second title of a split with 2,000
         ("train", 2000, 2, False, "fail"),
         ("train", 2000, 1, True, "fail"),  # every title
         ("dev", 2000, 1, False, "pass"),
@@ -1357,7 +1356,7 @@ def test_the_message_says_which_titles_were_checked() -> None:
         ("q x", "val", "fail"),  # two words
         (" qx", "val", "pass"),
         ("q" * 21, "train and val", "pass"),
-        ("q" * 21, "dev and val", "fail"),  # dev is not in train either
+        ("q" * 21, "dev and val", "fail"),  # dev is not part of train
         ("q" * 21, "train, spelled otherwise", "pass"),
         ("q x", "train, spelled otherwise", "pass"),
     ],
@@ -1498,7 +1497,7 @@ def test_val_titles_in_train_or_dev_are_counted(split: str, count: int) -> None:
 
 
 def claim(train: int = 90_000, dev: int = 0, val: int = 10_000, **fields: Any) -> Evidence:
-    """Return evidence that claims to be a run of the task, with these numbers of titles."""
+    """Return evidence that claims to be a run of the task with the given numbers of titles."""
     e = evidence()
     cfg = from_dict(CONFIG | {"corpus": "hn", "num_titles": 100_000} | fields)
     return replace(
@@ -1526,7 +1525,7 @@ def claim(train: int = 90_000, dev: int = 0, val: int = 10_000, **fields: Any) -
 )
 @pytest.mark.parametrize("corpus", ["hn", "hn-2025"])
 def test_each_rule_of_the_task(fields: dict[str, Any], shown: str, corpus: str) -> None:
-    """A study is flagged, a submission fails."""
+    """A broken rule flags a study and fails a submission."""
     e = claim(corpus=corpus, **fields)
     for all, status in ((False, "flag"), (True, "fail")):
         got, detail = check(e, "task_rules", all)

@@ -1,8 +1,7 @@
-"""The rules of the code: who imports whom, what starts fast, what the version hash covers, how dense a file
-may be.
+"""The rules of the code: import directions, fast start, files that the version hash covers, and density.
 
-Each rule is a function that returns what breaks it. One test applies the rule to this repository, and
-another plants a violation and expects it to be named.
+A function for each rule returns the violations. One test applies the function to this repository, and another
+plants a violation and expects the function to name it.
 """
 
 from __future__ import annotations
@@ -23,10 +22,9 @@ from mainrun.core.machine_class import HASHED
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("mainrun", "sweeps", "reports")
 
-# What each part may import besides itself and mainrun.errors. A part is a folder or a file right below
-# mainrun, or a whole package next to it. A part without a row imports nothing else. In one sentence: core
-# knows nothing of the rest; train knows core, plan and data; run knows train; checks, sweeps and reports know
-# run.
+# The parts that each part may import besides `errors`. A part is a folder or a file directly below mainrun,
+# or a package next to mainrun. In short: core imports only basic parts; train imports core, plan and data;
+# run imports train; checks and sweeps import run.
 MAY_IMPORT = {
     "config": "files plan data.sources",
     "plan": "files config",
@@ -43,10 +41,10 @@ MAY_IMPORT = {
     "sweeps": "files config plan core data store stats run ui",
     "reports": "files config plan store stats ui",
 }
-ALONE = ("errors", "stats", "files")
+ALONE = ("errors", "stats", "files")  # may import only `errors`
 ENTRY_POINTS = ("cli", "__main__")  # may import everything
 
-# What starts at once, and the libraries that must therefore wait until a function needs them.
+# Modules that must start fast, so they may import the heavy libraries only inside functions.
 LIGHT = (
     "mainrun",
     "mainrun.cli",
@@ -66,7 +64,7 @@ LIGHT = (
 )
 HEAVY = ("torch", "optuna", "ray", "matplotlib", "pandas", "scipy")
 
-# The public names of each package. Whoever adds a name to an `__all__` adds it here on purpose.
+# The public names of each package. If you add a name to an `__all__`, add it here too.
 FACES = {
     "mainrun": [
         "Diverged",
@@ -80,7 +78,8 @@ FACES = {
     ],
 }
 
-# What a run imports although the version hash does not cover it, and why its bits cannot depend on it.
+# Modules that a run imports although the version hash does not cover them. Each has a reason why it cannot
+# change the bits of a run.
 NOT_HASHED = {
     "mainrun.errors": "text of errors",
     "mainrun.files": "reads files; what they hold is in the config and in the fingerprints of the data",
@@ -88,17 +87,20 @@ NOT_HASHED = {
     "mainrun.checks.guards": "judges a run that is finished",
 }
 
-MOST_FILES_AT_THE_TOP = 8  # of mainrun/
+MOST_FILES_AT_THE_TOP = 8  # files directly in mainrun/
 MOST_LINES = {"mainrun/train.py": 690}
-# per 1,000 lines: over all files, and for single files
+# Limits per 1,000 lines: over all files, and for train.py alone.
 MOST_PER_1000 = {"conditional expressions": 15, "comprehensions": 30}
 MOST_IN_TRAIN = {"conditional expressions": 20}
-# functions that are easier to read in one piece: (file, name) -> why
+# Long functions that are easier to read in one piece. Maps (file, name) to the reason.
 LONG_FUNCTIONS: dict[tuple[str, str], str] = {}
 
 
 def plant(root: Path, **files: str) -> Path:
-    """Write a tree of small files. `__` in a name stands for `/`; every package gets its `__init__.py`."""
+    """Write a tree of small Python files.
+
+    In a name, `__` stands for `/`. Every package gets an `__init__.py`.
+    """
     for name, text in files.items():
         path = root / (name.replace("__", "/") + ".py")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +113,7 @@ def plant(root: Path, **files: str) -> Path:
 
 
 def sources(root: Path) -> Iterator[tuple[str, Path, ast.Module]]:
-    """Yield (dotted name, file, tree) of every module of the packages."""
+    """Yield (dotted name, path, syntax tree) of every module of the packages."""
     for package in PACKAGES:
         for path in sorted((root / package).rglob("*.py")):
             dotted = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
@@ -122,7 +124,7 @@ def sources(root: Path) -> Iterator[tuple[str, Path, ast.Module]]:
 
 
 def imported(node: ast.AST, dotted: str, is_package: bool) -> list[str]:
-    """Return the dotted names that an import statement may mean; an imported name may be a module."""
+    """Return the dotted names that an import statement may refer to. An imported name may be a module."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     if not isinstance(node, ast.ImportFrom):
@@ -136,7 +138,10 @@ def imported(node: ast.AST, dotted: str, is_package: bool) -> list[str]:
 
 
 def import_graph(root: Path) -> dict[str, dict[str, int]]:
-    """Return module -> imported module -> line, for imports anywhere in a file, those for types too."""
+    """Map each module to the modules that it imports, with the line of each import.
+
+    Imports inside functions and imports for type checking count too.
+    """
     modules = {dotted: (path, tree) for dotted, path, tree in sources(root)}
     graph: dict[str, dict[str, int]] = {}
     for dotted, (path, tree) in modules.items():
@@ -151,7 +156,7 @@ def import_graph(root: Path) -> dict[str, dict[str, int]]:
 
 
 def part_of(dotted: str) -> str:
-    """Return the part of a module: mainrun.store.rundir -> store; sweeps.engine.ray -> sweeps."""
+    """Return the part of a module: `store` for mainrun.store.rundir, `sweeps` for sweeps.engine.ray."""
     names = dotted.split(".")
     if names[0] != "mainrun":
         return names[0]
@@ -269,7 +274,7 @@ def test_a_circle_is_named(tmp_path: Path, text: str) -> None:
 
 
 def not_hashed(root: Path, hashed: Iterable[str], exempt: Iterable[str]) -> list[str]:
-    """Return the modules that a run reaches and that neither the hash covers nor an exemption names."""
+    """Return the modules that a run imports but that neither the version hash nor an exemption covers."""
     graph = import_graph(root)
     starts = [name for name in graph if name in ("mainrun.train", "mainrun.run.session")]
     reached = set(starts)
@@ -328,7 +333,7 @@ def test_the_hash_changes_with_every_hashed_file(tmp_path: Path) -> None:
 
 
 def heavy_loaded(root: Path, modules: Iterable[str]) -> list[str]:
-    """Heavy libraries that are in memory after the modules were imported, by whatever way they came."""
+    """Return the heavy libraries that importing these modules loads, directly or indirectly."""
     loaded = f"print(*(h for h in {HEAVY!r} if h in sys.modules))"
     code = f"import sys\nfor m in {list(modules)!r}: __import__(m)\n{loaded}"
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
@@ -345,11 +350,11 @@ def test_a_heavy_import_behind_another_is_found(tmp_path: Path) -> None:
     assert heavy_loaded(tmp_path, ["mainrun.cli"]) == ["matplotlib"]
 
 
-# -- public faces
+# -- public names
 
 
 def faces(root: Path) -> dict[str, list[str]]:
-    """`__all__` of every package that has one."""
+    """Map each package that has an `__all__` to the names in it."""
     found = {}
     for dotted, path, tree in sources(root):
         for node in tree.body if path.name == "__init__.py" else []:
@@ -359,8 +364,9 @@ def faces(root: Path) -> dict[str, list[str]]:
 
 
 def faceless(root: Path) -> list[str]:
-    """Packages without `__init__.py` (an install would not see them), or that offer names without an
-    `__all__`.
+    """Report packages that have no `__init__.py`, or that define names without an `__all__`.
+
+    An installation would leave out a package without an `__init__.py`.
     """
     wrong = []
     for package in PACKAGES:
@@ -406,7 +412,7 @@ def test_a_face_that_changed_is_named(tmp_path: Path) -> None:
 
 
 def top_files(root: Path) -> list[str]:
-    """Return the files right below mainrun, if they are too many for a reader to find their way."""
+    """Return the files directly in mainrun if there are too many of them."""
     files = sorted(path.name for path in (root / "mainrun").glob("*.py"))
     return files if len(files) > MOST_FILES_AT_THE_TOP else []
 
@@ -434,7 +440,7 @@ def dense_places(root: Path) -> list[str]:
 
 
 def too_dense(files: list[Path], most: dict[str, int]) -> list[str]:
-    """Return the constructs that files hold too many of."""
+    """Return the constructs that occur too often in the files."""
     shares = density.per_1000_lines(files)
     return [
         f"{shares[name]:.1f} {name} per 1,000 lines, at most {limit}"
@@ -523,7 +529,10 @@ def test_too_many_constructs_are_named(tmp_path: Path) -> None:
 
 
 def unclassed(model: type[BaseModel]) -> list[str]:
-    """Fields without a class (the lineage key is computed from it) or without a word on what they are."""
+    """Report the fields that lack a class or a description.
+
+    The class of a field determines how the field enters the lineage key.
+    """
     wrong = []
     for name, field in model.model_fields.items():
         extra = field.json_schema_extra

@@ -1,8 +1,7 @@
 """The hub loader with the real huggingface_hub library and a local HTTP server.
 
-The server speaks the part of the hub's protocol that the library uses. It lists one dataset, answers HEAD
-and GET requests for its file with a redirect to another host name, as the hub does, and can simulate
-failures.
+The server implements the part of the hub's protocol that the library uses. It lists one dataset and redirects
+HEAD and GET requests for its file to another host name, as the hub does. It can also simulate failures.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def parquet(titles: list[str | None], column: str = "title") -> bytes:
 
 
 class Hub(ThreadingHTTPServer):
-    """A server with one dataset of one file, and switches for failures."""
+    """A fake hub with one dataset of one file. Its attributes switch failures on."""
 
     daemon_threads = True
 
@@ -50,11 +49,11 @@ class Hub(ThreadingHTTPServer):
         self.body = parquet(list(TITLES))
         self.files = ["story.parquet"]
         self.revisions = set(HUB_REVISIONS.values())
-        self.sha256 = ""  # the announced sha256, if it is not that of the body
+        self.sha256 = ""  # the announced sha256, if it differs from that of the body
         self.missing: set[str] = set()  # may contain "repo" and "file"
-        self.cut = 0  # how many times to send half of the requested bytes and close the connection
-        self.short = False  # send half of the file with a Content-Length that fits it
-        self.slow = False  # send half, then wait for `release`
+        self.cut = 0  # how often to close the connection after half of the requested bytes
+        self.short = False  # send only half of the file, and announce only this half
+        self.slow = False  # send half of the file, then wait for `release`
         self.release = threading.Event()
         self.requests: list[tuple[str, str, str]] = []  # method, path, Range
 
@@ -67,7 +66,7 @@ class Hub(ThreadingHTTPServer):
         return self.sha256 or hashlib.sha256(self.body).hexdigest()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Ignore the errors of clients that a test kills."""
+        """Ignore the errors that killed clients cause."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -273,9 +272,8 @@ def test_one_process_downloads_and_another_reads_offline(hub: Hub) -> None:
 def test_a_cut_connection_is_resumed_where_it_was_cut(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
-    monkeypatch.setattr(
-        constants, "DOWNLOAD_CHUNK_SIZE", 512
-    )  # the library keeps complete chunks of 10 MB, and this file is smaller
+    # The library keeps only complete chunks of 10 MB, but this file is smaller.
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 512)
     hub.cut = 1
     assert load_corpus(config()).train == in_task_order(TITLES, 180)
     ranges = [r for method, path, r in hub.requests if method == "GET" and path.startswith("/cdn/")]
@@ -461,7 +459,7 @@ def test_an_endpoint_that_is_not_a_url_is_refused(url: str, monkeypatch: pytest.
     monkeypatch.setenv("HF_ENDPOINT", url)
     message = (
         f"got HF_ENDPOINT='{url.rstrip('/')}', which is not a URL; "
-        "write it like https://huggingface.co, or unset it"
+        "set it to a URL such as https://huggingface.co, or unset it"
     )
     assert hub_reachable() == (False, message)
     with pytest.raises(HubError) as refused:

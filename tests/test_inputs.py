@@ -17,7 +17,7 @@ from mainrun.files.inputs import BadInput
 
 
 def short(value: Any) -> str:
-    """Return an example as a short id of its test."""
+    """Return a short test id for an example value."""
     return inputs.shown(value, 40).replace("::", ":")
 
 
@@ -72,14 +72,14 @@ def test_the_first_ten_and_how_many_more(count: int, last: list[str]) -> None:
         ("x" * 255, ""),
         ("ü" * 127, ""),
         ("x/" * 200 + "x", ""),
-        ("x/" * 201 + "x", "a path with 201 folders; at most 200"),
+        ("x/" * 201 + "x", "the path has 201 folders; at most 200"),
         ("", "is empty"),
         (" ", "is empty"),
         ("a\0b", "NUL"),
-        ("x" * 256, "a name of 256 bytes; at most 255"),
-        ("ü" * 128, "a name of 256 bytes"),
-        ("a/" + "x" * 256 + "/b", "a name of 256 bytes"),
-        ("x/" * 2048, "a path of 4,096 bytes; at most 4,095"),
+        ("x" * 256, "a name has 256 bytes; at most 255"),
+        ("ü" * 128, "a name has 256 bytes"),
+        ("a/" + "x" * 256 + "/b", "a name has 256 bytes"),
+        ("x/" * 2048, "the path has 4,096 bytes; at most 4,095"),
         ("loop", "leads back to itself"),
         ("loop/x", "leads back to itself"),
     ],
@@ -108,9 +108,9 @@ def test_an_invalid_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: 
         (
             "loop",
             lambda path: path.symlink_to(path),
-            "cannot be read: a symbolic link that leads back to itself",
+            "cannot be read: it is a symbolic link that leads back to itself",
         ),
-        ("x" * 300, lambda path: None, "cannot be read: a name of 300 bytes"),
+        ("x" * 300, lambda path: None, "cannot be read: a name has 300 bytes"),
         ("file/x", lambda path: path.parent.touch(), "cannot be read: a part of the path is a file"),
     ],
     ids=["a file", "nothing", "a folder", "a pipe", "a device", "a loop", "a long name", "below a file"],
@@ -131,7 +131,7 @@ def test_a_path_that_is_not_a_file(tmp_path: Path, name: str, make: Callable[[Pa
         (errno.ELOOP, UsageError, "leads back to itself"),
         (errno.EACCES, UsageError, "permission denied"),
         (errno.ENOTDIR, UsageError, "a part of the path is a file"),
-        (errno.EIO, UsageError, "Input/output error; check it"),
+        (errno.EIO, UsageError, "Input/output error; check the path"),
         (errno.ENOSPC, DiskFull, "no space left to write 'a'"),
         (errno.EDQUOT, DiskFull, "run the same command again"),
         (errno.EFBIG, DiskFull, "File too large"),
@@ -221,7 +221,7 @@ def test_a_valid_document(kind: str, text: str, value: Any) -> None:
         ("TOML", "a." * 3000 + "b = 1", "nested too deep"),
         ("TOML", "a = " + "1" * 5000, "a number has 5,000 digits; at most 300"),
         ("TOML", "a = 0x" + "f" * 400, "a number has more than 300 digits"),
-        ("TOML", 'a = "\\u0000"', "a text contains a NUL character"),
+        ("TOML", 'a = "\\u0000"', "a string contains a NUL character"),
         ("TOML", "a = ", "Invalid value"),
         ("TOML", "a = 07:32:00", "07:32:00 is a date or a time; write it in quotes"),
         ("TOML", "a = [{b = 2026-11-28}]", "2026-11-28 is a date or a time; write it in quotes"),

@@ -36,7 +36,7 @@ def leaves(*tensors: Tensor) -> list[Tensor]:
 def both(
     ours: Callable[..., Tensor], theirs: Callable[..., Tensor], *tensors: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return pairs of the value and each gradient of two functions."""
+    """Return the values and the gradients of two functions as pairs."""
     found = []
     for implementation in (ours, theirs):
         given = leaves(*tensors)
@@ -72,7 +72,7 @@ def test_rms_norm_matches_torch_and_the_numerical_gradient() -> None:
 def test_a_linear_layer_on_amx_matches_torch(
     monkeypatch: pytest.MonkeyPatch, rows: int, inputs: int, outputs: int, biased: bool
 ) -> None:
-    """The inputs are integers, so every product is exact and both must agree to the bit."""
+    """The inputs are integers, so all products are exact and both results must have the same bits."""
     monkeypatch.setattr(kernels, "HAS_AMX", True)
     monkeypatch.setattr(kernels, "AMX_MIN_WIDTH", 1)
     x, weight, bias = (
@@ -153,7 +153,7 @@ def test_attention_and_its_gradients_match_the_formula(p: float, bias: Tensor) -
 
 @COMPILER
 def test_opaque_ops_give_the_same_bits_when_compiled() -> None:
-    """The compiler calls the operators and does not trace into them."""
+    """The compiler must call these operators without tracing into them."""
     q, k, v = (random_tensor(2, 3, 5, 4, seed=i, dtype=torch.float32) for i in range(3))
     bias, mask = CAUSAL.float(), torch.ones(2, 3, 5, 5, dtype=torch.uint8)
     mask[..., ::2] = 0
@@ -200,7 +200,7 @@ def test_the_chunked_loss_and_its_gradient_match_torch(monkeypatch: pytest.Monke
 def test_the_chunk_size_does_not_change_the_bits_of_the_loss(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The sums over chunks and over the rows of a chunk are float64."""
+    """The losses are summed in float64, both within a chunk and over all chunks."""
     noise = torch.Generator().manual_seed(3)
     for _ in range(20):
         logits, target = torch.randn(999, 7, generator=noise), torch.randint(0, 7, (999,), generator=noise)
@@ -238,7 +238,7 @@ def with_threads(threads: int, work: Callable[[], Any]) -> Any:
 
 
 def close(found: Tensor, exact: Tensor) -> bool:
-    """Return whether a result is exact up to one rounding to bfloat16 and the error of float32."""
+    """Return whether a result is exact, up to one rounding to bfloat16 and the error of float32."""
     return torch.allclose(found.double(), exact, rtol=2**-8 * 1.01, atol=1e-6)
 
 
@@ -344,9 +344,8 @@ def test_the_library_is_built_once_and_rebuilt_if_damaged(
     (kept,) = (tmp_path / "cache" / "native").iterdir()
     size, when = kept.stat().st_size, kept.stat().st_mtime_ns
     assert make() is not None and kept.stat().st_mtime_ns == when
-    torn = (
-        tmp_path / "other" / "native" / kept.name
-    )  # another path, because a loaded library is not read again
+    # Use another path, because a library that is already loaded is not read again.
+    torn = tmp_path / "other" / "native" / kept.name
     torn.parent.mkdir(parents=True)
     torn.write_bytes(b"torn")
     monkeypatch.setenv("MAINRUN_CACHE", str(tmp_path / "other"))
@@ -367,7 +366,7 @@ SHAPES = [(5, 8), (3, 5, 8), (2, 1, 3, 7), (1, 1), (4, 130)]
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-6, 0.0])
 def test_rms_norm_at_odd_shapes_and_scales(shape: tuple[int, ...], scale: float) -> None:
-    """Small inputs show the 1e-6 below the root."""
+    """Small inputs reveal whether 1e-6 is added inside the square root."""
     x, gain = random_tensor(*shape) * scale, random_tensor(shape[-1], seed=1)
     plain = lambda x, gain: x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * gain  # noqa: E731
     for ours, theirs in both(rms_norm, plain, x, gain):
@@ -453,7 +452,7 @@ def test_the_longer_side_of_the_weight_decides_about_amx(
 
 
 def test_measured_sizes_are_pinned() -> None:
-    """These sizes decide the order of sums and the speed. A change needs a new measurement."""
+    """These sizes determine the order of sums and the speed. Measure again before you change them."""
     assert (kernels.AMX_MIN_WIDTH, kernels.TRITON_MAX_VOCAB) == (2048, 65_536)
     assert kernels.CHUNK == {"cpu": 1_000_000, "cuda": 50_000_000}
     assert ("AMX bf16" in cpu_flags()) == kernels.HAS_AMX
@@ -483,7 +482,7 @@ class OnGpu(float):
 
 
 def test_an_opaque_op_is_one_operator_when_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second function is only for compiling on a CPU. Its name is the first one's without underscores."""
+    """The second function is for compiling on a CPU. The operator takes its name from the first function."""
 
     def _thrice(x: Tensor) -> Tensor:
         return 3 * x
@@ -686,7 +685,7 @@ def test_the_native_loss_is_the_mean_of_the_rows(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_gpu_loss_is_the_mean_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels are replaced by fakes. The test checks how their results are combined."""
+    """Fake kernels replace the real ones. The test checks how their results are combined."""
     seen: list[Any] = []
 
     class Kernels:
@@ -736,7 +735,7 @@ def test_dropout_scales_after_masking() -> None:
 
 
 def newton_schulz(matrix: Tensor) -> Tensor:
-    """The five steps written out in float64."""
+    """Return the result of five Newton-Schulz steps in float64."""
     x = matrix.double()
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(5):
@@ -759,7 +758,7 @@ def test_orthogonal_is_five_newton_schulz_steps(shape: tuple[int, int], size: fl
 
 
 def test_the_bits_of_a_square_update() -> None:
-    """A square matrix is not transposed."""
+    """The update of a square matrix is computed without transposing the matrix."""
     x = random_tensor(1, 6, 6, dtype=torch.bfloat16)
     result = orthogonal(x)
     x = x / x.norm(dim=(1, 2), keepdim=True)
@@ -839,7 +838,7 @@ def test_each_group_of_muon_has_its_own_rates() -> None:
 
 
 def test_a_muon_update_has_the_size_of_an_adamw_update() -> None:
-    """The root mean square of an update is about 0.2 times the rate for every shape."""
+    """The root mean square of an update is about 0.2 times the learning rate for every shape."""
     for shape in ((8, 32), (32, 8), (24, 24)):
         param = torch.nn.Parameter(torch.zeros(shape))
         param.grad = random_tensor(*shape, dtype=torch.float32) * 1e-4

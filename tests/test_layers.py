@@ -1,4 +1,4 @@
-"""Experts, low-rank layers, frozen layers and unused ids, each compared with a plain reference."""
+"""Experts, low-rank layers, frozen layers and unused ids, each compared with a simple reference."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_with_equal_scores_the_first_experts_are_chosen() -> None:
 
 
 def test_router_scores_keep_the_dtype_of_the_weights_under_autocast() -> None:
-    """With scores rounded to bfloat16, some tokens would go to other experts."""
+    """If the scores were rounded to bfloat16, some tokens would go to other experts."""
     model = shaken(config(experts=4, dtype="bfloat16"), dtype=torch.float32)
     moe: Any = model.blocks[0].mlp
     x = torch.randn(4000, 8, generator=torch.Generator().manual_seed(1))
@@ -105,7 +105,7 @@ def test_experts_are_deterministic() -> None:
 
 
 def test_an_expert_without_tokens_has_a_gradient_of_zeros() -> None:
-    """Muon and DDP need a gradient of every parameter."""
+    """Muon and DDP need a gradient for every parameter, even if an expert gets no tokens."""
     model = shaken(config(experts=4, top_k=1, optimizer="muon", momentum=0.9), dtype=torch.float32)
     with torch.no_grad():
         for block in model.blocks:

@@ -1,4 +1,4 @@
-"""Averages, low-rank layers and experts with numbers that are computed by hand."""
+"""Averages, low-rank layers and experts, compared with numbers that are computed by hand."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_swa_step_by_step() -> None:
     model = Numbers()
     average = Average(config(swa=0.5), model)
     model.set_values(4.0, [2.0, 2.0])
-    average.update(share(1.0))  # until averaging begins, the shadow equals the weights
+    average.update(share(1.0))  # until averaging begins, the average equals the weights
     assert not average.differs and average.shadow["a"].tolist() == [4.0]
     for i, a in enumerate((6.0, 8.0), start=2):
         model.set_values(a, [2.0, 2.0])
@@ -157,7 +157,7 @@ class Times(nn.Module):
 
 
 def experts(k: int, router_weights: str = "renormalised") -> MoE:
-    """Return three experts for tokens (a, b). The scores of a token are (a, b, a + b)."""
+    """Return three experts for tokens (a, b). The router scores of a token are (a, b, a + b)."""
     factors = iter((1.0, 10.0, 100.0))
     cfg = config(d_model=2, n_head=1, experts=3, top_k=k, router_weights=router_weights)
     moe = MoE(cfg, lambda: Times(next(factors)))
@@ -231,7 +231,7 @@ def test_router_scores_have_the_dtype_of_the_router() -> None:
 
 
 def test_experts_are_not_compiled() -> None:
-    """Their shares differ from step to step, so each step would be compiled."""
+    """Each expert gets a different number of rows at each step, so every step would be compiled again."""
     experts(1)
     assert getattr(MoE.forward, "_torchdynamo_disable", False)
 

@@ -1,4 +1,4 @@
-"""A submission contains no secrets: 100 trees with one hazard each, and this repository, which has none."""
+"""Submissions contain no secrets. The tests use 100 trees with one hazard each, and this repository."""
 
 from __future__ import annotations
 
@@ -26,13 +26,16 @@ LETTERS = string.ascii_letters + string.digits
 
 @dataclass
 class Hazard:
-    """Files that must not be submitted. They are refused with `error`, or left out if that is empty."""
+    """Files that must not be submitted.
 
-    files: dict[str, bytes]  # "-> target" makes a link
+    They are refused with the message `error`, or left out if `error` is empty.
+    """
+
+    files: dict[str, bytes]  # the content "-> target" makes a symbolic link
     secret: bytes = b""  # must not appear in a bundle or a message
     name: str = ""  # the message contains this name
     error: str = ""  # the message matches this pattern
-    plant: Callable[[Path], None] | None = None  # adds what a file system can't store
+    plant: Callable[[Path], None] | None = None  # adds git objects that a file system cannot store
 
 
 def word(rng: random.Random, n: int, letters: str = LETTERS) -> str:
@@ -43,7 +46,7 @@ def password(rng: random.Random) -> str:
     return word(rng, 14)
 
 
-# Each token is written in two parts, so that this file contains no token
+# Each token is composed of two parts, so that this file itself contains no token.
 TOKENS: dict[str, Callable[[random.Random], str]] = {
     "a GitHub token": lambda rng: "gh" + "p_" + word(rng, 36),
     "a GitHub token ": lambda rng: "github" + "_pat_" + word(rng, 40),
@@ -147,7 +150,7 @@ def gitlink(rng: random.Random) -> Hazard:
 
 
 def parent_folder(rng: random.Random) -> Hazard:
-    """A tree with a folder `..`, which git itself would not make."""
+    """Return a tree that contains a folder `..`, which git itself would not create."""
 
     def plant(root: Path) -> None:
         blob = git(root, "hash-object", "-w", "--stdin", stdin=b"x")
@@ -188,7 +191,7 @@ HAZARDS: list[Callable[[random.Random], Hazard]] = [
 
 
 def make_tree(root: Path, hazard: Hazard) -> None:
-    """Commit two harmless files and the hazard."""
+    """Commit two harmless files and the files of the hazard."""
     for name, data in {"good.py": b"print(1)\n", "README.md": b"# a\n", **hazard.files}.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -246,7 +249,7 @@ def test_a_harmless_tree_is_read_in_full(tmp_path: Path) -> None:
 
 
 def test_the_code_comes_from_the_commit_not_the_folder(tmp_path: Path) -> None:
-    """git can be told to ignore changes of a file. The commit then differs from the folder."""
+    """If git is told to ignore changes of a file, the commit may differ from the folder."""
     (tmp_path / "a.py").write_bytes(b"committed")
     commit(tmp_path)
     git(tmp_path, "update-index", "--assume-unchanged", "a.py")
@@ -276,7 +279,7 @@ def test_no_commit_and_no_repository(tmp_path: Path) -> None:
 
 
 def test_this_repository_contains_no_secret() -> None:
-    """A pattern that matches this code would stop every submission."""
+    """If a pattern matched this code, it would stop every submission."""
     names: list[str] = []
     if (ROOT / ".git").exists():
         names = git(ROOT, "ls-files", "-co", "--exclude-standard", "-z").split("\0")

@@ -1,4 +1,4 @@
-"""Leases: one holder at a time, takeover from dead and silent holders, and fencing of replaced ones."""
+"""Leases: a single holder at a time, takeover from dead or silent holders, and fencing of old holders."""
 
 from __future__ import annotations
 
@@ -84,21 +84,21 @@ def acquired(leases: Leases, key: str = KEY, **about: object) -> Lease:
 
 
 def stop_heartbeats(lease: Lease) -> None:
-    """Stop the heartbeats of a lease, and pretend that its process is on another machine."""
+    """Stop the heartbeats of a lease and wait until its thread has ended."""
     lease._stop.set()
     assert lease._thread
     lease._thread.join()
 
 
 def foreign_lease(files: Folder, key: str = KEY, token: int = 1, **about: object) -> str:
-    """Write a lease as a process on another machine does."""
+    """Write a lease that belongs to a process on another machine."""
     name = f"leases/{key}.{token:06d}"
     files.write(name, json.dumps({"boot": "another machine", "pid": 1, "started": "1"} | about).encode())
     return name
 
 
 def acquire_when_free(leases: Leases, key: str = KEY) -> None:
-    """Try to acquire the lease until it is free, as a run does."""
+    """Try to acquire the lease until it is free, as a run does. Then stop its heartbeats."""
     until = time.monotonic() + 20
     while (lease := leases.acquire(key)) is None:
         assert time.monotonic() < until, "never got it"
@@ -135,7 +135,7 @@ def test_a_held_lease_is_not_given_to_another(tmp_path: Path, url: str) -> None:
 
 
 def test_a_holder_with_heartbeats_keeps_its_lease_longer_than_ttl(files: Folder) -> None:
-    ttl = 1.5  # a heartbeat may be slow on a busy disk
+    ttl = 1.5  # long enough for a slow heartbeat on a busy disk
     lease, other = acquired(Leases(files, ttl)), Leases(files, ttl)
     seen, until = set(), time.monotonic() + 1.7 * ttl
     while time.monotonic() < until:
@@ -162,7 +162,7 @@ for line in sys.stdin:
 
 
 def test_of_two_processes_that_race_for_a_key_one_wins(files: Folder) -> None:
-    """Some keys are new; others were leased by a dead process, so that both processes take over at once."""
+    """Half of the keys are new. The others belong to a dead process, so both processes try to take over."""
     command = [sys.executable, "-c", RACE, str(files)]
     racers = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)
@@ -191,7 +191,7 @@ def test_of_two_processes_that_race_for_a_key_one_wins(files: Folder) -> None:
 
 
 def test_of_many_threads_that_race_one_holds_the_lease_at_a_time(files: Folder) -> None:
-    """Leases change hands quickly. No thread must get a token that is already outdated."""
+    """The threads acquire and release the lease quickly. No thread may get an outdated token."""
     holding_now, most, lock = 0, 0, threading.Lock()
     tokens: list[int] = []
 
@@ -225,7 +225,7 @@ def test_the_lease_of_a_killed_process_is_free_at_once(files: Folder) -> None:
         leases = Leases(files, 1000.0)
         assert leases.acquire(KEY) is None and (leases.active().get(KEY) or {})["pid"] == holder.process.pid
         holder.signal(signal.SIGKILL)
-        os.waitid(os.P_PID, holder.process.pid, os.WEXITED | os.WNOWAIT)  # dead, but not waited for
+        os.waitid(os.P_PID, holder.process.pid, os.WEXITED | os.WNOWAIT)  # the process is a zombie now
         assert leases.active().get(KEY) is None and leases.active() == {}
         holder.process.wait()
         assert leases.active().get(KEY) is None
@@ -256,7 +256,7 @@ def test_a_stopped_holder_is_replaced_after_ttl_and_is_fenced(files: Folder) -> 
         acquire_when_free(leases)
         assert time.monotonic() - before >= TTL
         holder.signal(signal.SIGCONT)
-        time.sleep(TTL)  # its heartbeats resume, in a file that no longer counts
+        time.sleep(TTL)  # the old holder's heartbeats resume, but in an outdated file
         said = holder.ask("check")
         assert said == "another process has taken over these steps (token 2, this process has 1)"
         assert holder.ask("finish") == "fine"
@@ -299,7 +299,7 @@ def test_any_heartbeat_extends_a_lease(files: Folder) -> None:
 
 
 def test_a_process_that_first_sees_a_lease_waits_for_all_of_ttl(files: Folder) -> None:
-    """The age of the file does not count: it depends on another machine's clock."""
+    """The age of a lease file is ignored, because it depends on the clock of another machine."""
     os.utime(Path(str(files)) / foreign_lease(files), (0, 0))
     before = time.monotonic()
     acquire_when_free(Leases(files, TTL))
@@ -337,7 +337,7 @@ def test_an_unfinished_lease_is_free_at_once(files: Folder) -> None:
 
 
 def test_an_outdated_listing_gives_no_old_token(files: Folder) -> None:
-    """Others may acquire and release the lease between the listing and the creation of the file."""
+    """Other processes may acquire and release a lease between its listing and the creation of its file."""
 
     class Slow(Leases):
         between: Callable[[], None] | None = None
@@ -353,7 +353,7 @@ def test_an_outdated_listing_gives_no_old_token(files: Folder) -> None:
     acquired(others).release(unfinished=True)  # leaves token 1
 
     def come_and_go() -> None:
-        acquired(others).release(unfinished=True)  # 2
+        acquired(others).release(unfinished=True)  # leaves token 2
         assert acquired(others).token == 3
 
     slow.between = come_and_go
@@ -403,7 +403,7 @@ def test_the_system_clock_does_not_matter(
     stamp = started if clock == "frozen" else started + float(clock)
     os.utime(Path(str(files)) / name, (stamp, stamp))
     assert leases.acquire(KEY) is None, "a jump of the clock does not end a lease"
-    acquire_when_free(leases)  # expiry does not depend on that clock either
+    acquire_when_free(leases)  # expiry does not depend on the system clock either
     assert time.monotonic() - before >= 0.3
     assert leases.acquire(OTHER) is None
     lease.check()
@@ -411,7 +411,7 @@ def test_the_system_clock_does_not_matter(
 
 
 def test_a_store_that_fails_for_a_while_costs_only_heartbeats(tmp_path: Path) -> None:
-    """A lease that cannot be written or read for a while still has one holder."""
+    """A lease that cannot be written or read for a while still has exactly one holder."""
     files = Folder(tmp_path)
     leases, other = Leases(files, TTL), Leases(files, TTL)
     lease = acquired(leases)
@@ -419,7 +419,7 @@ def test_a_store_that_fails_for_a_while_costs_only_heartbeats(tmp_path: Path) ->
     path = tmp_path / lease.name
     kept = path.read_bytes()
     path.unlink()
-    path.mkdir()  # can neither be read nor replaced
+    path.mkdir()  # a folder can neither be read nor replaced as a lease
     time.sleep(TTL / 3)
     assert other.acquire(KEY) is None and other.active().keys() == {KEY}
     path.rmdir()
@@ -433,7 +433,7 @@ def test_a_store_that_fails_for_a_while_costs_only_heartbeats(tmp_path: Path) ->
 
 
 def test_process_numbers_of_two_containers_are_told_apart() -> None:
-    """They run on one machine and may have one name; a process number is valid in its own container only."""
+    """Two containers on one machine may use equal process numbers, so a lease stores the pid namespace."""
     assert os.readlink("/proc/self/ns/pid") in module._boot()
 
 

@@ -1,8 +1,8 @@
-"""The key chain against the bits: each field is changed once, and both runs are trained.
+"""Keys of the lineage chain match the bits of a run: each field is changed once, and both runs are trained.
 
-The runs must share exactly the steps for which their keys are equal. They are compared by a hash of the
-weights after every step, by their rows and by their scores. The base config uses every feature, so that
-nearly every field matters; CASES holds what else a field needs, and the step from which it counts.
+Two runs must share exactly the steps for which their keys are equal. The tests compare a hash of the weights
+after every step, the rows and the scores. The base config uses every feature, so that nearly every field has
+an effect. CASES lists the other fields that a field needs, and the first step that depends on the field.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from mainrun.store import lineage
 from mainrun.store.nodes import Store
 from mainrun.store.rundir import RunDir
 
-# Of the base: warm-up at 0 and 1, an op before 4, decay from 6 (7 is the first lower rate), average from 7.
+# The base config warms up in steps 0 and 1 and grows before step 4. Its decay starts at step 6, so step 7 has
+# the first lower rate. Its average starts at step 7.
 STEPS = 10
 FALLS, AVERAGES, GROWS = 7, 8, 4
 
@@ -45,7 +46,7 @@ def set_lr(value: float, step: int) -> dict[str, Any]:
     return {"ops": [{"name": "set_lr", "value": value, "trigger": {"step": step}}]}
 
 
-# Every feature is on, and every field differs from its default where it can.
+# Every feature is on, and every field differs from its default if possible.
 BASE: dict[str, Any] = {
     "seed": 3,
     "device": "cpu",
@@ -103,10 +104,10 @@ BASE: dict[str, Any] = {
 
 
 class Case(NamedTuple):
-    """Another value of a field, and other fields that both runs need."""
+    """A changed value of a field, and other fields that both runs need."""
 
     value: Any
-    first: int | None = 0  # the first step that depends on it, counted from 0; None if none does
+    first: int | None = 0  # first step that depends on the field, counted from 0; None if no step does
     needs: dict[str, Any] = {}  # noqa: RUF012 (the default of a NamedTuple, never changed)
 
 
@@ -169,7 +170,7 @@ CASES: dict[str, Case] = {
     "beta2": Case(0.9),
     "eps": Case(1e-3),
     "weight_decay": Case(1.0),
-    "wd_schedule": Case("cosine", 1),  # it starts to fall after step 0
+    "wd_schedule": Case("cosine", 1),  # the decay starts after step 0
     "clip": Case(0.05),
     "schedule": Case("constant", FALLS),
     "warmup_frac": Case(0.0),
@@ -182,9 +183,8 @@ CASES: dict[str, Case] = {
     "resid_dropout": Case(None),
     "rdrop": Case(1.0),
     "label_smoothing": Case(0.0),
-    "ema": Case(
-        0.9, 3, {"swa": 0.0, "ema": 0.3}
-    ),  # a young average moves by (1 + step) / (10 + step): 4/13 at step 3
+    # The decay of an EMA is at most (1 + step) / (10 + step), which exceeds 0.3 from step 3 on (4/13).
+    "ema": Case(0.9, 3, {"swa": 0.0, "ema": 0.3}),
     "swa": Case(0.6, 5),
     "growth": Case(set_lr(0.03, 6), GROWS),
     "eval_per_epoch": Case(5, None),
@@ -193,16 +193,14 @@ CASES: dict[str, Case] = {
     "log_every": Case(3, None),
     "checkpoint_every": Case(2, None),
 }
-# Their class is static, but the bits can be equal: such small tensors are not split over threads.
+# The class of these fields is static, but the bits can be equal, because small tensors use a single thread.
 SAME_BITS = {"threads"}
-# Fields that cannot be tested in seconds, and the machine class that they would give.
+# Fields that this machine cannot test in seconds, and the machine class that they would give.
 NOT_HERE: dict[str, dict[str, Any]] = {}
 if not torch.cuda.is_available():
     NOT_HERE["device"] = {"device": "NVIDIA H200"}
-NOT_HERE["compile"] = {
-    "compile": True,
-    "compiler": "g++ 14",
-}  # compiling takes half a minute: see the slow test below
+# Compiling takes half a minute, so only a slow test does it.
+NOT_HERE["compile"] = {"compile": True, "compiler": "g++ 14"}
 
 
 def titles(changed: int | None = None, more: int = 0) -> str:
@@ -216,17 +214,17 @@ def titles(changed: int | None = None, more: int = 0) -> str:
 
 @dataclass
 class Trained:
-    """A finished run, and what identifies its bits."""
+    """A finished run and the data that identifies its bits."""
 
     plan: Plan
     keys: list[str]
-    states: list[tuple[str, str]]  # after each step: hashes of the trained and of the scored weights
-    rows: dict[tuple[str, int], Any]  # of each step and each score
+    states: list[tuple[str, str]]  # hashes of the trained and of the scored weights after each step
+    rows: dict[tuple[str, int], Any]  # figures of each step and of each score
     weights: str
 
 
 class Lab:
-    """Trains each config once."""
+    """Trains each config only once and keeps the result."""
 
     def __init__(self, out: Path) -> None:
         self.out, self.found = out, dict[str, Trained]()
@@ -289,7 +287,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 
 def first_difference(a: list[Any], b: list[Any]) -> int | None:
-    """Return the first index at which two lists differ, or None if one begins with the other."""
+    """Return the first index at which two lists differ, or None if one is a prefix of the other."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
 
 
@@ -299,13 +297,16 @@ def pair(lab: Lab, field: str) -> tuple[TrainConfig, TrainConfig]:
 
 
 def last_common_step(a: list[str], b: list[str]) -> int | None:
-    """Return the last step at which two runs have the same state by their keys; -1 if there is none."""
+    """Return the last step that two runs share according to their keys.
+
+    The result is -1 if they share no state, and None if their keys do not differ.
+    """
     at = first_difference(a, b)
     return None if at is None else at - 1
 
 
 def check_same_bits(a: Trained, b: Trained, steps: int) -> None:
-    """Check that two runs have the same weights, rows and scores for a number of steps."""
+    """Check that two runs have the same weights, rows and scores in the first `steps` steps."""
     assert a.states[:steps] == b.states[:steps]
     both = [key for key in a.rows if key in b.rows and key[1] <= steps]
     assert {key: a.rows[key] for key in both} == {key: b.rows[key] for key in both}
@@ -465,9 +466,8 @@ def test_each_value_of_an_origin_changes_the_root_and_is_named(lab: Lab) -> None
             assert lineage.differences(begun, other) == [
                 f"{part} {name}: another there, {lineage._short(table[name])} here"
             ]
-        roots.add(
-            lineage.root({**begun, part: {**table, "more": 1}})
-        )  # such as a limit of the processor's instructions
+        # An additional entry, such as a limit of the processor's instructions, also changes the root.
+        roots.add(lineage.root({**begun, part: {**table, "more": 1}}))
     assert len(roots) == 1 + sum(len(table) + 1 for table in begun.values())
     assert lineage.differences(begun, begun) == []
 
@@ -487,7 +487,7 @@ IN_MACHINE = ("attention", "compile", "device", "dtype", "threads")
 
 @pytest.mark.parametrize("field", [*IN_TOKENS, *IN_MACHINE])
 def test_some_fields_count_by_their_effect_only(field: str) -> None:
-    """Two configs with the same tokens, or the same machine class, have the same keys."""
+    """Configs that give the same tokens, or the same machine class, have the same keys."""
     cfg = from_dict({})
     origin = lineage.origin(cfg, {}, "tokens", {}, {})
     assert field not in origin["fields"] and "n_layer" in origin["fields"]
@@ -536,7 +536,10 @@ def test_a_store_keeps_a_run_under_these_keys(lab: Lab, tmp_path: Path) -> None:
 
 
 def test_a_chain_of_a_hundred_thousand_steps_takes_half_a_second() -> None:
-    """It takes 0.25 s of processor time on an idle machine, 0.4 s on a busy one; 50% more is allowed."""
+    """The chain takes 0.25 s of processor time on an idle machine and 0.4 s on a busy one.
+
+    The test allows 50% more than half a second.
+    """
     plan = Plan(
         from_dict(
             {
@@ -577,7 +580,10 @@ def test_a_chain_is_the_hash_of_the_key_before_and_the_inputs() -> None:
 
 @st.composite
 def equivalent_plans(draw: st.DrawFn) -> tuple[Plan, Plan]:
-    """Draw two equivalent plans. In the second, some ops set the current value or are replaced at once."""
+    """Draw two equivalent plans.
+
+    In the second plan, some ops set a value that is already set, or are replaced at once.
+    """
     order, train_tokens = draw(st.sampled_from(["sequential", "shuffle_titles"])), draw(st.integers(26, 90))
     plain: list[dict[str, Any]] = []
     wordy: list[dict[str, Any]] = []
@@ -596,7 +602,7 @@ def equivalent_plans(draw: st.DrawFn) -> tuple[Plan, Plan]:
         one, other = (
             Plan(from_dict(fields | {"growth": {"ops": ops}}), train_tokens) for ops in (plain, wordy)
         )
-    except ConfigError:  # there are not enough steps
+    except ConfigError:  # the run is too short for these ops
         assume(False)
     return one, other
 
@@ -604,7 +610,7 @@ def equivalent_plans(draw: st.DrawFn) -> tuple[Plan, Plan]:
 @settings(max_examples=150)
 @given(equivalent_plans())
 def test_runs_with_the_same_keys_read_the_same_tokens(plans: tuple[Plan, Plan]) -> None:
-    """Keys do not hold where a step reads; it must follow from the sizes of the steps before."""
+    """Keys do not contain the position of the tokens, so it must follow from the sizes of earlier steps."""
     a, b = plans
     assert lineage.chain("ab" * 32, a) == lineage.chain("ab" * 32, b)
     for step in range(a.steps):

@@ -1,6 +1,4 @@
-"""The model, the loss and the optimisers, each against a plain reference that is written here a second
-time.
-"""
+"""The model, the loss and the optimisers, each compared with a simple second implementation."""
 
 from __future__ import annotations
 
@@ -33,7 +31,7 @@ from mainrun.store.rundir import RunDir
 from mainrun.train import GPT, build, compute_loss
 
 V = 53  # vocabulary
-T = 12  # tokens of context
+T = 12  # context length in tokens
 MODERN: dict[str, Any] = {
     "norm": "rmsnorm",
     "position": "rope",
@@ -69,7 +67,7 @@ def inputs(cfg: TrainConfig, **changes: Any) -> StepInputs:
 
 
 def shaken(cfg: TrainConfig, seed: int = 0) -> GPT:
-    """A model whose every weight counts: no bias, gate or position is zero, no gain is one."""
+    """Return a model with noisy weights: no bias, gate or position is zero, and no gain is one."""
     model = build(cfg, V)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -79,7 +77,7 @@ def shaken(cfg: TrainConfig, seed: int = 0) -> GPT:
 
 
 def some_titles(rows: int = 3, seed: int = 0) -> Tensor:
-    """(rows, T) ids, with an <eos> here and there and one at the same place in all rows."""
+    """Return (rows, T) ids with random <eos> tokens, and with one <eos> at the same place in all rows."""
     generator = torch.Generator().manual_seed(seed)
     idx = torch.randint(3, V, (rows, T), generator=generator)
     idx[torch.rand(rows, T, generator=generator) < 0.15] = EOS
@@ -87,7 +85,7 @@ def some_titles(rows: int = 3, seed: int = 0) -> Tensor:
     return idx
 
 
-# -- references: the same function, written for the eye and not for the clock
+# -- reference implementations, which are simple and slow
 
 TORCH_NAMES = {
     "self_attn.out_proj": "attn.o",
@@ -99,9 +97,7 @@ TORCH_NAMES = {
 
 
 def torch_logits(model: GPT, idx: Tensor) -> Tensor:
-    """The baseline out of torch's own transformer layers (nn.MultiheadAttention inside), the weights
-    copied.
-    """
+    """Compute the logits of the baseline with torch's own transformer layers and copied weights."""
     cfg, length = model.cfg, idx.size(1)
     weights = model.state_dict()
     x = weights["embed.weight"][idx] + weights["positions.weight"][:length]
@@ -131,8 +127,10 @@ def torch_logits(model: GPT, idx: Tensor) -> Tensor:
 
 
 def slow_logits(cfg: TrainConfig, w: dict[str, Tensor], idx: Tensor) -> Tensor:
-    """Every dense option by hand: a dict of weights, one title token and one head at a time, rotary as
-    complex numbers.
+    """Compute the logits of every dense option by hand.
+
+    The weights are a dict. The tokens and heads are computed one at a time, and rotary embeddings as complex
+    numbers.
     """
 
     def linear(x: Tensor, name: str) -> Tensor:
@@ -248,7 +246,7 @@ def test_every_dense_option_is_what_it_says(changes: dict[str, Any]) -> None:
     cfg = config(**changes)
     model, idx = shaken(cfg).double(), some_titles(rows=2)
     with torch.no_grad():
-        # the rotary table is kept in float32, hence not 1e-10
+        # The tolerance is not 1e-10, because the rotary table is in float32.
         assert (model(idx) - slow_logits(cfg, weights_of(model), idx)).abs().max() < 1e-5
 
 
@@ -279,9 +277,7 @@ def test_every_dense_option_is_what_it_says(changes: dict[str, Any]) -> None:
     ids=lambda d: "+".join(f"{k}={v}" for k, v in d.items()) or "baseline",
 )
 def test_every_model_field_matters(before: dict[str, Any], change: dict[str, Any]) -> None:
-    """With all weights that both have in common, the field alone changes the function; and all its weights
-    are trained.
-    """
+    """Each field changes the function even if the common weights are equal. All weights get gradients."""
     old, new = shaken(config(**before)), shaken(config(**before | change), seed=1)
     own = new.state_dict()
     new.load_state_dict(
@@ -295,7 +291,7 @@ def test_every_model_field_matters(before: dict[str, Any], change: dict[str, Any
     loss.backward()
     for name, p in new.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all(), name
-        # softmax does not see what all keys share
+        # Softmax ignores a bias that all keys share.
         assert p.grad.abs().max() > 1e-8 or name.endswith("attn.k.bias"), name
 
 
@@ -336,7 +332,7 @@ def test_gates_and_gains_start_neutral(change: dict[str, Any]) -> None:
 
 def test_the_seed_decides_every_weight() -> None:
     a, b, other = (weights_of(build(config(seed=seed), V)) for seed in (1, 1, 2))
-    torch.manual_seed(99)  # what was drawn before does not matter
+    torch.manual_seed(99)  # earlier random draws do not matter
     again = weights_of(build(config(seed=1), V))
     assert all(torch.equal(a[n], b[n]) and torch.equal(a[n], again[n]) for n in a)
     assert not torch.equal(a["embed.weight"], other["embed.weight"])
@@ -395,9 +391,8 @@ architectures = st.fixed_dictionaries(
 def test_no_logit_sees_a_later_token(fields: dict[str, Any], title_mask: bool, at: int, seed: int) -> None:
     model, idx = shaken(config(**fields, title_mask=title_mask), seed), some_titles(seed=seed)
     changed = idx.clone()
-    changed[:, at] = 3 + (idx[:, at] - 3 + 1) % (
-        V - 3
-    )  # another word; where there was an <eos>, two titles become one
+    # Replace the token with another word. If it was an <eos>, two titles become one.
+    changed[:, at] = 3 + (idx[:, at] - 3 + 1) % (V - 3)
     with torch.no_grad():
         before, after = model(idx), model(changed)
     assert torch.allclose(before[:, :at], after[:, :at], atol=1e-6)
@@ -407,12 +402,10 @@ def test_no_logit_sees_a_later_token(fields: dict[str, Any], title_mask: bool, a
 @given(architectures, st.integers(1, T - 1), st.integers(0, 1000))
 @settings(max_examples=25)
 def test_title_mask_hides_earlier_titles(fields: dict[str, Any], start: int, seed: int) -> None:
-    """A title is told from its <eos> on; the words before that cannot be seen with the mask, and can
-    without.
-    """
+    """With the mask, a title cannot see the words before its <eos>. Without the mask, it can."""
     idx = some_titles(seed=seed)
     idx[:, start] = EOS
-    idx[:, start + 1 :][idx[:, start + 1 :] == EOS] = 5  # the title that starts here is the last
+    idx[:, start + 1 :][idx[:, start + 1 :] == EOS] = 5  # the last title starts at `start`
     changed = idx.clone()
     words = idx[:, :start] != EOS
     words[:, 0] = True
@@ -461,9 +454,7 @@ def masks(cfg: TrainConfig, at: StepInputs, idx: Tensor, seed: int) -> Tensor | 
 
 
 def test_every_mask_is_used_once_and_drops_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each place has bytes of its own, dropout_sites what its rate says, and scales up what stays, so that
-    the mean stays.
-    """
+    """Each dropout site has its own mask, drops its share, and scales up the rest to keep the mean."""
     cfg = config(n_layer=3)
     model, idx = shaken(cfg), some_titles()
     at = inputs(cfg, dropout=64 / 256, attn_dropout=32 / 256, resid_dropout=16 / 256)
@@ -528,7 +519,7 @@ def test_label_smoothing_is_torchs() -> None:
     x, y = idx[:, :-1], idx[:, 1:]
     expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), label_smoothing=0.2)
     plain = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
-    for rdrop in (0.0, 3.0):  # without dropout the two passes agree
+    for rdrop in (0.0, 3.0):  # without dropout, the two passes are equal
         loss, logged = compute_loss(model, x, y, inputs(cfg, label_smoothing=0.2, rdrop=rdrop), None)
         assert torch.allclose(loss, expected, atol=1e-6) and torch.allclose(logged, plain, atol=1e-6)
         assert not logged.requires_grad
@@ -601,8 +592,9 @@ def test_decay_shrinks_matrices_and_tables_at_their_own_rates_and_leaves_vectors
 def hand_written_steps(
     cfg: TrainConfig, w: dict[str, Tensor], batches: list[Tensor], at: StepInputs
 ) -> dict[str, Tensor]:
-    """SGD with Nesterov momentum, or AdamW, on a dict of weights: gradients of the slow reference, clipped,
-    and the update written out.
+    """Compute steps of SGD with Nesterov momentum, or of AdamW, by hand.
+
+    The gradients come from the slow reference and are clipped before each update.
     """
     w = {n: p.clone() for n, p in w.items()}
     first, second = ({n: torch.zeros_like(p) for n, p in w.items()} for _ in range(2))
@@ -675,7 +667,7 @@ def test_muon_moves_matrices_by_the_nearest_orthogonal_one_at_adamws_size() -> N
             nearest = u @ vt
             assert F.cosine_similarity(update.flatten(), nearest.flatten(), dim=0) > 0.9, name
             assert 0.1 * 0.2 * 0.6 < update.square().mean().sqrt() < 0.1 * 0.2 * 1.3, name
-        else:  # AdamW's first step: the rate, in each direction
+        else:  # the first step of AdamW changes every weight by the learning rate
             assert torch.allclose(update.abs(), torch.full_like(update, 0.01), rtol=1e-3), name
 
 
@@ -694,7 +686,7 @@ def test_muon_in_batches_is_torchs_muon_one_by_one() -> None:
         mine.step()
         torchs.step()
     for a, b in zip(ours, theirs, strict=True):
-        assert torch.allclose(a, b, atol=2e-3), a.shape  # a batched product may round otherwise, in bfloat16
+        assert torch.allclose(a, b, atol=2e-3), a.shape  # batched bfloat16 products round differently
         assert not torch.allclose(
             a, torch.randn(a.shape, generator=torch.Generator().manual_seed(1)), atol=0.1
         )
@@ -704,9 +696,7 @@ SHAPES = [(8, 8), (8, 32), (32, 8), (8, 8), (8, 32)]
 
 
 def test_muon_remembers_earlier_gradients() -> None:
-    """Nesterov momentum of 0.9: at the second step the first gradient still weighs, as the written-out
-    average says.
-    """
+    """With a Nesterov momentum of 0.9, the first gradient still affects the second step."""
     cfg = config(optimizer="muon", momentum=0.9)
     model = shaken(cfg)
     optimizers = Optimizers(cfg, model)
@@ -802,7 +792,7 @@ def test_the_average_is_its_formula(changes: dict[str, Any]) -> None:
             for step, new in enumerate(history[1:]):
                 keep = min(0.9, (1 + step) / (10 + step))
                 expected = keep * expected + (1 - keep) * new[name]
-        else:  # the last half of the steps, evenly
+        else:  # the mean over the last half of the steps
             expected = torch.stack([w[name] for w in history[-10:]]).mean(0)
         assert torch.allclose(average.shadow[name], expected, atol=1e-5), name
     live = weights_of(model)

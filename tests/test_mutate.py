@@ -20,7 +20,7 @@ SCRIPT = Path(mutate.__file__)
 
 
 def planted(source: str) -> set[str]:
-    """Return every mutant of a line of code, without spaces."""
+    """Return the code of every mutant of a line, without spaces."""
     drawn = mutants.draw("x.py", f"{source}\n", 0, random.Random(0))
     return {mutate.without_spaces(mutant.after) for mutant in drawn}
 
@@ -153,9 +153,9 @@ class Outcome(NamedTuple):
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """Standard output, standard error and the rows for a small tree.
+    """Run the mutation tester on a small tree. Return stdout, stderr and the rows.
 
-    One function has tests, the other has none.
+    One function of the tree has tests, and another has none.
     """
     root = tmp_path_factory.mktemp("tree")
     (root / "mainrun").mkdir()
@@ -289,7 +289,7 @@ def test_waits_for_a_mutant():
 
 @pytest.fixture
 def waiting(tmp_path: Path) -> tuple[list[str], Path]:
-    """A command whose mutants never end, and the file to which a mutant writes the number of its process."""
+    """Return a command whose mutants never end, and the file for the process id of a mutant."""
     (tmp_path / "mainrun").mkdir()
     (tmp_path / "tests").mkdir()
     (tmp_path / "mainrun" / "__init__.py").touch()
@@ -316,9 +316,8 @@ def waiting(tmp_path: Path) -> tuple[list[str], Path]:
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
 def test_no_process_outlives_the_command(name: str, waiting: tuple[list[str], Path]) -> None:
     command, pid_file = waiting
-    allow_interrupts = partial(
-        signal.signal, signal.SIGINT, signal.SIG_DFL
-    )  # background jobs inherit an ignored SIGINT
+    # A background job inherits an ignored SIGINT.
+    allow_interrupts = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=allow_interrupts
     )
@@ -347,14 +346,14 @@ def is_alive(pid: int) -> bool:
 
 
 def wait_until(happened: Callable[[], bool]) -> None:
-    end = time.monotonic() + 15  # a mutant that waits is killed after 20 seconds anyway
+    end = time.monotonic() + 15  # a waiting mutant is killed after 20 seconds in any case
     while not happened():
         assert time.monotonic() < end
         time.sleep(0.05)
 
 
 def test_every_equivalent_mutant_has_a_reason_and_its_line_exists() -> None:
-    """A row for a line that no longer exists would be misleading."""
+    """An entry for a line that no longer exists would be misleading."""
     root = SCRIPT.parents[1]
     for file, line, _mutant in mutate.read_equivalents([mutate.EQUIVALENT]):
         assert line in mutate.without_spaces((root / file).read_text()), f"{file}: {line}"

@@ -1,4 +1,4 @@
-"""The loss in Triton compared with the formula, on a GPU or in Triton's interpreter on a CPU."""
+"""Compares the loss kernel in Triton with the formula, on a GPU or in Triton's interpreter on a CPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NEEDS_TRITON = pytest.mark.skipif(
 
 def some(rows: int, vocab: int) -> tuple[Tensor, Tensor]:
     logits = 8 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    logits[:, -3:] = -torch.inf  # the logits of unused ids
+    logits[:, -3:] = -torch.inf  # unused ids have logits of -inf
     return logits.bfloat16().to(DEVICE), torch.arange(rows, device=DEVICE) * 37 % (vocab - 3)
 
 
@@ -46,7 +46,7 @@ def test_the_loss_matches_the_formula_and_is_deterministic(rows: int, vocab: int
     (loss, plain, grad), again = ours(), ours()
     assert exact.grad is not None
     assert torch.allclose(loss.double(), right, rtol=1e-5, atol=1e-5) and torch.equal(loss, plain)
-    unit = 2**-8 if GPU else 2**-7  # the interpreter truncates, a GPU rounds
+    unit = 2**-8 if GPU else 2**-7  # the interpreter truncates to bfloat16, and a GPU rounds
     assert torch.allclose(grad.double(), exact.grad, rtol=unit * 1.01, atol=1e-6)
     assert torch.equal(grad[:, -3:], torch.zeros_like(grad[:, -3:])), "impossible tokens have no gradient"
     assert torch.equal(loss, again[0]) and torch.equal(grad, again[2])
@@ -76,7 +76,7 @@ def test_without_a_gpu_the_reason_is_reported() -> None:
     not importlib.util.find_spec("triton"), reason="Triton is not installed; it comes with torch for a GPU"
 )
 def test_the_interpreter_runs_the_tests_above() -> None:
-    """Use another process, because TRITON_INTERPRET must be set before the first import of Triton."""
+    """The tests run in another process, because TRITON_INTERPRET must be set before Triton is imported."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0 and "10 passed" in done.stdout, done.stdout

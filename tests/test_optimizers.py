@@ -1,4 +1,4 @@
-"""Every row of OPTIMIZERS says the truth about its class."""
+"""Tests that every row of the OPTIMIZERS table describes its optimizer class correctly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def config(optimizer: str) -> TrainConfig:
 
 
 def stepped(cfg: TrainConfig) -> Optimizers:
-    """The optimizers of a model after one step."""
+    """Return the optimizers of a model after one step."""
     model = build(cfg, VOCABULARY)
     for p in model.parameters():
         p.grad = torch.full_like(p, 0.5)

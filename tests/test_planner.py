@@ -1,4 +1,8 @@
-"""The planner: every step is trained once, no run starts before its node exists, long runs start first."""
+"""Tests of the planner.
+
+The planner trains every step once, starts a run only when its starting node exists, and starts long runs
+first.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +18,13 @@ from mainrun.store.planner import Assignment, Assignments, assign, shared_steps
 
 
 def chain(inputs: Sequence[object]) -> list[str]:
-    """Return keys like those of lineage: two chains are equal as long as all their inputs are."""
+    """Return keys like those of lineage: two chains share their keys up to their first different input."""
     return ["root", *(repr(tuple(inputs[: i + 1])) for i in range(len(inputs)))]
 
 
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[dict[str, list[str]], set[str]]:
-    """Draw chains with two roots and few choices, so that runs share steps, and some stored keys."""
+    """Draw chains that often share steps, and the keys of some nodes that the store already has."""
     runs = draw(
         st.lists(st.tuples(st.sampled_from("XY"), st.lists(st.integers(0, 1), max_size=7)), max_size=9)
     )
@@ -57,9 +61,9 @@ def test_every_needed_step_is_trained_once_and_no_other(batch: tuple[dict[str, l
 def test_every_run_starts_from_a_node_that_exists_by_then(
     batch: tuple[dict[str, list[str]], set[str]],
 ) -> None:
-    """A run starts at a root, at a node of the store, or at a node that an earlier run left."""
+    """A run starts at a root, at a node of the store, or at a node that an earlier run has saved."""
     chains, stored = batch
-    left: dict[str, str] = {}  # key -> the run that left a node there
+    left: dict[str, str] = {}  # maps the key of a node to the run that saved it
     planned = assign(chains, stored)
     for assignment in planned.order:
         keys = chains[assignment.name]
@@ -146,9 +150,9 @@ def test_the_order_of_the_runs_does_not_matter(
 
 
 def finish(planned: Assignments, workers: int) -> int:
-    """Simulate workers and return when the last run ends.
+    """Simulate workers, and return the time at which the last run ends.
 
-    Each free worker takes the first run whose node exists. A step takes one unit of time.
+    Each free worker takes the first run whose starting node exists. A step takes one unit of time.
     """
     ends: dict[str, int] = {}
     begun: dict[str, int] = {}
@@ -181,7 +185,7 @@ def test_enough_workers_need_as_long_as_the_longest_run() -> None:
 
 
 def test_the_run_with_the_longest_followers_starts_first() -> None:
-    """A trunk of 5 steps that leads to a run of 100 starts before a lone run of 50."""
+    """A run of 100 steps starts before a separate run of 50 steps, and includes the steps of a third run."""
     chains = {"trunk": chain([0] * 5), "long": chain([0] * 5 + [1] * 95), "lone": chain([2] * 50)}
     planned = assign(chains)
     assert [assignment.name for assignment in planned.order] == ["long", "lone", "trunk"] and [
@@ -217,13 +221,13 @@ def test_steps_in_the_store_are_not_trained() -> None:
     assert assign({"a": keys}, set(keys)).steps == 0 and assign({"a": keys}, {"another"}).steps == 3
 
 
-# -- the first study of the guide: trials that differ late share the steps before
+# -- the first study of the guide: trials share all steps before they differ
 
 STEPS, DECAYS = 400, [0.75 + 0.03 * i for i in range(8)]
 
 
 def study(steps: int, decays: Sequence[float]) -> dict[str, list[str]]:
-    """Return chains of 2 learning rates x growth at 4 steps x decay from 8 steps x 3 shapes."""
+    """Return the chains for 2 learning rates x 4 growth steps x 8 decay starts x 3 decay shapes."""
     trials = itertools.product((1e-3, 3e-3), (0.10, 0.25, 0.40, 0.55), decays, ("linear", "cosine", "sqrt"))
     chains = {}
     for lr, growth, decay, shape in trials:
@@ -240,7 +244,7 @@ def study(steps: int, decays: Sequence[float]) -> dict[str, list[str]]:
 def test_the_first_study_trains_less_than_a_fifth_of_its_steps() -> None:
     planned = assign(study(STEPS, DECAYS))
     assert len(planned.order) == 192 and planned.requested == 192 * STEPS
-    # a rate's steps up to the last growth; each growth's up to the last decay
+    # each rate has one trunk up to its last growth step, and one from each growth step to the last decay
     trunks = 2 * (0.55 + 4 * 0.96 - sum((0.10, 0.25, 0.40, 0.55)))
     tails = 2 * 4 * 3 * sum(1 - decay for decay in DECAYS)
     assert planned.steps == pytest.approx((trunks + tails) * STEPS, abs=1)
@@ -248,7 +252,7 @@ def test_the_first_study_trains_less_than_a_fifth_of_its_steps() -> None:
 
 
 def test_a_second_study_trains_only_its_new_steps() -> None:
-    """Half of the decays are the same, half are new. The store holds the first study's trunks and ends."""
+    """Half of the decay starts are new. The store has the nodes of the first study at its forks and ends."""
     first, second = (
         study(STEPS, DECAYS),
         study(STEPS, [*DECAYS[::2], *(decay + 0.015 for decay in DECAYS[1::2])]),
@@ -270,7 +274,7 @@ def test_a_second_study_trains_only_its_new_steps() -> None:
 
 
 def test_200_runs_of_100000_steps_are_assigned_within_six_seconds() -> None:
-    """The store is searched from each run's end. The trunk's keys are shared objects, to save memory."""
+    """The planner searches the store from the end of each run. The runs share key objects to save memory."""
     steps = 100_000
     trunk = [f"t{i}" for i in range(steps + 1)]
     ends = [[f"{run}.{i}" for i in range(steps // 100)] for run in range(200)]

@@ -1,4 +1,4 @@
-"""Studies on a real PostgreSQL server, which is started on a free port in a temporary folder."""
+"""Tests studies on a real PostgreSQL server that runs on a free port, with its data in a temporary folder."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from test_sweeps import FormulaSearch, InstantEngine, command, facts, tiny_study
 from mainrun.errors import UsageError
 from sweeps.database import StudyDatabase
 
-PASSWORD = "p4:s%s"  # in a URL: p4%3As%25s
+PASSWORD = "p4:s%s"  # URL-encoded: p4%3As%25s
 BIN = max(
     Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name), default=Path("/none")
 )
 
 
 class Server:
-    """A PostgreSQL server. It refuses to run as root, so then it runs as another user."""
+    """A PostgreSQL server. PostgreSQL refuses to run as root, so root starts it as another user."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -127,7 +127,7 @@ def written(url: str, name: str = "tiny") -> list[Any]:
 def test_a_study_on_a_server_equals_the_study_in_a_file(
     server: Server, database: str, tmp_path: Path
 ) -> None:
-    """Two studies share a database. A study that is resumed has each trial once."""
+    """Two studies share a database. A resumed study has each trial only once."""
     url = server.url(database)
     on_server = run_search(tmp_path / "a", InstantEngine(2), storage=url, budget={"trials": 6})
     on_server = run_search(tmp_path / "a", InstantEngine(2), storage=url)
@@ -173,7 +173,7 @@ def test_an_unreachable_server_is_waited_for(server: Server, database: str, tmp_
 def test_a_lost_answer_duplicates_no_trial(
     server: Server, database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server has written the trial, but the connection is lost before it answers."""
+    """The server writes the trial, but the connection is lost before the server answers."""
     from optuna.storages import RDBStorage
     from sqlalchemy.exc import OperationalError
 
@@ -217,7 +217,7 @@ def test_a_database_that_cannot_be_opened_is_refused_at_once(server: Server, tmp
 def test_real_trials_on_a_server_that_is_stopped_and_started(
     server: Server, database: str, tmp_path: Path
 ) -> None:
-    """The URL is given in the study file or with --storage. No file and no message contains the password."""
+    """The URL is given in the study file or with --storage. No file or message contains the password."""
     changes: dict[str, Any] = {
         "budget": {"trials": 3},
         "evidence": {"noise_seeds": 2, "seeds": 2, "best": 1},
@@ -231,7 +231,7 @@ def test_real_trials_on_a_server_that_is_stopped_and_started(
         time.sleep(0.1)
         rows = _rows(server, database)
     server.stop()
-    time.sleep(2)  # meanwhile trials finish and wait to be written
+    time.sleep(2)  # trials finish during this time and wait to be written
     server.start()
     output, _ = process.communicate()
     assert process.returncode == 0 and rows < 3, output
@@ -240,7 +240,7 @@ def test_real_trials_on_a_server_that_is_stopped_and_started(
     assert [t["value"] for t in trials if t["state"] == "done"] == [
         row[2] for row in written(url) if row[1] == "COMPLETE"
     ]
-    # with --storage: the study file has no URL, and no trial is written twice
+    # with --storage and no URL in the study file, no trial is written twice
     last = subprocess.run(
         [*command(write_study_file(tmp_path, **changes), out, 2), "--storage", url, "--json"],
         capture_output=True,

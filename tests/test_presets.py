@@ -1,4 +1,4 @@
-"""The built-in presets: all of them load, and the ladder leads from the baseline to the optimized recipe."""
+"""Tests that all built-in presets load, and that the ladder leads from `baseline` to `optimized`."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from mainrun.plan.recipes import load, preset_names
 from mainrun.run.session import train
 
-# fields with which each step of the ladder trains in seconds
+# fields that make each step of the ladder train within seconds
 DEMO = [
     "num_titles=1500",
     "vocab_size=600",
@@ -40,5 +40,5 @@ def test_the_ladder_improves_the_loss_at_demo_scale(tmp_path: Path) -> None:
     summaries = [train(cfg, tmp_path) for cfg in load("ablation", DEMO)]
     assert [g for s in summaries for g in s["guards"] if g["status"] == "fail"] == []
     assert len({s["fingerprints"]["val"] for s in summaries}) == 1
-    # on so little text the gain is a few tenths of a nat
+    # with so little training text, the gain is a few tenths of a nat
     assert summaries[-1]["last"]["full"] < summaries[0]["last"]["full"] - 0.2

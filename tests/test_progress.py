@@ -1,4 +1,4 @@
-"""The progress display: on stderr, one line wide, cheap, and nothing if quiet."""
+"""Tests the progress display: it writes one line to stderr, costs little time, and is silent if quiet."""
 
 import errno
 import io
@@ -51,7 +51,7 @@ def bar(width: int = 100) -> tuple[BarProgress, io.StringIO]:
 
 
 def drawn_lines(display: BarProgress) -> list[str]:
-    """Return the bar as plain lines."""
+    """Return the progress bar as lines without colours."""
     out = io.StringIO()
     Console(file=out, width=display.console.width, color_system=None).print(display.line(), end="")
     return out.getvalue().splitlines()
@@ -113,7 +113,7 @@ def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 def drive(display: Progress) -> None:
     display.note("before the start")
     display.start(TrainConfig(), TABLE)
-    display.eval(eval_row(1, 3.0))  # with log_every, an evaluation may come before the first step row
+    display.eval(eval_row(1, 3.0))  # with log_every > 1, an evaluation may precede the first step row
     for n in range(1, 201):
         display.step(step_row(n, 6 - n / 100))
         if n % 50 == 0:
@@ -126,7 +126,7 @@ def drive(display: Progress) -> None:
 def test_the_bar_shows_step_loss_best_score_eta_and_speed() -> None:
     display, screen = bar()
     drive(display)
-    last = screen.getvalue().splitlines()[-2]  # the line below only shows the cursor again
+    last = screen.getvalue().splitlines()[-2]  # the last line only makes the cursor visible again
     assert all(word in last for word in ("step 200/200", "loss 4.0000", "best 1.8000", "tok/s", "ETA 0:00"))
     assert "in the middle [not markup] {or format}" in screen.getvalue()
 
@@ -163,7 +163,7 @@ def test_a_narrow_terminal_gets_only_the_most_important_parts() -> None:
 
 
 def test_drawing_takes_at_most_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a drawing, the next one waits 100 times as long as the drawing took."""
+    """After drawing the bar, the display waits 100 times as long as the drawing took."""
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(time, "thread_time", lambda: now[0])
@@ -190,7 +190,7 @@ def test_drawing_takes_at_most_its_share_of_the_time(monkeypatch: pytest.MonkeyP
 def test_a_step_costs_less_than_a_millisecond(
     make: Callable[[], LineProgress], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A step of the smallest preset takes at least 100 ms. Its row may cost at most 1% of that."""
+    """A step of the smallest preset takes at least 100 ms. Its display may cost at most 1% of that time."""
     display = make()
     display.start(TrainConfig(), {"steps": 10**6, "tokens_per_step": 8192})
     row = step_row(1)
@@ -269,7 +269,7 @@ def test_after_a_resume_the_bar_starts_at_the_step_of_the_run(capsys: pytest.Cap
     display, screen = bar()
     display.start(TrainConfig(), TABLE, [step_row(1), step_row(120), eval_row(120)])
     assert "step 120/200" in screen.getvalue()
-    display.next_draw = float("inf")  # no later drawing is due
+    display.next_draw = float("inf")  # no further drawing is due
     display.step(step_row(131))
     display.close()
     assert "step 131/200" in screen.getvalue(), "close() draws the last step"

@@ -1,4 +1,4 @@
-"""The engine `ray`: its results equal those of local workers, even if a node and the driver are lost."""
+"""Tests that the `ray` engine gives the results of local workers, even if a node and the driver are lost."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ needs_ray = pytest.mark.skipif(
 
 
 def refused(file: Path, out: Path, *options: str) -> str:
-    """Run a study that is refused, and return the message."""
+    """Run a study that must be refused, and return the error message."""
     result = CliRunner().invoke(app, ["sweep", str(file), "--out", str(out), *options])
     assert result.exit_code == 2 and not (out / "tiny").exists(), result.output
     return result.stderr
@@ -54,7 +54,7 @@ def test_a_wrong_address_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.
     file, out = write_study_file(tmp_path, engine="ray"), tmp_path / "out"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        closed = f"127.0.0.1:{free.getsockname()[1]}"  # bound, but nothing listens
+        closed = f"127.0.0.1:{free.getsockname()[1]}"  # the port is bound, but no process listens on it
         assert f"no Ray cluster answers at {closed}" in refused(file, out, "--address", closed)
     for odd in ("nowhere", "ray://127.0.0.1:10001", "127.0.0.1:x"):
         assert f"got --address '{odd}'; allowed: auto, or HOST:PORT" in refused(file, out, "--address", odd)
@@ -82,7 +82,7 @@ def test_the_engine_does_not_change_the_digest() -> None:
 
 
 def test_the_exit_of_a_worker_decides_the_outcome() -> None:
-    """A lost worker is replaced, a locked run is tried again, and an error is final."""
+    """A lost worker is replaced, a locked run is retried, and an error is final."""
     task = Task("baseline", (), Path("runs"), Path("store"), 10)
     locked = WorkerExit(2, "error: runs/x is being written by process 7 on a; wait")
     lost = WorkerExit(-1, "lost")
@@ -114,7 +114,7 @@ STUDY: dict[str, Any] = {"budget": {"trials": 8}, "evidence": {"noise_seeds": 2,
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The results of the study with local workers."""
+    """Return the results of the study with local workers."""
     folder = tmp_path_factory.mktemp("local")
     process = subprocess.run(
         command(write_study_file(folder, **STUDY), folder, 2), capture_output=True, text=True
@@ -128,13 +128,13 @@ def cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 0, "object_store_memory": 80_000_000, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head)  # the node of the driver, which is not lost
+    cluster = Cluster(initialize_head=True, head_node_args=head)  # the driver's node, which stays alive
     yield cluster
     cluster.shutdown()
 
 
 class Driver:
-    """A `mainrun sweep` process that can be killed and started again, and the states of its runs."""
+    """A `mainrun sweep` process that can be killed and restarted, with access to the states of its runs."""
 
     def __init__(self, folder: Path, address: str) -> None:
         self.folder = folder / "tiny"
@@ -167,7 +167,7 @@ class Driver:
         }
 
     def running(self) -> dict[str, int]:
-        """Return the process of each run that is being trained."""
+        """Return the process id of each run that is being trained."""
         running = {run: state["pid"] for run, state in self.states().items() if state["state"] == "running"}
         return {run: pid for run, pid in running.items() if parent(pid)}
 
@@ -180,7 +180,7 @@ class Driver:
 
 
 def parent(pid: int) -> int:
-    """Return the parent of a process, or 0 if the process does not exist."""
+    """Return the id of a process's parent, or 0 if the process does not exist."""
     try:
         state, above, *_ = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -197,11 +197,11 @@ def test_a_lost_node_and_a_lost_driver_change_nothing(
     nodes = [cluster.add_node(num_cpus=1, object_store_memory=80_000_000) for _ in range(2)]
     cluster.wait_for_nodes()
     driver = Driver(tmp_path, cluster.address)
-    # On each node, the process of a run and its Ray worker. The process is stopped in the middle of a trial.
+    # Maps each run that was stopped in the middle of a trial to the ids of its process and its Ray worker.
     halted: dict[str, tuple[int, int]] = {}
 
     def halt() -> bool:
-        """Stop a process on each node. Return whether that is done."""
+        """Stop one training process on each node, and return whether both have been stopped."""
         for run, pid in driver.running().items():
             if run not in halted:
                 above = parent(pid)
@@ -214,7 +214,7 @@ def test_a_lost_node_and_a_lost_driver_change_nothing(
 
     driver.wait_for(halt)
     cluster.remove_node(nodes[0], allow_graceful=False)
-    # the Ray worker ends with its node, and its child processes end with it
+    # the Ray worker and its child processes end when their node is removed
     lost = driver.wait_for(lambda: [run for run, (pid, above) in halted.items() if parent(pid) != above])
     assert len(lost) == 1
     for pid, _ in halted.values():

@@ -1,4 +1,4 @@
-"""`mainrun.replay` trains a run again, with its ops: every row and every weight is the same."""
+"""Tests that `mainrun.replay` reproduces every row and every weight of a run, including its growth ops."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def key_of(row: dict[str, Any]) -> tuple[str, int, str | None]:
 def test_the_replay_of_a_few_steps(tmp_path: Path) -> None:
     cfg = config(*MANY)
     train(cfg, tmp_path)
-    result = replay_steps(RunDir(tmp_path / cfg.run_id), 8)  # includes the first op
+    result = replay_steps(RunDir(tmp_path / cfg.run_id), 8)  # the eight steps include the first growth op
     assert result["steps"] == 8 and "trained_weights" not in result
     assert [row["step"] for row in result["rows"] if row["event"] == "eval"] == [1]
     for path in (tmp_path / cfg.run_id / "checkpoints").glob("*/state.safetensors"):

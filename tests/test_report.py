@@ -1,4 +1,4 @@
-"""Reports of real tiny runs: inputs, errors, claims, and the numbers on the pages."""
+"""Tests reports of tiny real runs: inputs, errors, claims, and the numbers on the pages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from reports import cli
 from reports.evidence import findings, load, studies, tables
 from reports.evidence.figures import registry, style
 
-T3 = 4.302653  # Student's t at 97.5% with 2 degrees of freedom, from a printed table
+T3 = 4.302653  # the 97.5% quantile of Student's t with 2 degrees of freedom, from a printed table
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +42,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def runs(made: Path, tmp_path: Path) -> Path:
-    """A copy of the runs that a test can damage."""
+    """Return a copy of the runs that a test may damage."""
     return Path(shutil.copytree(made, tmp_path / "runs", ignore=shutil.ignore_patterns(".store")))
 
 
 def of(runs: Path, preset: str) -> dict[int, Path]:
-    """Return the run directory of each seed of a preset."""
+    """Return the run directories of a preset by seed."""
     folders = {
         json.loads((p / "config.json").read_text())["config"]["seed"]: p for p in runs.glob(f"{preset}-*")
     }
@@ -204,7 +204,7 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
 
 def test_the_export_in_the_folder_of_a_study_is_read(tmp_path: Path) -> None:
     folder = export(tmp_path / "lr" / "export").parent
-    (folder / "study.json").write_text("{}")  # the file of the study's driver
+    (folder / "study.json").write_text("{}")  # a file that the study's driver writes
     (s,) = load.gather([], tmp_path).studies
     assert s.path == folder / "export" and len(s.trials) == 40
     shutil.rmtree(folder / "export")
@@ -226,7 +226,8 @@ def test_a_damaged_export_is_refused(tmp_path: Path, text: str) -> None:
     ("args", "message"),
     [
         (["--out", "."], "got --out ., a folder"),
-        (["--out", "pipe"], "got --out pipe, a device or a pipe, not a file"),  # writing would replace it
+        # writing would replace the pipe
+        (["--out", "pipe"], "got --out pipe, a device or a pipe, not a file"),
         (["--out", "notes.md"], "got --out notes.md, a file of another kind, which would be overwritten"),
         (["--log", "none.md"], "--log none.md is not a file"),
         (["--log", "/proc/self/mem"], "--log /proc/self/mem"),  # a file that cannot be read
@@ -267,7 +268,7 @@ def test_a_worse_result_is_reported_as_worse(runs: Path) -> None:
 def test_a_difference_below_the_noise_floor_is_not_claimed(runs: Path) -> None:
     score(
         runs, baseline=[2.00, 2.10, 2.20], optimized=[1.99, 2.088, 2.189]
-    )  # always better, but by a tenth of the seed noise
+    )  # better with every seed, but only by a tenth of the noise between seeds
     claim = findings.claim(load.gather([], runs))
     assert (
         claim.difference is not None
@@ -284,7 +285,7 @@ def test_a_difference_below_the_noise_floor_is_not_claimed(runs: Path) -> None:
 def test_an_interval_that_contains_zero_is_not_claimed(runs: Path) -> None:
     score(
         runs, baseline=[2.00, 2.10, 2.20], optimized=[1.80, 1.70, 1.60]
-    )  # -0.4 on average, above the floor, but from -0.2 to -0.6
+    )  # the mean of -0.4 is beyond the noise floor, but the differences range from -0.2 to -0.6
     claim = findings.claim(load.gather([], runs))
     assert claim.kind == "not sure" and "its interval contains zero" in claim.text
 
@@ -410,7 +411,7 @@ def test_trials_steps_and_rungs_of_a_study(tmp_path: Path) -> None:
     whole = [t for t in range(40) if t % 2 == 0 and t not in failed]
     assert len(s.trials) == 40 and [t["trial"] for t in s.trials if load.is_failed(t)] == failed
     assert [t["trial"] for t in s.completed] == whole
-    assert s.searched_fields == ["lr", "optimizer"]  # momentum took one value
+    assert s.searched_fields == ["lr", "optimizer"]  # momentum has the same value in all trials
     n, pruned = len(whole), 40 - len(whole) - len(failed)
     assert studies.ledger(s) == {
         "asked": 30 * n + 10 * (pruned + len(failed)),
@@ -443,7 +444,7 @@ def test_an_exported_importance_is_used_as_it_is(tmp_path: Path) -> None:
 
 
 def test_importance_is_that_of_ped_anova(tmp_path: Path) -> None:
-    """Compare with Optuna on the study of `export`: lr is logarithmic, the optimizer is categorical."""
+    """The result equals Optuna's for a logarithmic `lr` and a categorical `optimizer`."""
     import optuna
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
@@ -498,11 +499,11 @@ def test_a_field_may_be_active_in_some_trials_only() -> None:
     ("count", "values"),
     [
         (9, lambda t: t),  # too few trials
-        (40, lambda t: 1.0),  # all are equally good
+        (40, lambda t: 1.0),  # all trials are equally good
         (
             40,
             lambda t: -float(t == 0),
-        ),  # one trial is better; the others tie, so the best quarter is all of them
+        ),  # one trial is best and the others tie, so the best quarter contains every trial
     ],
 )
 @pytest.mark.filterwarnings("error")
@@ -550,7 +551,7 @@ def test_the_log_is_a_file_or_a_folder_of_pages(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def pages(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a report of all inputs, its figures and tables, and the inputs."""
+    """Return a folder with a report, its figures and tables, and all its inputs."""
     from reports.evidence.load import gather
 
     folder = tmp_path_factory.mktemp("pages")
@@ -576,7 +577,7 @@ def words(pdf: Path) -> list[tuple[int, str, float, float, float]]:
                 x, y = tm[4] * cm[0] + tm[5] * cm[2] + cm[4], tm[4] * cm[1] + tm[5] * cm[3] + cm[5]
                 scale = (
                     abs((tm[0] * tm[3] - tm[1] * tm[2]) * (cm[0] * cm[3] - cm[1] * cm[2])) ** 0.5
-                )  # also for rotated text
+                )  # correct for rotated text, too
                 pieces.append((n, text.strip(), x, y, size * scale))
 
         page.extract_text(visitor_text=visit)
@@ -601,7 +602,7 @@ def numbers_in(value: Any) -> set[float]:
 
 
 def known(folder: Path) -> set[float]:
-    """Return every number of the inputs and every number derived from them, computed independently."""
+    """Return all numbers in the inputs and all numbers that follow from them, computed independently."""
     import pyarrow.parquet as pq
 
     numbers, scores = set(), {}
@@ -653,7 +654,7 @@ def known(folder: Path) -> set[float]:
     pairs = [list(json.loads(t["scores"]).values()) for t in study if t["state"] == "done"]
     numbers.add(stats.spearman(*zip(*pairs, strict=True)) or 0.0)
     (s,) = load.gather([str(folder / "lr")], folder).studies
-    numbers |= set(studies.importance(s).values())  # tested separately
+    numbers |= set(studies.importance(s).values())  # the importances have their own test
     every = [json.loads((run / "summary.json").read_text()) for run in (folder / "runs").iterdir()]
     return numbers | {sum(s["flops"] for s in every), sum(s["seconds"] for s in every) / 60}
 
@@ -675,7 +676,7 @@ def ticks(folder: Path) -> set[str]:
 
 
 def unknown(folder: Path) -> list[str]:
-    """Return decimal numbers on the pages, except tick labels, that do not follow from the inputs."""
+    """Return the decimal numbers on the pages that neither follow from the inputs nor are tick labels."""
     allowed, at_axes = known(folder), ticks(folder)
     text = text_of(folder / "report.pdf").replace("\N{MINUS SIGN}", "-")
     wrong = []
@@ -766,7 +767,7 @@ def test_no_text_is_small_or_leaves_the_page(pages: Path) -> None:
 
 
 def red(pdf: Path) -> list[str]:
-    """Return the text that is set in red, outside of figures."""
+    """Return all red text outside the figures."""
     from pypdf import PdfReader
 
     texts = []
@@ -813,7 +814,7 @@ def test_figures_and_tables_are_written(pages: Path) -> None:
         last = json.loads((pages / "runs" / row["run"] / "summary.json").read_text())["last"]
         assert (
             float(row["full"]) == last["full"] and float(row["official"]) == last["official"]
-        )  # not rounded
+        )  # the table does not round scores
 
 
 def test_each_figure_is_on_a_page_with_its_caption(pages: Path) -> None:
@@ -860,7 +861,7 @@ def same(folder: Path, runs: Path, **env: str) -> bytes:
 
 @pytest.mark.slow
 def test_the_same_inputs_give_the_same_bytes(made: Path, tmp_path: Path) -> None:
-    """The bytes do not depend on folder, time, time zone, language or Python's hash seed."""
+    """A report's bytes do not depend on the folder, time, time zone, language or Python's hash seed."""
     copies = [
         Path(shutil.copytree(made, tmp_path / name, ignore=shutil.ignore_patterns(".store")))
         for name in ("a", "deep/er/b")
@@ -893,7 +894,7 @@ def test_the_command_writes_samples_and_prints_its_claim(made: Path, tmp_path: P
 
 
 def test_every_pair_of_series_differs_in_grey() -> None:
-    """Colours that look equal in a grey print differ by dash and marker."""
+    """Series whose colours look alike in greyscale differ in their dashes and markers."""
     assert (
         len(set(map(str, style.DASHES)))
         == len(style.DASHES)

@@ -1,4 +1,4 @@
-"""The sentences of a report for hand-made numbers, including numbers just beyond each limit."""
+"""Tests the sentences of a report with made-up numbers, including numbers just past each limit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ MINUS = "\N{MINUS SIGN}"
 BASE = {1: 2.00, 2: 2.01, 3: 2.02}
 GAIN = {1: 1.80, 2: 1.82, 3: 1.81}
 OTHER = {"lr": 0.02}
-T2, T4 = 4.302653, 2.776445  # Student's t at 97.5% with 2 and 4 degrees of freedom, from a printed table
+# the 97.5% quantiles of Student's t with 2 and 4 degrees of freedom, from a printed table
+T2, T4 = 4.302653, 2.776445
 
 
 def claim(base: dict[int, float], other: dict[int, float]) -> findings.Claim:
@@ -56,10 +57,10 @@ def test_the_kind_of_a_claim(base: dict[int, float], other: dict[int, float], ki
     [
         (-0.1, (-0.2, -0.05), 0.05, "better", "better"),
         (0.1, (0.05, 0.2), 0.05, "worse", "worse"),
-        (-0.1, (-0.2, -0.05), 0.1, "within noise", "within noise"),  # equal to the floor is not above it
+        (-0.1, (-0.2, -0.05), 0.1, "within noise", "within noise"),  # a mean at the floor counts as noise
         (0.1, (0.05, 0.2), 0.1, "within noise", "within noise"),
         (-0.1, (-0.2, -0.05), 0.0999, "better", "better"),
-        (-0.1, (-0.2, 0.0), 0.05, "not sure", "not sure"),  # zero at an end is inside
+        (-0.1, (-0.2, 0.0), 0.05, "not sure", "not sure"),  # an interval that ends at zero contains zero
         (0.1, (0.0, 0.2), 0.05, "not sure", "not sure"),
         (-0.1, (-0.2, -1e-12), 0.05, "better", "better"),
         (0.1, (1e-12, 0.2), 0.05, "worse", "worse"),

@@ -1,4 +1,4 @@
-"""Loading the data of a report: finding runs and studies, rejecting mixed data, grouping recipes."""
+"""Tests how a report finds its runs and studies, rejects mixed data, and groups runs by recipe."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def refusal(*places: object, out: Path = Path("none")) -> str:
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    """A folder with a baseline run, a hidden run, and a study that contains a run."""
+    """Return a folder with a baseline run, a hidden run, and a study that contains a run."""
     out = tmp_path / "runs"
     write_run(out, make_run())
     write_run(out / ".hidden", make_run("optimized"))

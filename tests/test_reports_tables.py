@@ -1,4 +1,4 @@
-"""The tables of a report for hand-made runs: cells, rounding, order and red rows."""
+"""Tests the tables of a report with made-up runs: cells, rounding, row order, and rows in red."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def heads(table: tables.Table | None) -> list[str]:
 
 
 def look(table: tables.Table | None) -> list[tuple[float, bool]]:
-    """Return (share of the width, aligned right) of each column."""
+    """Return each column's share of the width and whether the column is aligned to the right."""
     assert table is not None
     return [(column.share, column.right) for column in table.columns]
 
@@ -294,7 +294,10 @@ def test_the_seed_is_not_listed_as_a_change() -> None:
 
 
 def test_holm_adjusts_over_all_steps() -> None:
-    """Each p alone is under 5%. Holm's method doubles the smaller of two and leaves the larger."""
+    """Both p-values are below 5%.
+
+    Holm's method doubles the smaller one and does not change the larger one.
+    """
     steps = [
         make_recipe(f"ablation:{name}", fulls, {"lr": 0.001 * n})
         for n, (name, fulls) in enumerate(

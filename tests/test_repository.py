@@ -1,7 +1,7 @@
-"""The repository around the code: pinned packages, no trace of a machine, and a menu that keeps its promises.
+"""Tests that packages are pinned, that no file reveals the author's machine, and that all listed tasks work.
 
-Each rule is a function that returns what breaks it. One test applies the rule to this repository, and another
-plants a violation and expects it to be named.
+Each rule is a function that returns its violations. One test applies the rule to this repository. Another
+test adds a violation and expects the rule to report it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def pins(text: str) -> dict[str, str]:
-    """name -> version of a constraints file; a line that is no plain `name==version` stands under itself."""
+    """Return the version of each package in a constraints file.
+
+    A line that is not a plain `name==version` becomes a key with an empty version.
+    """
     found = {}
     for line in text.splitlines():
         line = line.split("#")[0].strip()
@@ -37,7 +40,7 @@ def pins(text: str) -> dict[str, str]:
 
 
 def needed(requirements: Iterable[str]) -> set[str]:
-    """The names of the requirements and of everything that they pull in here."""
+    """Return the names of the requirements and of all packages that they depend on here."""
     found: set[str] = set()
     todo = [(Requirement(r), "") for r in requirements]
     while todo:
@@ -51,7 +54,7 @@ def needed(requirements: Iterable[str]) -> set[str]:
         found.add(name)
         try:
             below = [Requirement(r) for r in requires(name) or []]
-        except PackageNotFoundError:  # a dependency that is not installed here is pinned all the same
+        except PackageNotFoundError:  # a dependency that is not installed here must be pinned, too
             below = []
         todo += [(r, e) for r in below for e in (["", *requirement.extras] if new else requirement.extras)]
     return found
@@ -87,7 +90,7 @@ def test_a_package_without_a_pin_is_named() -> None:
         "pydantic_core",
         "MarkupSafe",
         "go-task-bin",
-    ):  # named, built with, and pulled in
+    ):  # direct, build and indirect requirements
         without = re.sub(rf"(?m)^{re.escape(name)}==.*$", "", constraints)
         assert unpinned(house_requirements(), without) == [f"{canonicalize_name(name)} is not pinned"]
     assert unpinned([], "torch==2.13.0+cpu\nnumpy>=2\nfoo @ file:///x/foo.whl") == [
@@ -97,24 +100,24 @@ def test_a_package_without_a_pin_is_named() -> None:
     ]
 
 
-# -- no trace of the machine that wrote it
+# -- no traces of the author's machine
 
 TRACES = re.compile(
-    r"(?<![\w.$}~-])/(?:opt|root|home|work|Users|mnt|srv)/[\w.]"  # a folder of one machine
+    r"(?<![\w.$}~-])/(?:opt|root|home|work|Users|mnt|srv)/[\w.]"  # a folder that exists on one machine
     r"|(?<![\w.$}~-])/tmp/\w+/"
     r"|file:///\w"
-    r"|--(?:extra-)?index-url|--find-links|--trusted-host"  # a package registry
+    r"|--(?:extra-)?index-url|--find-links|--trusted-host"  # an option that names a package index
     r"|https?://[\w.-]*(?:\.internal|\.local|\.corp|\.lan)\b"
     r"|(?<![\w.=])(?:10\.\d+|172\.(?:1[6-9]|2\d|3[01])|192\.168)\.\d+\.\d+\b"
 )
 
 
 def repo_files(root: Path) -> list[Path]:
-    """What is in git, or would be with the next `git add`."""
+    """Return the files that git tracks or that `git add` would add."""
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=root, capture_output=True, text=True
     )
-    if listed.returncode:  # an unpacked archive: everything but the tools' own folders
+    if listed.returncode:  # an unpacked archive: take all files and folders that are not hidden
         return [
             p
             for p in root.rglob("*")
@@ -126,7 +129,7 @@ def repo_files(root: Path) -> list[Path]:
 def traces(root: Path) -> list[str]:
     wrong = []
     for path in repo_files(root):
-        if path == Path(__file__):  # it holds the planted ones
+        if path == Path(__file__):  # this file contains examples of traces
             continue
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
@@ -166,7 +169,7 @@ def test_a_trace_of_a_machine_is_named(tmp_path: Path, line: str, bad: bool) -> 
     assert [w.split(": ")[0] for w in traces(tmp_path)] == (["notes.md:2"] if bad else [])
 
 
-# -- the menu
+# -- the list of tasks
 
 
 def go_task() -> str:
@@ -187,7 +190,10 @@ def menu(taskfile: Path) -> list[str]:
 
 
 def menu_gaps(taskfile: Path, readme: str) -> list[str]:
-    """Where the menu and the README's table (rows that begin with | `./task NAME or | `task NAME) part."""
+    """Return the differences between the tasks that go-task lists and those in the README's table.
+
+    The first cell of each row in the table begins with `./task NAME` or `task NAME`.
+    """
     told = set(re.findall(r"(?m)^\|\s*`(?:\./)?task ([\w:-]+)", readme))
     listed = set(menu(taskfile))
     return [f"README lists {name}, Taskfile.yml does not" for name in sorted(told - listed)] + [
@@ -196,10 +202,10 @@ def menu_gaps(taskfile: Path, readme: str) -> list[str]:
 
 
 def empty_promises(taskfile: Path, works: Callable[[list[str]], bool]) -> list[str]:
-    """Tasks of the menu with a command that does not exist."""
+    """Return the listed tasks that contain a command that does not exist."""
     wrong = []
     for name in menu(taskfile):
-        # without colours, which go-task puts in whenever CI is set
+        # if CI is set, go-task prints in colours unless told otherwise
         ask = [go_task(), "--color=false", "--taskfile", str(taskfile), "--summary", name]
         told = subprocess.run(ask, capture_output=True, text=True, timeout=60)
         commands = told.stdout.partition("\ncommands:\n")[2]
@@ -248,7 +254,7 @@ tasks:
 
 
 def commands(text: str) -> list[str]:
-    """The `./task ...` commands that stand on lines of their own, without comment, pipe or redirection."""
+    """Return the `./task ...` commands on lines of their own, without comments, pipes or redirections."""
     lines = (line.strip().removeprefix("$ ") for line in text.splitlines())
     return [
         re.split(r"\s+(?:#|\||&&|;|\d?>)", line)[0].strip() for line in lines if line.startswith("./task ")

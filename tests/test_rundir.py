@@ -1,4 +1,4 @@
-"""The run directory: one writer, one config, atomic JSON files, and how a run is found."""
+"""Tests the run directory: one writer, one config, atomic JSON files, and finding a run."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ def test_a_second_writer_is_refused_and_the_lock_of_a_dead_one_is_free(tmp_path:
     run = open_run(tmp_path, cfg)
     assert (run.path / ".lock").read_text().startswith(f"{os.getpid()} on ")
     with pytest.raises(RunError, match=f"process {os.getpid()}"):
-        open_run(tmp_path, cfg)  # the same process is a second writer, too
+        open_run(tmp_path, cfg)  # the same process cannot open a run twice, either
     run.release()
     run.release()
     open_run(tmp_path, cfg).release()
 
 
 def test_a_writer_whose_lock_was_lost_is_fenced(tmp_path: Path) -> None:
-    """A file server drops the locks of a machine that it cannot reach. That machine then returns."""
+    """A file server drops the locks of a machine that it cannot reach, and the machine comes back later."""
     cfg = TrainConfig()
     made(tmp_path, cfg)
     old = open_run(tmp_path, cfg)
@@ -170,7 +170,7 @@ def test_foreign_files_are_refused_and_kept(tmp_path: Path, config: str, fresh: 
 
 
 def test_fresh_removes_only_what_a_run_writes(tmp_path: Path) -> None:
-    """The run directory and its checkpoints may be links."""
+    """The run directory and its checkpoints may be symbolic links."""
     cfg, elsewhere = TrainConfig(), tmp_path / "elsewhere"
     elsewhere.mkdir()
     run = made(tmp_path, cfg)
@@ -271,7 +271,7 @@ def test_config_and_plan_come_back(tmp_path: Path) -> None:
     assert run.config() == cfg and run.plan() == {"steps": 3}
 
 
-# -- finding one
+# -- finding a run
 
 
 def test_find_by_path_id_and_unique_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

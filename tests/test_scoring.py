@@ -1,4 +1,4 @@
-"""evaluate compared with the formula written out token by token, and its side effects."""
+"""Compares `evaluate` with the formula, computed token by token, and tests its side effects."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mainrun.data import scoring
 from mainrun.data.scoring import evaluate, official_coverage, official_spans
 from mainrun.errors import ConfigError
 
-EOS = 1  # the task's id, written out on purpose
+EOS = 1  # the id that the task defines, deliberately not imported
 VOCAB = 23
 
 
@@ -68,7 +68,7 @@ def naive_full(model: nn.Module, tokens: list[int], block_size: int) -> float:
 
 
 def naive_official(model: nn.Module, tokens: list[int], rows: int, length: int) -> tuple[float, int]:
-    """The loop of the public task."""
+    """Compute the official score with the loop of the public task."""
     total, targets, span, pointer = 0.0, 0, rows * length + 1, 0
     while pointer + span <= len(tokens):
         part = tokens[pointer : pointer + span]
@@ -95,7 +95,7 @@ def test_both_scores_match_the_formula(
     length = min(length, block_size)
     tokens = stream(n, seed)
     if n < rows * length + 1:
-        with pytest.raises(ConfigError, match="shorter than one span"):
+        with pytest.raises(ConfigError, match="but one span of the official score has"):
             evaluate(model, tokens, chars=100, nbytes=50, block_size=block_size, geometry=(rows, length))
         return
     score = evaluate(model, tokens, chars=100, nbytes=50, block_size=block_size, geometry=(rows, length))
@@ -112,7 +112,7 @@ def test_both_scores_match_the_formula(
 
 
 class ById(nn.Module):
-    """Gives each token a loss that depends on its id, so that the sum shows which targets were counted."""
+    """A model whose loss depends on the target's id, so that the sum shows which targets were counted."""
 
     def __init__(self, vocab: int) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ def test_the_full_score_does_not_depend_on_the_official_geometry(model: Attentio
 
 def test_the_mode_of_every_module_is_restored(model: Attention) -> None:
     model.train()
-    model.drop.eval()  # a module that was in eval mode before
+    model.drop.eval()  # this module is in eval mode before the call
     evaluate(model, stream(60), chars=1, nbytes=1, block_size=16, geometry=(1, 16))
     assert model.training
     assert model.qkv.training
@@ -253,7 +253,7 @@ def test_bfloat16_autocast() -> None:
     )
     assert got.full == pytest.approx(want.full, rel=2e-2)
     assert got.full != want.full
-    # The softmax is float32. In bfloat16 it would have only three digits.
+    # The softmax is computed in float32, because bfloat16 would give only three digits.
     logits = half.eval()(torch.tensor([[EOS, 5]])).detach().double()
     one = evaluate(half, np.array([5, 9], dtype=np.uint16), chars=1, nbytes=1, block_size=2, geometry=(1, 1))
     by_hand = sum(float(logits[0, i].logsumexp(0) - logits[0, i, t]) for i, t in enumerate((5, 9)))
@@ -261,7 +261,7 @@ def test_bfloat16_autocast() -> None:
 
 
 def test_the_sum_is_float64() -> None:
-    """In a long stream of equal losses, only a float32 sum drifts in the sixth digit."""
+    """A float32 sum of many equal losses would be wrong in the sixth digit."""
     table = nn.Embedding.from_pretrained(torch.tensor([[0.1, 0.0, 0.2]] * 3))
     tokens = np.full(3_000_000, 2, dtype=np.uint16)
     score = evaluate(table, tokens, chars=len(tokens), nbytes=1, block_size=1000, geometry=(1, 1000))
@@ -277,9 +277,7 @@ def test_memory_mapped_tokens_give_the_same_score(model: Attention, tmp_path: Pa
 
 
 def test_bad_arguments_are_refused_with_a_fix(model: Attention) -> None:
-    with pytest.raises(
-        ConfigError, match=r"32 tokens, shorter than one span.*2x16\+1 = 33.*official_geometry"
-    ):
+    with pytest.raises(ConfigError, match=r"32 tokens, but one span.*2x16\+1 = 33.*official_geometry"):
         evaluate(model, stream(32), chars=1, nbytes=1, block_size=16, geometry=(2, 16))
     assert official_spans(33, (2, 16)) == 1
     assert official_spans(65, (2, 16)) == 1  # spans do not overlap, so two spans need 66 tokens
@@ -361,7 +359,7 @@ def test_a_model_without_parameters_can_be_scored() -> None:
 
 @pytest.mark.parametrize("count", [2, 7, 8, 9, 15, 16, 17])
 def test_inputs_and_targets_of_the_full_score(count: int) -> None:
-    """Complete blocks form one batch and the rest another. Without a rest there is no empty batch."""
+    """Complete blocks form one batch, and the remaining tokens form another batch unless there are none."""
     tokens = np.arange(2, count + 2, dtype=np.uint16)
     parts = list(scoring._full(tokens, 8))
     whole, rest = divmod(count, 8)
@@ -427,7 +425,7 @@ def test_the_first_batch_has_one_row_and_later_batches_fill_the_limit(
 
 
 def test_chunk_sizes_are_pinned() -> None:
-    """These sizes decide the speed and the order of the last sum. A change must be measured."""
+    """The chunk sizes affect the speed and the order of the final sum. Measure the speed before a change."""
     assert scoring.LOGITS == {"cpu": 16_000_000, "cuda": 512_000_000}
     assert scoring.CHUNK == {"cpu": 1_000_000, "cuda": 64_000_000}
 

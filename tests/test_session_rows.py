@@ -1,4 +1,7 @@
-"""How a run resumes, how a session ends, and what its summary contains. One tiny run serves all tests."""
+"""Tests how a run resumes, how a session ends, and what its summary contains.
+
+All tests share one tiny run.
+"""
 
 from __future__ import annotations
 
@@ -352,7 +355,7 @@ def test_scores_cover_val_and_dev(
 
 
 class ResumableRun:
-    """A copy of a finished run directory that tests damage and resume."""
+    """A copy of a finished run directory, which tests can damage and resume."""
 
     def __init__(self, trained: tuple[TrainConfig, RunDir, dict[str, Any]], place: Path) -> None:
         self.cfg, source, _ = trained
@@ -420,7 +423,7 @@ def test_a_run_resumes_at_its_newest_checkpoint(resumed: ResumableRun) -> None:
 
 @pytest.mark.parametrize("row", ["[1]", '{"event": "step", "step": "x"}'])
 def test_a_damaged_row_with_a_valid_checksum_is_refused(resumed: ResumableRun, row: str) -> None:
-    """A valid checksum does not make the rows of a log valid."""
+    """A log with a valid checksum can still contain invalid rows."""
     log = resumed.run.path / "metrics.jsonl"
     log.write_text(log.read_text() + row + "\n")
     mark = {"bytes": log.stat().st_size, "sha256": hashlib.sha256(log.read_bytes()).hexdigest()}
@@ -445,7 +448,7 @@ def test_steps_after_the_checkpoint_are_cut_off_and_wasted(resumed: ResumableRun
 
 
 def test_a_session_without_a_checkpoint_still_counts(resumed: ResumableRun) -> None:
-    """The next session starts at the same checkpoint. Steps that the first one lost still count."""
+    """Lost steps still count as wasted if the session after the loss saves no checkpoint."""
     resumed.lose(1)
     resumed.resume()
     wasted = resumed.accounts.ledger["wasted"]

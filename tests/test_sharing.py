@@ -1,4 +1,4 @@
-"""Sharing through a store: fewer steps to train and equal bits, whatever happens to runs or the store."""
+"""Tests that runs share steps through a store with equal bits, whatever happens to the runs or the store."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ from mainrun.store.nodes import Node, Store
 from mainrun.store.rundir import RunDir
 
 ROOT = Path(__file__).parents[1]
-# 37 steps in a third of a second. Nodes: 18 and 36 (scores), 27 (the decay begins), 37 (the end).
+# The run trains 37 steps in a third of a second. It saves nodes at steps 18 and 36 (scores), 27 (the start of
+# the decay) and 37 (the end).
 SMALL: dict[str, Any] = {
     "num_titles": 200, "n_layer": 1, "optimizer": "adamw", "lr": 0.01, "dropout": 0.1, "schedule": "wsd",
     "decay_frac": 0.3,
@@ -109,7 +110,7 @@ def reused_steps(run: Path) -> list[int]:
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """Return everything that must be equal to a run from scratch."""
+    """Return the parts of a run's output that must equal those of a run from scratch."""
     summary = RunDir(run).summary()
     assert summary is not None and summary["status"] == "done", f"{run} is not done"
     newest = checkpoint.load_newest(run / "checkpoints", lambda meta: None, lambda text: None)
@@ -140,7 +141,10 @@ def ledger(asked: int, reused: int, wasted: int = 0) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TrainConfig], dict[str, Any]]:
-    """Return the outcome of a run from scratch without a store. Each config is trained once per module."""
+    """Return a function that gives the outcome of a config without a store.
+
+    Each config is trained only once.
+    """
     out = tmp_path_factory.mktemp("alone")
 
     def run(cfg: TrainConfig) -> dict[str, Any]:
@@ -154,7 +158,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TrainConfig], d
 
 @pytest.fixture(scope="module")
 def filled_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, TrainConfig], Store]:
-    """filled_store(path, cfg): a store with the nodes of one run of the config."""
+    """Return a function that creates a store with the nodes of one run of a config."""
     out = tmp_path_factory.mktemp("filled")
 
     def fill(place: Path, cfg: TrainConfig) -> Store:
@@ -283,11 +287,11 @@ def test_speed_counts_trained_tokens_only(tmp_path: Path, filled_store: Any) -> 
 
 
 def test_a_score_in_two_nodes_is_logged_once(tmp_path: Path, alone: Any, filled_store: Any) -> None:
-    """A run adds a score that a node lacks. Then the node is lost and trained again, with the score."""
+    """A run adds a score that a node lacks. Later the node is lost, and trained again with that score."""
     store = filled_store(tmp_path / "store", config())
     cfgs = [
         config(eval_per_epoch=4, preset=name) for name in ("adds", "again", "takes")
-    ]  # they score step 27
+    ]  # these configs also evaluate at step 27
     node_file(store, 37).unlink()
     node_file(store, 36).unlink()
     train(cfgs[0], tmp_path, store=store)
@@ -335,7 +339,7 @@ def test_a_node_that_is_written_late_contains_the_state_of_its_step(
 def test_lost_steps_that_the_store_has_count_as_trained(
     tmp_path: Path, alone: Any, every: int, at: int, wasted: int
 ) -> None:
-    """The store may have later steps than the checkpoints. Those that this run trained count as trained."""
+    """If the store has later steps than the checkpoints, the steps that this run trained count as trained."""
     cfg, store, watch = config(checkpoint_every=every), Store(tmp_path / "store"), Watch()
     with pytest.raises(Killed):
         train(cfg, tmp_path, store=store, progress=Watch({at: kill}))
@@ -352,7 +356,7 @@ def test_reused_steps_stay_reused_after_a_kill(tmp_path: Path, alone: Any, fille
     cfg, store = (
         config(),
         filled_store(tmp_path / "store", config(decay_frac=0.9, decay_shape="sqrt")),
-    )  # the runs share 5 steps
+    )  # the two configs share 5 steps
     with pytest.raises(Killed):
         train(cfg, tmp_path, store=store, progress=Watch({20: kill}))
     summary = train(cfg, tmp_path, store=store)
@@ -369,7 +373,7 @@ def test_reused_steps_stay_reused_after_a_kill(tmp_path: Path, alone: Any, fille
 def test_steps_reused_later_in_a_run_stay_reused_after_a_kill(
     tmp_path: Path, alone: Any, filled_store: Any
 ) -> None:
-    """The run trains 18 steps, reuses 9, trains 3 and is killed. It has trained 18 + 3 steps."""
+    """A run that trains 18 steps, reuses 9, trains 3 and is killed has trained 21 steps."""
     cfg, store, full = config(), Store(tmp_path / "store"), filled_store(tmp_path / "full", config())
 
     def fill_store() -> None:
@@ -479,7 +483,7 @@ def test_fresh_reports_a_store_with_other_bits(tmp_path: Path, alone: Any, fille
 def test_a_run_can_be_trained_up_to_a_step(
     tmp_path: Path, alone: Callable[[TrainConfig], dict[str, Any]]
 ) -> None:
-    """Training stops at `until`, even if the store has later steps. The store keeps that step."""
+    """Training stops at step `until` even if the store has later steps, and the store keeps that step."""
     cfg, other, store = config(), config(decay_frac=0.2), Store(tmp_path / "store")
     for where in (None, store):
         out = tmp_path / str(where is None)
@@ -491,7 +495,7 @@ def test_a_run_can_be_trained_up_to_a_step(
                 *range(1, until + 1)
             ]
         with pytest.raises(Interrupted, match="stopped at step 30"):
-            train(cfg, out, store=where, until=20)  # the run has passed this step
+            train(cfg, out, store=where, until=20)  # the run is already past this step
         if where:
             with pytest.raises(Interrupted, match="stopped at step 10"):
                 train(other, tmp_path / "other", store=where, until=10)
@@ -503,7 +507,7 @@ def test_a_run_can_be_trained_up_to_a_step(
 def test_steps_of_another_machine_are_never_stored_under_this_machines_keys(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A checkpoint has the bits of its machine, and the keys of a machine promise its own bits."""
+    """A checkpoint from another machine may have other bits than this machine's keys promise."""
     cfg, store, watch = config(checkpoint_every=10), Store(tmp_path / "store"), Watch()
     with monkeypatch.context() as patch:
         patch.setattr("mainrun.core.device.cpu_name", lambda: "another processor")
@@ -518,7 +522,10 @@ def test_steps_of_another_machine_are_never_stored_under_this_machines_keys(
 def test_all_lost_steps_and_sessions_are_counted(
     tmp_path: Path, alone: Any, stored: bool, kills: tuple[int, ...]
 ) -> None:
-    """A run is killed several times before a checkpoint. Every trained step and session is counted once."""
+    """A run is killed several times before its first checkpoint.
+
+    Every trained step and session counts once.
+    """
     cfg, store, trained = config(), Store(tmp_path / "store") if stored else None, 0
     for at in kills:
         watch = Watch({at: kill})
@@ -533,7 +540,7 @@ def test_all_lost_steps_and_sessions_are_counted(
 
 
 def test_a_run_waits_for_shared_steps_that_another_run_trains(tmp_path: Path, alone: Any) -> None:
-    """Two runs in two threads train each shared step once."""
+    """Two runs in separate threads train each shared step only once."""
     store, watch = Store(tmp_path / "store"), Watch()
     one, two = config(), config(decay_frac=0.2)
     results: list[dict[str, Any]] = []
@@ -553,17 +560,18 @@ def test_a_run_waits_for_shared_steps_that_another_run_trains(tmp_path: Path, al
     for cfg in (
         one,
         two,
-    ):  # a guard notices that another thread uses the global generator
+    ):  # a guard notices that another thread uses the global random generator
         assert outcome(tmp_path / cfg.run_id) | {"guards": None} == alone(cfg) | {"guards": None}
     assert store.verify() == [] and active_leases(store) == {}
 
 
-# The decay of EARLY begins after step 27. LATE trains from 18 to 31 and keeps step 27 only on request.
+# The decay of EARLY begins after step 27. LATE trains from step 18 to step 31, and saves a node at step 27
+# only on request.
 EARLY, LATE, FORK = {"preset": "early"}, {"preset": "late", "decay_frac": 0.2}, 27
 
 
 class RunInThread(threading.Thread):
-    """A run in its own thread."""
+    """A thread that trains a run."""
 
     def __init__(
         self, out: Path, store: Store, cfg: TrainConfig, watch: Watch | None = None, keep: Sequence[int] = ()
@@ -577,7 +585,7 @@ class RunInThread(threading.Thread):
             self.summary = train(self.cfg, self.out, store=self.store, progress=self.watch, keep=self.keep)
 
     def begin(self) -> None:
-        """Start the run and return when it waits for another one."""
+        """Start the run, and return when it waits for another run."""
         self.start()
         wait_until(lambda: self.watch.noted("waiting for"))
 
@@ -604,13 +612,13 @@ def wait_for_beats(store: Store, step: int, cfg: TrainConfig, count: int) -> Non
 
 
 def same_bits(run: Path, alone: dict[str, Any]) -> bool:
-    """Compare a run with its run from scratch. Guards are left out, because one notices the other thread."""
+    """Return whether a run equals its run from scratch, except for guards, which notice the other thread."""
     return outcome(run) | {"guards": None} == alone | {"guards": None}
 
 
 @pytest.fixture
 def fast_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let leases beat every second."""
+    """Make every lease send a heartbeat each second."""
     monkeypatch.setattr(Leases.__init__, "__defaults__", (4.0,))
 
 
@@ -618,7 +626,7 @@ def fast_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_requests_a_fork_before_the_other_run_passes_it(
     tmp_path: Path, alone: Any, late_first: bool
 ) -> None:
-    """The second run requests the fork while both runs train towards the same next node."""
+    """The second run requests a node at the fork while both runs train towards the same next node."""
     store = Store(tmp_path / "store")
     cfgs = [config(**changes) for changes in ((LATE, EARLY) if late_first else (EARLY, LATE))]
     wants: list[set[str]] = []
@@ -638,7 +646,7 @@ def test_a_run_requests_a_fork_before_the_other_run_passes_it(
 def test_a_late_request_is_read_at_a_heartbeat_and_the_lease_is_kept(
     tmp_path: Path, alone: Any, fast_heartbeat: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second run waits until the fork is stored, although the holder has passed it by then."""
+    """The second run waits for the node at the fork, although the first run is past the fork by then."""
     store, early, late = Store(tmp_path / "store"), config(**EARLY), config(**LATE)
     second = RunInThread(tmp_path, store, early)
     seen: dict[int, Any] = {}
@@ -655,7 +663,7 @@ def test_a_late_request_is_read_at_a_heartbeat_and_the_lease_is_kept(
     def start_second() -> None:
         seen[20] = lease_of(store, 31, late)
         second.begin()
-        wait_for_beats(store, 31, late, 2)  # the first one may have begun before the request
+        wait_for_beats(store, 31, late, 2)  # the first heartbeat may have begun before the request
 
     def go_past() -> None:
         seen[29] = lease_of(store, 31, late)
@@ -680,7 +688,7 @@ def test_a_late_request_is_read_at_a_heartbeat_and_the_lease_is_kept(
 def test_a_run_past_the_fork_is_not_waited_for(
     tmp_path: Path, alone: Any, fast_heartbeat: None, monkeypatch: pytest.MonkeyPatch, known: bool
 ) -> None:
-    """At the latest, waiting ends when a heartbeat reports the step."""
+    """The second run stops waiting, at the latest, when a heartbeat reports a step past the fork."""
     store, early, late, beat = (
         Store(tmp_path / "store"),
         config(**EARLY),
@@ -725,7 +733,7 @@ def test_a_waiting_run_continues_if_the_holder_fails(tmp_path: Path, alone: Any)
 def test_of_two_leases_acquired_at_the_same_moment_one_is_released(
     tmp_path: Path, alone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both runs look for leases before either has one. Then both acquire one, on different nodes."""
+    """Both runs look for leases before either run has one, and then acquire leases on different nodes."""
     store, hold, barrier = Store(tmp_path / "store"), sharing.LeaseHolder.acquire, threading.Barrier(2)
     runs = [
         RunInThread(tmp_path, store, config(**EARLY), keep=[10]),
@@ -734,7 +742,7 @@ def test_of_two_leases_acquired_at_the_same_moment_one_is_released(
     steps_leased: list[int] = []
 
     class Chance:
-        """Lets the run that keeps no state at the fork finish before the other one looks again."""
+        """Replaces random waits, so that the second run finishes before the first looks for leases again."""
 
         def uniform(self, low: float, high: float) -> float:
             assert low < high, "equal waits would collide again"
@@ -753,7 +761,8 @@ def test_of_two_leases_acquired_at_the_same_moment_one_is_released(
 
     monkeypatch.setattr(sharing.LeaseHolder, "acquire", together)
     runs[0].start()
-    wait_until(lambda: steps_leased)  # its weights are drawn, so the threads do not share the generator
+    # the first run has drawn its weights, so the threads do not share the generator
+    wait_until(lambda: steps_leased)
     runs[1].start()
     for run in runs:
         run.join()
@@ -815,7 +824,7 @@ def test_an_outdated_request_costs_one_state_and_no_bit(tmp_path: Path, alone: A
 def test_reusing_a_node_past_its_own_lease_frees_the_lease(
     tmp_path: Path, alone: Any, filled_store: Any, fast_heartbeat: None
 ) -> None:
-    """When the run stops at a requested step, the store has nodes past the end of its lease."""
+    """When the run stops at a requested step, the store already has nodes past the end of the run's lease."""
     cfg, store, full = config(), Store(tmp_path / "store"), filled_store(tmp_path / "full", config())
 
     def fill_store() -> None:
@@ -852,7 +861,9 @@ def test_scores_that_the_holder_does_not_write_are_not_waited_for(tmp_path: Path
     cfg, store, watch = config(eval_per_epoch=5), Store(tmp_path / "store"), Watch()
     lease = Leases(store.files).acquire(keys(cfg)[18], run="another", step=18, scores=[1], geometry=[8, 16])
     assert lease is not None
-    watch.at = {14: lease.release}  # after step 14 the run would wait, because it needs no score before 18
+    # The lease is released at step 14. After that step the run would wait, because it needs no score before
+    # step 18.
+    watch.at = {14: lease.release}
     train(cfg, tmp_path, store=store, progress=watch)
     assert not watch.noted("waiting for") and outcome(tmp_path / cfg.run_id) == alone(cfg)
 
@@ -897,7 +908,7 @@ def test_a_holder_whose_lease_was_taken_over_stores_no_node_and_finishes(tmp_pat
 
 
 def test_a_run_that_cannot_keep_nodes_blocks_no_other_run(tmp_path: Path, alone: Any) -> None:
-    """The state is larger than the maximum size of the store."""
+    """A single state is larger than the maximum size of the store."""
     cfg, store, watch = config(), Store(tmp_path / "store", size=1000), Watch()
     seen: list[set[str]] = []
     watch.at = {33: lambda: seen.append(set(active_leases(store)))}
@@ -1006,7 +1017,7 @@ def test_damage_is_reported_and_costs_steps_but_no_bit(
 
 
 def test_damage_during_a_run_costs_no_bit(tmp_path: Path, alone: Any, filled_store: Any) -> None:
-    """The earlier nodes are deleted while the run trains."""
+    """The nodes of earlier steps are deleted while the run trains."""
     cfg, store = config(decay_frac=0.2), filled_store(tmp_path / "store", config())
     watch = Watch({28: lambda: [shutil.rmtree(tmp_path / "store" / name) for name in ("nodes", "states")]})
     train(cfg, tmp_path, store=store, progress=watch)
@@ -1087,7 +1098,7 @@ def test_a_clock_that_jumps_does_no_harm(
 def test_an_unexpected_error_of_the_store_costs_no_step_of_the_run(
     tmp_path: Path, alone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For example, an exception of a library that fsspec uses."""
+    """A library that fsspec uses may raise an exception that the store does not expect."""
 
     def broken(*args: Any) -> Any:
         raise RuntimeError("the bucket has a hole")
@@ -1178,7 +1189,7 @@ def test_a_run_that_diverges_leaves_no_lease_and_no_damage(
         and [entry.step for entry in store.summary()[0]] == [18, 27]
         and store.verify() == []
     )
-    other = config(decay_shape="sqrt")  # it does not wait for a lease
+    other = config(decay_shape="sqrt")  # this run does not wait for a lease
     assert train(other, tmp_path, store=store)["ledger"] == ledger(STEPS, 27) and outcome(
         tmp_path / other.run_id
     ) == alone(other)
@@ -1276,7 +1287,7 @@ def test_a_ladder_trains_each_shared_step_once(
 
 
 def test_a_plan_counts_the_steps_in_run_directories(tmp_path: Path) -> None:
-    """A finished run has no steps left and an interrupted one the rest, with or without a store."""
+    """A plan counts only the steps that the run directories lack, with or without a store."""
     for name, store in (("with", []), ("without", ["--no-store"])):
         out = tmp_path / name
 
@@ -1382,9 +1393,10 @@ main()
 
 
 class Worker:
-    """A process of `mainrun train`.
+    """A `mainrun train` process.
 
-    pace: seconds to sleep per step. ttl: the lifetime of a lease. halt: the step at which it stops itself.
+    `pace` is the sleep per step in seconds, `ttl` is the lifetime of a lease, and `halt` is the step at which
+    the process stops itself.
     """
 
     def __init__(
@@ -1421,7 +1433,7 @@ class Worker:
         self.process.send_signal(signal.SIGCONT)
 
     def wait_until(self, step: int) -> None:
-        """Wait until the process has logged a number of steps."""
+        """Wait until the process has logged the given number of steps."""
         deadline = time.monotonic() + 120
         while True:
             for path in self.out.glob("*/metrics.jsonl"):
@@ -1490,7 +1502,7 @@ def test_a_killed_process_costs_no_bit(tmp_path: Path, worker: Any, alone: Any) 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", [1, -1])
 def test_two_processes_train_shared_steps_once(tmp_path: Path, worker: Any, alone: Any, order: int) -> None:
-    """The second process waits for the shared steps, in either order of the two configs."""
+    """The second process waits for the shared steps, whichever config starts first."""
     changes = [{}, {"decay_frac": 0.2}][::order]
     one = worker(tmp_path / "0", tmp_path / "store", halt=5, **changes[0])
     one.halted()
@@ -1527,7 +1539,10 @@ def test_a_process_that_waits_for_the_fork_of_a_killed_process_continues(
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed", "stopped"])
 def test_the_lease_of_a_lost_process_is_taken_over(tmp_path: Path, worker: Any, alone: Any, how: str) -> None:
-    """A killed process loses its lease at once. A stopped one loses it after some time and finishes later."""
+    """A killed process loses its lease at once.
+
+    A suspended process loses its lease when the lease expires, and still finishes later.
+    """
     one = worker(tmp_path / "one", tmp_path / "store", 0.05, ttl=3.0)
     one.wait_until(8)
     (key,) = active_leases(Store(tmp_path / "store"))
@@ -1566,7 +1581,7 @@ def test_a_waiting_process_that_is_terminated_exits_with_75_and_can_be_resumed(
 
 @pytest.mark.slow
 def test_a_run_of_two_processes_reuses_steps(tmp_path: Path) -> None:
-    """The bits equal those of a run from scratch with two processes (torchrun with gloo)."""
+    """The run has the same bits as a run from scratch with two processes (torchrun with gloo)."""
 
     def two(out: str, *arguments: str, **changes: Any) -> dict[str, Any]:
         command = [
@@ -1635,7 +1650,7 @@ def test_random_kills_and_damage_cost_no_bit_and_no_run(
         "boot": leases._boot(),
         "pid": 2**22 + 1,
         "started": "1",
-    }  # only one run is active, so all other leases are dead
+    }  # only one run is active, so all other leases are those of dead processes
     monkeypatch.setattr(leases, "this_process", lambda: dead)
     monkeypatch.setattr(nodes.os, "fsync", lambda fd: None)
     gone = False
@@ -1654,7 +1669,7 @@ def test_random_kills_and_damage_cost_no_bit_and_no_run(
         return call
 
     def close(self: Any) -> None:
-        """Release nothing if the process was killed."""
+        """Release no lease if the process was killed."""
         nonlocal gone
         gone = gone or isinstance(sys.exc_info()[1], Killed)
         original_close(self)
@@ -1714,7 +1729,10 @@ def test_random_kills_and_damage_cost_no_bit_and_no_run(
 
 @pytest.mark.slow
 def test_keeping_a_node_delays_the_training_by_no_more_than_a_copy(tmp_path: Path) -> None:
-    """Uses 27 million weights with AdamW's moments. The limits grow with the bare time on a busy machine."""
+    """The state has 27 million weights with AdamW's moments.
+
+    On a busy machine, the time limits grow with the time of a plain copy.
+    """
     cfg = config()
     size = 27_000_000
     tensors = {
@@ -1739,7 +1757,7 @@ def test_keeping_a_node_delays_the_training_by_no_more_than_a_copy(tmp_path: Pat
         keeper.publish(state)  # type: ignore[arg-type]
         stalls.append((time.perf_counter() - started) / max(0.3, 2 * bare) * 0.3)
         assert keeper.writer._writing is not None
-        keeper.writer._writing.result()  # one node at a time
+        keeper.writer._writing.result()  # wait, so that only one node is written at a time
     (plain,) = [entry for entry in store.summary()[0] if entry.step == 4]
     for i in range(3):
         tensors["model/0"][0] = float(i)
@@ -1756,7 +1774,7 @@ def test_keeping_a_node_delays_the_training_by_no_more_than_a_copy(tmp_path: Pat
 
 
 def test_a_score_before_the_first_step_uses_the_right_attention_kernel(tmp_path: Path) -> None:
-    """The attention kernel is set before the first step."""
+    """The attention kernel must be set even if a run evaluates before it trains a step."""
     never, once = (config(attention="sdpa", dropout=0.0, eval_interval=every) for every in (1000, 10))
     store = Store(tmp_path / "store")
     train(never, tmp_path / "shared", store=store, keep=[10])

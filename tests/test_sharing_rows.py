@@ -1,4 +1,4 @@
-"""Each decision of sharing, with a fake store and without training."""
+"""Tests each decision about shared steps, with a fake store and without training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mainrun.store import lineage
 from mainrun.store.leases import Fenced
 from mainrun.store.nodes import Damaged, Node, Refused
 
-# 37 steps with scores after 1, 18, 36 and 37; the decay begins after 27
+# The run has 37 steps, scores after steps 1, 18, 36 and 37, and a decay that begins after step 27.
 SMALL: dict[str, Any] = {
     "num_titles": 200,
     "n_layer": 1,
@@ -41,7 +41,7 @@ def config(**changes: Any) -> TrainConfig:
 
 
 class FakeLeases:
-    """The leases of other runs. This run can acquire any lease."""
+    """Fake leases of other runs. The run under test can acquire any lease."""
 
     def __init__(self, held: dict[str, dict[str, Any]] | None = None) -> None:
         self.held = held or {}
@@ -145,7 +145,7 @@ class FakeState:
 
 
 class FakeLog(list[dict[str, Any]]):
-    """A log in memory. It is true even if it has no rows."""
+    """A log in memory, which is truthy even without rows."""
 
     def rows(self) -> list[dict[str, Any]]:
         return self
@@ -155,7 +155,7 @@ class FakeLog(list[dict[str, Any]]):
 
 
 class RunWithStore:
-    """A run with a fake store, its sharing and its notes."""
+    """A run with a fake store, its `Sharing` object and its notes."""
 
     def __init__(
         self,
@@ -220,7 +220,7 @@ class RunWithStore:
         self.store.nodes |= {node.key: node for node in nodes}
 
     def rows(self, begins: int, end: int) -> tuple[dict[str, Any], ...]:
-        """Return the rows that a run with this plan logs after step `begins` up to step `end`."""
+        """Return the rows that a run with this plan logs for the steps after `begins` up to `end`."""
         rows = []
         for step in range(begins + 1, end + 1):
             rows.append({"event": "step", "step": step, "loss": 1.0})
@@ -245,7 +245,7 @@ def test_the_constants_of_this_file_match_the_config() -> None:
             0,
             (),
             {18, 27, 36, 37},
-        ),  # scores, the start of the decay and the end; no node at the score after step 1
+        ),  # nodes at scores, at the start of the decay and at the end, but not at the score after step 1
         (20, (), {18, 20}),
         (99, (), {18, 27, 36, 37}),
         (0, (5, 30, 38, 0), {5, 18, 27, 30, 36, 37}),
@@ -375,7 +375,7 @@ def test_the_initial_state_of_sharing() -> None:
 
 
 def other_lease(run: RunWithStore, step: int, /, **changes: Any) -> dict[str, Any]:
-    """Return the content of a lease of another run with the same config on a node."""
+    """Return the content of a lease that another run with the same config has on a node."""
     content = {
         "run": "other",
         "root": run.keys[0],
@@ -387,7 +387,8 @@ def other_lease(run: RunWithStore, step: int, /, **changes: Any) -> dict[str, An
     return content | {"scores": [1, 18, 36], "fired": []} | changes
 
 
-LATER = config(decay_frac=0.2).model_dump(mode="json")  # differs after step 27, where the first decay begins
+# differs after step 27, where config() begins its decay
+LATER = config(decay_frac=0.2).model_dump(mode="json")
 
 
 @pytest.mark.parametrize(
@@ -694,7 +695,7 @@ def test_the_note_names_all_of_three_runs() -> None:
 def test_a_run_at_step_15_logs_the_rows_that_it_lacks(
     event: str, step: int, logged: bool, shown: bool
 ) -> None:
-    """After a stop right behind an op, the journal already has its rows. They are not logged again."""
+    """If a run stopped right after an op, the journal has the op's row already and does not get it twice."""
     run, journal = RunWithStore(), FakeLog()
     row = {"event": event, "op": "0-set_lr", "step": step}
     run.add(run.node(18, rows=(row, *run.rows(16, 18))))

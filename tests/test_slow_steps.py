@@ -1,4 +1,4 @@
-"""Steps that wait for busy cores are noticed once."""
+"""Tests that a single warning reports steps that wait for busy cores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mainrun.run.slow_steps import SlowSteps
 
 
 class Clocks:
-    """A wall clock and a processor clock that are moved by hand."""
+    """A wall clock and a CPU clock that only the test advances."""
 
     def __init__(self) -> None:
         self.wall = 100.0

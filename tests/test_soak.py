@@ -1,4 +1,4 @@
-"""The soak test notices every planted difference, and a trainer that loses its state."""
+"""Tests that the soak test detects every planted difference and a trainer that loses its state."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ def test_every_optimizer_feature_and_signal_is_drawn(tmp_path: Path) -> None:
 
 
 def test_new_parameters_join_the_momentum_of_the_others(tiny) -> None:
-    """Fused SGD needs momentum for all parameters or none, but a growth op adds parameters without it."""
+    """Fused SGD needs momentum for all parameters or none, but growth ops add parameters without momentum."""
     cfg = tiny(optimizer="sgd", momentum=0.9, weight_decay=0.0)
     model = build(cfg, 50)
     optimizers = Optimizers(cfg, model)
@@ -258,7 +258,7 @@ def test_a_store_that_another_process_begins_meanwhile_is_a_store(
     def read_late(self: Folder, name: str) -> bytes:
         try:
             return read(self, name)
-        except FileNotFoundError:  # the process pauses at this point
+        except FileNotFoundError:  # meanwhile another process creates the store
             (tmp_path / "nodes").mkdir()
             (tmp_path / "store.json").write_text('{"format": 1}')
             raise
@@ -268,7 +268,7 @@ def test_a_store_that_another_process_begins_meanwhile_is_a_store(
 
 
 def test_a_run_with_a_summary_is_done(tiny, tmp_path: Path) -> None:
-    """A kill between the two writes must not leave a finished run with the state `running`."""
+    """A kill between two writes must not leave a run that has a summary in the state `running`."""
     seen = []
     run = RunDir(tmp_path)
 
@@ -284,7 +284,7 @@ def test_a_run_with_a_summary_is_done(tiny, tmp_path: Path) -> None:
 
 
 def run_soak(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the soak test in a new interpreter, which has computed nothing before it forks."""
+    """Run the soak test in a new interpreter, which has run no computation before it forks."""
     paths = [str(ROOT), str(ROOT / "tests")]
     start = f"import sys; sys.path[:0] = {paths!r}; import soak"
     program = f"{start}\n{program}\nsys.exit(soak.main(sys.argv[1:]))"

@@ -1,4 +1,4 @@
-"""mainrun.stats against printed tables, written-out formulas, scipy and simulated seeds."""
+"""Compares mainrun.stats with printed tables, explicit formulas, SciPy and simulated seeds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mainrun import stats
 
 
 @pytest.mark.parametrize(
-    ("p", "df", "table"),  # from a printed table of Student's t
+    ("p", "df", "table"),  # values from a printed table of Student's t
     [
         (0.975, 1, 12.7062), (0.975, 2, 4.3027), (0.975, 4, 2.7764), (0.975, 10, 2.2281), (0.975, 30, 2.0423),
         (0.975, 120, 1.9799), (0.95, 5, 2.0150), (0.995, 3, 5.8409), (0.9, 7, 1.4149), (0.5, 3, 0.0),
@@ -47,7 +47,7 @@ def test_common_seeds_are_compared_in_pairs() -> None:
     assert result.seeds == (1, 2, 3) and result.paired
     assert result.mean == pytest.approx(-0.1)
     assert result.interval == pytest.approx((-0.1 - half, -0.1 + half), abs=1e-6)
-    # The means are over the common seeds, so b - a is the mean of the paired differences.
+    # The means are taken over the common seeds, so b - a is the mean of the paired differences.
     assert result.a == pytest.approx(2.2) and result.b == pytest.approx(2.1)
 
 
@@ -169,11 +169,11 @@ def test_the_interval_of_a_mean_matches_scipy(values: tuple[float, ...]) -> None
     [
         ({1: 2.0, 2: 2.5}, {1: 1.0, 2: 1.75}, "paired"),
         ({1: 2.0, 2: 2.5, 3: 2.0, 4: 9.0}, {1: 1.0, 2: 1.75, 3: 2.25, 5: 0.0}, "paired"),
-        ({1: 2.0, 2: 2.5}, {2: 1.75, 3: 1.0}, "welch"),  # a single common seed is not enough to pair
+        ({1: 2.0, 2: 2.5}, {2: 1.75, 3: 1.0}, "welch"),  # one common seed is not enough for a paired test
         ({1: 2.0, 2: 2.5, 3: 4.0}, {4: 1.75, 5: 1.0}, "welch"),
         ({1: 2.0, 2: 2.0}, {3: 1.75, 4: 1.0, 5: 1.5}, "welch"),
         ({1: 3.0, 2: 3.5, 3: 3.25}, {4: 1.0, 5: 1.0}, "welch"),
-        ({1: 3.0, 2: 3.5}, {3: 1.0, 4: 1.5}, "welch"),  # the same spread in both
+        ({1: 3.0, 2: 3.5}, {3: 1.0, 4: 1.5}, "welch"),  # both recipes have the same spread
     ],
 )
 @pytest.mark.filterwarnings("ignore:Precision loss")
@@ -202,7 +202,7 @@ def test_differences_match_scipy(a: dict[int, float], b: dict[int, float], kind:
 @pytest.mark.parametrize(
     ("a", "b", "p", "interval", "df"),
     [
-        ({1: 2.0, 2: 3.0}, {1: 1.5, 2: 2.5}, 0.0, (-0.5, -0.5), 1),  # the same difference twice
+        ({1: 2.0, 2: 3.0}, {1: 1.5, 2: 2.5}, 0.0, (-0.5, -0.5), 1),  # both seeds have the same difference
         ({1: 2.0, 2: 3.0}, {1: 2.0, 2: 3.0}, 1.0, (0.0, 0.0), 1),
         ({1: 2.0, 2: 2.0}, {3: 1.5, 4: 1.5, 5: 1.5}, 0.0, (-0.5, -0.5), 3),  # neither recipe has a spread
         ({1: 2.0, 2: 2.0}, {3: 2.0, 4: 2.0, 5: 2.0}, 1.0, (0.0, 0.0), 3),
@@ -276,9 +276,9 @@ def test_noise_is_unknown_without_two_runs_of_one_recipe(groups: list[list[float
         ([0.03, 0.02, 0.01], [0.04, 0.04, 0.03]),
         ([0.01, 0.01, 0.01], [0.03, 0.03, 0.03]),  # ties
         ([0.001, 0.04, 0.03, 0.2], [0.004, 0.09, 0.09, 0.2]),
-        ([0.5, 0.4, 0.9], [1.0, 1.0, 1.0]),  # at most 1
+        ([0.5, 0.4, 0.9], [1.0, 1.0, 1.0]),  # adjusted values are at most 1
         ([0.0, 0.9, 0.5], [0.0, 1.0, 1.0]),
-        ([0.012, 0.011, 0.05], [0.033, 0.033, 0.05]),  # never below the adjusted value of a smaller p
+        ([0.012, 0.011, 0.05], [0.033, 0.033, 0.05]),  # no adjusted value is below that of a smaller p
     ],
 )
 def test_holms_correction_matches_results_by_hand(ps: list[float], adjusted: list[float]) -> None:

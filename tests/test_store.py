@@ -1,4 +1,4 @@
-"""The store of nodes: states keep every bit, damage is reported and never used, intact files stay."""
+"""Tests that the store keeps every bit, reports damage, never uses damaged files, and keeps intact ones."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def usable(store: Store) -> set[int]:
-    """Return the steps from which a run could continue. Each state must be the one that was saved."""
+    """Return the steps from which a run could continue, and check that their states are unchanged."""
     found = set()
     for step in STEPS:
         try:
@@ -114,7 +114,7 @@ def usable(store: Store) -> set[int]:
 
 
 def age(store: Store, ages: dict[str, float]) -> None:
-    """Set when states were last used. seconds: since then, by state."""
+    """Set the time of the last use of each state to the given number of seconds ago."""
     for state, seconds in ages.items():
         os.utime(Path(str(store)) / f"states/{state}.safetensors", (time.time() - seconds,) * 2)
 
@@ -185,7 +185,7 @@ def test_a_folder_may_be_written_in_several_ways(tmp_path: Path) -> None:
 
 
 def test_recording_a_use_does_not_read_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a remote store a state is read once, when it is loaded."""
+    """A state in a remote store is read only when it is loaded."""
     store = Store(f"memory://{tmp_path.name}/store")
     nodes = save(store, *STEPS)
     memory, moved = type(fsspec.filesystem("memory")), 0
@@ -230,7 +230,7 @@ def test_an_existing_file_is_not_created_again(place: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["", "file://", "local://"])
 def test_of_many_threads_that_create_a_file_one_succeeds(tmp_path: Path, scheme: str) -> None:
-    """fsspec's own local files check first and open later, which is not atomic; they must not be used."""
+    """The store must not use fsspec's local files, which do not check and create a file atomically."""
     files, ready = open_files(f"{scheme}{tmp_path}/store"), threading.Barrier(4)
 
     def create(me: int) -> list[bool]:
@@ -261,7 +261,7 @@ def test_create_works_on_a_file_system_without_links(tmp_path: Path, monkeypatch
 
 
 def test_other_users_can_read_the_files(store: Store) -> None:
-    """A team shares a store, so its files have the same permissions as other files of the writer."""
+    """A team shares a store, so the store's files get the usual permissions of the writer's files."""
     (one,) = save(store, 10)
     folder = Path(str(store))
     (folder / "plain").touch()
@@ -297,7 +297,7 @@ def test_a_reader_never_sees_a_partly_written_file(tmp_path: Path) -> None:
 
 
 class Moody(MemoryFileSystem):
-    """A file system of fsspec that cannot read some files now, and raises its own errors."""
+    """An fsspec file system that temporarily cannot read some files, and raises its own exceptions."""
 
     protocol = "moody"
     store: dict[str, Any] = {}  # noqa: RUF012 - as fsspec does
@@ -342,7 +342,7 @@ def test_every_error_of_fsspec_becomes_an_os_error(moody: Store) -> None:
 
 
 def test_gc_keeps_what_cannot_be_read_now(moody: Store) -> None:
-    """A node that cannot be read may be intact and may need any state and any rows, so gc removes none."""
+    """An unreadable node may be intact and may need any state and any rows, so gc removes none of them."""
     nodes = save(moody, *STEPS, made=time.time() - 2 * HOUR)
     for file in Moody.store.values():
         file.created -= type(file.created - file.created)(hours=2)
@@ -370,7 +370,7 @@ def test_an_unknown_url_is_refused(url: str) -> None:
 
 
 def test_every_bit_of_a_state_comes_back(place: str) -> None:
-    """These include NaNs with a payload, negative zeros, subnormals, views, scalars and empty tensors."""
+    """The states include NaNs with payloads, negative zeros, subnormals, views, scalars and empty tensors."""
     raw = torch.randint(0, 256, (64,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     dtypes = [
         torch.float64,
@@ -505,7 +505,7 @@ def test_saving_again_restores_an_evicted_state(place: str) -> None:
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "a folder"])
 def test_saving_again_restores_a_damaged_state(store: Store, damage: str) -> None:
-    """An existing file is not enough: its content is verified, whatever its size."""
+    """Saving verifies the content of an existing file, even if the file has the right size."""
     nodes = save(store, *STEPS)
     path = Path(str(store)) / f"states/{nodes[1].state}.safetensors"
     data = path.read_bytes()
@@ -566,7 +566,10 @@ def test_many_threads_that_save_one_node_leave_one(store: Store) -> None:
 
 
 def test_savers_and_cleaners_do_not_disturb_each_other(store: Store) -> None:
-    """Evict, gc and verify run next to threads that save and load. At most, a state may be missing."""
+    """Evict, gc and verify run while other threads save and load.
+
+    The worst that may happen is a missing state.
+    """
     nodes = save(store, *STEPS)
     store.size, over = int(nodes[0].size * 1.5), threading.Event()
 
@@ -618,7 +621,7 @@ def cut(path: Path, at: float) -> None:
 
 
 def header(path: Path) -> float:
-    """Return the share of a node's file that its first line takes."""
+    """Return the length of the first line of a node's file as a share of the file."""
     return (len(path.read_bytes().split(b"\n")[0]) - 1) / path.stat().st_size
 
 
@@ -637,7 +640,7 @@ LOST = rf"node {key(30)[:12]} \(step 30\): the rows before step 20 are lost with
 TORN = r"state [0-9a-f]{12} \(step 20 of run ü\): torn or changed after it was written"
 NODE = rf"node {key(20)[:12]}: "
 UNROOTED = rf"the file of its root {ROOT[:12]} is lost"
-# (damage, report of verify, steps that stay usable, what gc removes, report of verify after that)
+# (damage, what verify reports, steps that stay usable, what gc removes, what verify reports after gc)
 Damage = tuple[Callable[[Store], Any], str, set[int], set[str], str | None]
 DAMAGES: dict[str, Damage] = {
     **{
@@ -816,15 +819,15 @@ def test_damage_is_reported_skipped_and_removed(store: Store, case: Damage) -> N
     assert usable(store) == left, "gc took what was good"
     found = store.verify()
     assert (found and all(re.search(after, line) for line in found)) if after else found == []
-    if damage is not DAMAGES["parent that does not exist"][0]:  # no run can train that parent
-        save(store, *STEPS)  # as a run does that trains these steps again
+    if damage is not DAMAGES["parent that does not exist"][0]:  # no run can train the missing parent
+        save(store, *STEPS)  # like a run that trains these steps again
         assert (
             store.verify() == [] and usable(store) == set(STEPS) and files_in(folder).keys() == whole.keys()
         )
 
 
 def test_each_changed_byte_and_each_cut_is_detected(store: Store) -> None:
-    """Every byte of a node and its state is changed, and blanks are replaced by tabs."""
+    """The test changes every byte of a node and its state, and replaces blanks with tabs."""
     good = save(store, 10, rows=(row(1), row(2)))[0]
     for path, read in (
         (node_of(store, 10), lambda: store.node(good.key)),
@@ -849,7 +852,7 @@ def test_each_changed_byte_and_each_cut_is_detected(store: Store) -> None:
 
 
 def test_the_first_line_alone_is_verified_too(store: Store) -> None:
-    """Lists and plans read the first line only; it must be as reliable."""
+    """Lists and plans read only the first line of a node, so damage to this line must be detected."""
     save(store, 10)
     path = node_of(store, 10)
     path.write_bytes(path.read_bytes().replace(b'"step": 10', b'"step": 11', 1))
@@ -931,7 +934,7 @@ def test_a_foreign_file_or_folder_is_not_opened(tmp_path: Path) -> None:
 
 
 def test_a_store_opens_before_its_first_node_is_written(place: str) -> None:
-    """A lease and a pin are written before the first node, and stay if the run is killed."""
+    """If a run is killed early, it leaves a lease or a pin in a store without nodes."""
     store = Store(place)
     lease = Leases(store.files).acquire(key(10))
     assert lease
@@ -1121,7 +1124,7 @@ def test_a_state_from_the_future_is_evicted_in_its_turn(store: Store) -> None:
     assert store.evict() == [nodes[1].state], "as if used now"
     assert store.verify() == []
     time.sleep(0.02)
-    save(store, 20, 30)  # used after that, so the other is now the least recently used
+    save(store, 20, 30)  # these states are used last, so the other state is the least recently used
     assert store.evict() == [nodes[0].state] and usable(store) == {20, 30}
 
 
@@ -1198,7 +1201,7 @@ def test_a_read_only_store_can_be_read(disk: Path) -> None:
 
 @pytest.mark.parametrize("leave", [0, 4096, 20_000])
 def test_a_full_disk_leaves_no_partial_node(disk: Path, leave: int) -> None:
-    """Safetensors raises its own error for a full disk; the store turns it into an OSError."""
+    """Safetensors raises its own error for a full disk, which the store turns into an OSError."""
     store = Store(disk / "store")
     save(store, 10)
     big = {"w": torch.zeros(50_000)}
@@ -1251,7 +1254,7 @@ def test_ten_thousand_nodes_are_read_within_a_second(tmp_path: Path) -> None:
     store = Store(tmp_path)
 
     def best(function: Callable[[], Any]) -> float:
-        """Return processor time, which does not depend on other processes."""
+        """Return the shortest CPU time of three calls. CPU time does not depend on other processes."""
         taken = []
         for _ in range(3):
             before = time.process_time()

@@ -1,4 +1,4 @@
-"""Checkpoints in detail: their files, what saving replaces, and the message for each kind of damage."""
+"""Tests the files of checkpoints, what saving replaces, and the message for each kind of damage."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def test_checkpoints_are_listed_newest_first(tmp_path: Path) -> None:
 
 
 def written(place: Path, **changes: Any) -> None:
-    """Edit meta.json and fix its checksum. None removes a key."""
+    """Edit meta.json and correct its checksum. A value of None removes the key."""
     meta = json.loads((place / "meta.json").read_text()) | changes
     meta = {name: value for name, value in meta.items() if value is not None and name != "meta_sha256"}
     checkpoint.write_json(place / "meta.json", meta | {"meta_sha256": sha256_json(meta)})

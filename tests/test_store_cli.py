@@ -1,4 +1,4 @@
-"""The output of `mainrun store`: columns, figures and messages, for a fake store in memory."""
+"""Tests the output of `mainrun store` for a fake store in memory: columns, numbers and messages."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def node(place: int, step: int, begins: int, **changes: Any) -> Node:
 
 
 class FakeStore:
-    """A store with a chain of three nodes. The state of the second was evicted."""
+    """A store with a chain of three nodes, in which the state of the second node was evicted."""
 
     def __init__(self) -> None:
         self.nodes = [node(0, 10, 0), node(1, 20, 10), node(2, 30, 20)]
@@ -101,7 +101,7 @@ class FakeStore:
 
 @pytest.fixture
 def opened() -> list[Any]:
-    """The arguments with which the store was opened."""
+    """Return the arguments with which the store was opened."""
     return []
 
 
@@ -566,7 +566,7 @@ def test_a_file_in_the_place_of_out_is_reported_as_out(
 
 
 def test_a_read_only_store_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading needs no permission to write."""
+    """Reading a store does not require write permission."""
     monkeypatch.setattr(os, "access", lambda *_: False)
     for out in (tmp_path, tmp_path / "none"):
         assert str(cli.open_store(str(out / ".store"), out)) == f"{out}/.store"

@@ -1,4 +1,4 @@
-"""The files of a store: what is synced, links and missing files, and the calls of fsspec."""
+"""Tests the files of a store: syncing, links, missing files, and the calls to fsspec."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Folder:
 
 @pytest.fixture
 def synced(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Record what is synced, in order: the size of a file at that moment, or the name of a folder."""
+    """Record each call of fsync in order: the current size of the file, or the name of the folder."""
     seen: list[Any] = []
 
     def fsync(fd: int) -> None:
@@ -203,7 +203,7 @@ def test_a_pipe_is_refused_at_once(folder: Folder) -> None:
 
 
 class Place:
-    """Records its calls, and returns results from a table."""
+    """A fake file system that records its calls and returns results from a table."""
 
     def __init__(self, **answers: Any) -> None:
         self.answers = answers

@@ -1,4 +1,4 @@
-"""The values that each shape accepts and refuses, key by key and at each limit."""
+"""Tests which values each record shape accepts and refuses, key by key and at each limit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mainrun.store import records
 
 NAN, INFINITY = float("nan"), float("inf")
 
-# kind -> accepted values, at both limits, and near misses that are refused
+# maps a kind to accepted values, including both limits, and to refused values just beyond the limits
 KINDS: dict[str, tuple[list[Any], list[Any]]] = {
     "count": ([0, 10**18], [-1, 10**18 + 1, 1.0, True, "1", None]),
     "first": ([1, 10**18], [0, 10**18 + 1, 1.0, True, None]),
@@ -89,7 +89,7 @@ def below(name: str, kinds: dict[str, str]) -> dict[str, str]:
     return {f"{name}.{path}": kind for path, kind in kinds.items()}
 
 
-# shape -> a document with all keys, and the kind of each path; "?" ends the path of an optional key
+# maps a shape to a document with all keys, and to the kind of each path (with "?" for an optional key)
 DOCUMENTS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "SCORE": (SCORE, SCORE_KINDS),
     "STEP_ROW": (
@@ -322,7 +322,7 @@ PATHS = [(shape, path, kind) for shape, (_, kinds) in DOCUMENTS.items() for path
 
 
 def place_of(document: Any, path: str) -> tuple[Any, Any]:
-    """Return the container that holds the value of a path, and its key in it."""
+    """Return the container of the value at a path, and the value's key in that container."""
     *way, last = [int(part) if part.isdecimal() else part for part in path.removesuffix("?").split(".")]
     for part in way:
         document = document[part]
@@ -337,7 +337,7 @@ def changed(shape: str, path: str, value: Any) -> Any:
 
 
 def written(path: str) -> str:
-    """Return a path as a message writes it: guards.0.name -> guards[0].name."""
+    """Return a path in the notation of messages: guards.0.name becomes guards[0].name."""
     return "".join(
         f"[{part}]" if part.isdecimal() else f".{part}" for part in path.removesuffix("?").split(".")
     ).removeprefix(".")

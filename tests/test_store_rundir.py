@@ -1,4 +1,4 @@
-"""The run directory in detail: syncing, each reader, what --fresh removes, and how a run is found."""
+"""Tests the run directory in detail: syncing, reading, what --fresh removes, and finding a run."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def names(folder: Path) -> set[str]:
 
 @pytest.fixture
 def synced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """Record the name and size of each file that is synced. The size of a folder is 0."""
+    """Record the name and size of each file that is synced, with a size of 0 for folders."""
     seen: list[tuple[str, int]] = []
 
     def fsync(fd: int) -> None:

@@ -1,4 +1,4 @@
-"""`submit` and `verify` with a real run and a real repository, and all the reasons why they refuse."""
+"""Tests `submit` and `verify` with a real run and a real repository, and every reason for a refusal."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository with a finished run and its report. Tests must not change it."""
+    """Return a repository with a finished run and its report, which tests must not change."""
     root = repository(tmp_path_factory.mktemp("project") / "mainrun")
     train(from_dict(TINY | SMALL), root / "runs")
     (root / "report.pdf").write_bytes(make_report(read_summary(the_run(root))))
@@ -53,7 +53,7 @@ def the_run(root: Path) -> Path:
 
 @pytest.fixture
 def copy(project: Path, tmp_path: Path) -> Path:
-    """A copy of the project that a test may change."""
+    """Return a copy of the project that a test may change."""
     return Path(shutil.copytree(project, tmp_path / "copy"))
 
 
@@ -72,7 +72,7 @@ def mainrun(root: Path, *args: str, stdin: int = subprocess.DEVNULL) -> subproce
 
 @pytest.fixture(scope="module")
 def submission(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A good bundle, made by `mainrun submit`."""
+    """Return a valid bundle made by `mainrun submit`."""
     out = tmp_path_factory.mktemp("submission") / "submission.zip"
     done = mainrun(project, "submit", "--out", str(out))
     assert done.returncode == 0, done.stderr
@@ -87,7 +87,7 @@ def files_of(path: Path) -> dict[str, bytes]:
 
 
 def rewrite(path: Path, files: dict[str, bytes], *, honest: bool = False) -> Path:
-    """Write the bundle with other files. `honest` updates the list of files in the manifest."""
+    """Write a bundle with the given files. If `honest` is true, the manifest lists these files."""
     if honest:
         manifest = json.loads(files[MANIFEST])
         manifest["files"] = {
@@ -107,7 +107,7 @@ def edited(files: dict[str, bytes], name: str, change: Callable[[Any], None]) ->
 
 
 def differences(path: Path, steps: int = 2) -> list[str]:
-    """Verify a bundle, and return why that failed."""
+    """Verify a bundle that must fail, and return the differences."""
     verdict = verification.verify(path, steps, lambda _: None)
     assert not verdict.verified
     return verdict.differences
@@ -163,7 +163,7 @@ def test_every_guard_has_a_fix() -> None:
 
 
 def refused(root: Path, match: str, report: str = "report.pdf") -> str:
-    """Return the error of `prepare`. The checks before the guards take seconds."""
+    """Return the error of `prepare`. The checks before the guards take only a few seconds."""
     run = prepare.choose_run(None, root / "runs")
     with pytest.raises(MainrunError, match=match) as caught:
         prepare.prepare(run, root / report, root / "submission.zip", lambda _: None, root=root)
@@ -456,7 +456,7 @@ def test_changes_with_a_matching_manifest_are_found_without_running_code(
 
 @pytest.mark.slow
 def test_the_replay_finds_consistent_changes(submission: Path, tmp_path: Path) -> None:
-    """Change one digit of the log or one byte of the code, and adjust everything else."""
+    """A forger changes one digit of the log or one byte of the code, and adjusts everything else."""
     files = files_of(submission)
     path = tmp_path / "x.zip"
     rows = [json.loads(line) for line in files["run/metrics.jsonl"].splitlines()]
@@ -475,7 +475,7 @@ def test_the_replay_finds_consistent_changes(submission: Path, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_consistent_changes_of_weights_flops_and_status(submission: Path, tmp_path: Path) -> None:
-    """Damage the weights, double the FLOPs or reset the status, and adjust everything else."""
+    """A forger damages the weights, doubles the FLOPs or resets the status, and adjusts everything else."""
     files = files_of(submission)
     path = tmp_path / "x.zip"
     (weights,) = (name for name in files if name.endswith("state.safetensors"))
@@ -495,7 +495,7 @@ def test_consistent_changes_of_weights_flops_and_status(submission: Path, tmp_pa
 
 @pytest.mark.slow
 def test_a_last_score_that_the_weights_contradict(submission: Path, tmp_path: Path) -> None:
-    """Summary, log, manifest and report all give a better score. Only the weights contradict it."""
+    """The summary, log, manifest and report all give a better score, and only the weights contradict it."""
     files = files_of(submission)
     rows = [json.loads(line) for line in files["run/metrics.jsonl"].splitlines()]
     last = next(row for row in reversed(rows) if row["event"] == "eval")

@@ -1,4 +1,7 @@
-"""The limits of a bundle: names, sizes, entries and the manifest. Refused values have allowed twins."""
+"""Tests the limits of a bundle: names, sizes, entries and the manifest.
+
+The tests compare refused values with similar values that are allowed.
+"""
 
 from __future__ import annotations
 
@@ -272,7 +275,7 @@ def test_a_file_longer_than_its_stated_size(tmp_path: Path) -> None:
 
 
 def test_the_order_of_the_directory_is_free(tmp_path: Path) -> None:
-    """The positions of the files decide, not the order in which the directory lists them."""
+    """The central directory of a zip may list its files in any order."""
     path = tmp_path / "x.zip"
     buffer = io.BytesIO(pack(add_manifest(GOOD)))
     with zipfile.ZipFile(buffer, "a") as archive:
@@ -283,7 +286,7 @@ def test_the_order_of_the_directory_is_free(tmp_path: Path) -> None:
 
 
 def hide(archive: zipfile.ZipFile) -> None:
-    """Write bytes that belong to no file."""
+    """Write bytes into a zip that belong to none of its files."""
     archive.fp.write(b"evil")
     archive.start_dir = archive.fp.tell()
 

@@ -1,6 +1,6 @@
-"""The secrets that `mainrun submit` finds: an example of each pattern, and near misses that are no secrets.
+"""Tests the patterns of secrets that `mainrun submit` finds, with an example and near misses of each.
 
-The examples are assembled at run time, so that this file contains none of them.
+The examples are assembled at run time, so that this file contains no secrets.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pytest
 
 from reports.submission import leaks
 
-MIXED = "aB3dE5gH7jK9mN1pQ2rS4tU6vW8xY0z"  # letters and digits, 31 of them
+MIXED = "aB3dE5gH7jK9mN1pQ2rS4tU6vW8xY0z"  # 31 letters and digits
 
 
 def chars(n: int) -> str:
@@ -402,7 +402,7 @@ def test_each_form_has_cases() -> None:
     assert {kind for kind, _, _ in CASES} == set(leaks.TOKENS)
 
 
-# -- values next to a telling name
+# -- values next to a name such as `password`
 
 NAMES = words(
     "password passwd passphrase pwd secret token api_key api-key apikey access_key access-key accesskey "

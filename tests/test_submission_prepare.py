@@ -1,4 +1,4 @@
-"""`submit` with one change in a good run, report or commit, and what it says about the change."""
+"""Tests what `submit` says after one change to a good run, report or commit."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ BEST = score(step=2, full=1.9)
 
 
 class Setup:
-    """A finished run, its report and a commit. A test changes one of them.
+    """A finished run, its report and a commit, one of which a test changes.
 
-    `result` is what the replay returns; `calls` are the calls of `read_head` and `run_replay`.
+    `result` is the result of the replay, and `calls` lists the calls of `read_head` and `run_replay`.
     """
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

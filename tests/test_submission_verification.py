@@ -1,4 +1,4 @@
-"""`verify` with one change in a good bundle or its replay. The replay itself is faked."""
+"""Tests `verify` after one change to a good bundle or to the result of its fake replay."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def make_manifest(files: Files, summary: dict[str, Any], **changes: Any) -> dict
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """The files of a bundle without its manifest."""
+    """Return the files of a bundle without its manifest."""
     return make_files(tmp_path_factory.mktemp("good"))
 
 
@@ -64,7 +64,7 @@ def replayed(**changes: Any) -> dict[str, Any]:
 
 
 class Case:
-    """A good bundle and the result of its replay. A test changes one of them."""
+    """A good bundle and the result of its replay, one of which a test changes."""
 
     def __init__(self, folder: Path, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
         self.path = folder / "x.zip"
@@ -95,7 +95,7 @@ class Case:
         self.files["run/metrics.jsonl"] = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
     def write(self, dishonest: Files | None = None) -> Path:
-        """Write the bundle. `self.manifest` changes its manifest, which omits the `dishonest` files."""
+        """Write the bundle. The manifest is updated with `self.manifest`, and omits the `dishonest` files."""
         summary = json.loads(self.files.get("run/summary.json", b"null"))
         if summary is None:
             summary = make_run(best=BEST, last=score()).summary
@@ -108,7 +108,7 @@ class Case:
         return verification.verify(self.write(dishonest), steps, self.notes.append)
 
     def refusal(self) -> str:
-        """Verify, and return the only difference."""
+        """Verify the bundle, and return the only difference."""
         (difference,) = self.verify().differences
         return difference
 
@@ -182,7 +182,7 @@ def test_the_error_names_the_file(case: Case) -> None:
     case.manifest = {"format": 99}
     with pytest.raises(BundleError, match=r"x\.zip is refused: .*format 99") as caught:
         case.verify()
-    assert str(caught.value).count(";") == 1  # one fix
+    assert str(caught.value).count(";") == 1  # the message suggests one fix
 
 
 # -- manifest, run and report
@@ -326,7 +326,7 @@ def test_other_weights(case: Case) -> None:
     case.result |= {"trained_weights": "3" * 64}
     assert case.verify().verified
     case.result |= {"machine_class": MACHINE | {"device": "cuda"}, "trained_weights": "4" * 64}
-    assert case.verify().verified  # trained again on another machine, which rounds differently
+    assert case.verify().verified  # another machine rounds differently when it trains the run again
     case.result["weights"] = "4" * 64
     assert case.refusal().startswith("the checkpoint's weights are ")
     del case.result["weights"]

@@ -1,4 +1,4 @@
-"""Studies: which are refused, and that workers, engines and kills do not change their results."""
+"""Tests which studies are refused, and that workers, engines and kills do not change the results."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ class TenStepSearch(FormulaSearch):
 
 
 class InstantEngine:
-    """An engine that trains nothing. Trials with a learning rate of 0.09... diverge."""
+    """An engine that trains nothing, but reports that trials with lr=0.09... have diverged."""
 
     def __init__(self, workers: int, pause: float = 0.0) -> None:
         self.workers = workers
@@ -318,7 +318,7 @@ def test_a_folder_belongs_to_one_study(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message), locked_folder(tmp_path / "a", wider):
         pass
     with locked_folder(tmp_path / "a", tiny_study(budget={"trials": 50}, workers=3)):
-        pass  # the same study with a larger budget
+        pass  # this is the same study with a larger budget
 
 
 def test_set_arguments_give_the_same_config() -> None:
@@ -329,7 +329,7 @@ def test_set_arguments_give_the_same_config() -> None:
 
 
 def test_a_study_may_start_from_a_preset_file(tmp_path: Path) -> None:
-    """The preset is then loaded by its path and not by its name."""
+    """A preset file is loaded by its path, not by its name."""
     from mainrun.plan.recipes import load
 
     file = tmp_path / "mine.toml"
@@ -359,7 +359,7 @@ def test_the_timescale_sets_the_weight_decay() -> None:
 
 @pytest.mark.slow
 def test_gradient_accumulation_does_not_change_the_result(tmp_path: Path) -> None:
-    """The study `batch` searches the effective batch size. The results agree up to float32 rounding."""
+    """The study `batch` searches the effective batch size, so results must agree up to float32 rounding."""
     from mainrun.run.session import train
     from sweeps.space import with_values
 
@@ -440,7 +440,7 @@ def results(out: Path) -> dict[str, Any]:
 
 
 def child_processes(pid: int) -> list[str]:
-    """Return the ids of the child processes of a process (Linux)."""
+    """Return the ids of a process's children (only on Linux)."""
     children: list[str] = []
     for file in Path(f"/proc/{pid}/task").glob("*/children"):
         children += file.read_text().split()
@@ -468,7 +468,7 @@ def test_workers_engines_and_kills_do_not_change_the_results(tmp_path: Path) -> 
     while process.poll() is None:
         time.sleep(1 + 2 * chance.random())
         children = child_processes(process.pid)
-        in_search = (out / "tiny" / "tokens.json").is_file()  # and not in the dry run before it
+        in_search = (out / "tiny" / "tokens.json").is_file()  # the file exists after the dry run
         if restarts and kills <= 7 and chance.random() < 0.3:
             process.kill()
             process.wait()
@@ -490,7 +490,7 @@ def test_workers_engines_and_kills_do_not_change_the_results(tmp_path: Path) -> 
 
 
 def check_ledger(out: Path) -> None:
-    """Check that the costs in export.json are the sums of its rows and of the run directories."""
+    """Check that the costs in export.json are the sums over its rows and over the run directories."""
     export = json.loads((out / "tiny" / "export.json").read_text())
     ledger = export["ledger"]
     assert (
@@ -512,7 +512,7 @@ def check_ledger(out: Path) -> None:
 
 @pytest.mark.slow
 def test_a_study_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Promoted trials resume from their checkpoint, costs add up, and the winner becomes a preset."""
+    """Promoted trials resume from their checkpoints, costs add up, and the winner becomes a preset."""
     file = write_study_file(
         tmp_path, budget={"trials": 6}, evidence={"noise_seeds": 2, "seeds": 2, "best": 1}
     )
@@ -560,10 +560,7 @@ def test_a_study_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.slow
 def test_a_run_beyond_the_step_of_its_task_is_done(tmp_path: Path) -> None:
-    """A driver may be killed while it trains a promoted trial.
-
-    The next driver asks for the earlier rung again.
-    """
+    """If a driver is killed while it trains a promoted trial, the next driver asks for an earlier rung."""
     cfg = tiny_study().base()
     sets = tuple(set_arguments(tiny_study(), cfg))
     engine = Local(1, 1)
@@ -598,7 +595,7 @@ def test_ctrl_c_stops_the_confirmation(tmp_path: Path, monkeypatch: pytest.Monke
     "fields", [{}, {"warmup_iters": 3}, {"swa": 0.5, "ema": 0.0}, {"decay_frac": 0.8, "warmup_frac": 0.2}]
 )
 def test_a_branch_is_its_trial_with_an_earlier_end(fields: dict[str, Any]) -> None:
-    """The branch has the trial's steps, with the same keys in the store, and then the trial's whole decay."""
+    """A branch has the trial's steps with the same keys in the store, and then the trial's whole decay."""
     from mainrun.store import lineage
 
     cfg = tiny_study(set=WSD | {"min_lr_frac": 0.1} | fields, space={"lr": SPACE["lr"]}).base()
@@ -620,7 +617,7 @@ def test_a_branch_is_its_trial_with_an_earlier_end(fields: dict[str, Any]) -> No
 
 
 class ReversedByBranches(FormulaSearch):
-    """A search whose branches score in the opposite order of the trials."""
+    """A search in which the branches rank in the opposite order of their trials."""
 
     trial_score = Search.trial_score
 
@@ -699,7 +696,7 @@ def test_a_branch_trains_only_its_decay_and_does_not_change_the_trial(tmp_path: 
         "sampler": {"generation": 3, "startup": 3},
         "rungs": BRANCH | {"branch": 0.25},
     }
-    # the second and third trial differ only in their decay, and the decay of one starts before the rung
+    # the second and third trials differ only in their decay, which starts before the rung in one of them
     space = {"decay_frac": {"values": [0.2, 0.8]}}
     (tmp_path / "s").mkdir()
     search = Search(tiny_study(set=WSD, space=space, **few), tmp_path / "s", Local(1, 1), print, lambda: None)
@@ -778,7 +775,7 @@ def test_a_real_gain_is_claimed_and_a_small_one_is_not(
 def test_trials_that_differ_in_their_seed_alone_claim_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every run of a confirmation gets a real score of the base with another seed, so any claim is wrong."""
+    """Every confirmation run gets a real score of the base with another seed, so any claim is wrong."""
     from mainrun.run.session import train
 
     evidence = {"seeds": 3, "noise_seeds": 3, "best": 2}
@@ -808,7 +805,7 @@ def test_trials_that_differ_in_their_seed_alone_claim_nothing(
 
 
 def test_a_trial_with_fewer_rungs_does_not_count_for_the_others() -> None:
-    """Rungs of a short trial may fall on the same evaluation, which is then a single rung."""
+    """Rungs of a short trial may fall on the same evaluation and then count as one rung."""
     rows = [(1.0, 1.5, 1.0), (2.0, 2.5, 2.0), (3.0, 3.5, 3.0)]
     trials = []
     for number, scores in enumerate(rows):

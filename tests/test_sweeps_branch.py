@@ -1,4 +1,4 @@
-"""Decay branches: a branch has the config of its trial with an earlier end, and scores a rung."""
+"""Tests decay branches: a branch has its trial's config with an earlier end, and gives a rung its score."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def make(**fields: Any) -> tuple[TrainConfig, Plan]:
 def test_a_branch_ends_shortly_after_its_rung(
     fields: dict[str, Any], step: int, share: float, end: int, decay_start: int
 ) -> None:
-    """It has the trial's steps up to its decay, and then the trial's whole decay."""
+    """A branch has the steps of its trial until the decay starts, and then the trial's whole decay."""
     cfg, plan = make(**fields)
     branch_cfg = branch.branch_config(cfg, plan, step, share)
     branch_plan = Plan(branch_cfg, TRAIN_TOKENS)
@@ -71,7 +71,7 @@ def test_all_other_fields_of_the_trial_are_unchanged() -> None:
     ],
 )
 def test_weight_averaging_starts_in_the_decay(swa: float, step: int, expected: float) -> None:
-    """With an earlier start the branch would share fewer steps with its trial."""
+    """If averaging started earlier, the branch would share fewer steps with its trial."""
     cfg, plan = make(swa=swa)
     branch_cfg = branch.branch_config(cfg, plan, step, 0.1 if step == 80 else 0.25)
     assert branch_cfg.swa == pytest.approx(expected)
@@ -79,7 +79,7 @@ def test_weight_averaging_starts_in_the_decay(swa: float, step: int, expected: f
 
 
 def test_a_branch_that_shares_too_few_steps_is_a_bug() -> None:
-    """The plan of another trial is given."""
+    """The test passes the plan of another trial."""
     cfg, plan = make()
     other = make(lr=cfg.lr * 2)[0]
     with pytest.raises(AssertionError, match="the branch at step 40 shares 0 steps with its trial, not 40"):
@@ -141,7 +141,7 @@ def test_branches_need_a_constant_phase_in_every_trial(
 
 
 def test_growth_only_in_the_space_is_a_fault() -> None:
-    """The base may have an empty schedule."""
+    """The base config may have an empty growth schedule."""
     study = make_study(WSD | {"growth": GROWS}, space=RATE | PATH)
     plain = make_study(WSD).base()
     assert [text.split(",")[0] for text in branch.faults(study.space, plain)] == [

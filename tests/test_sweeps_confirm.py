@@ -1,4 +1,4 @@
-"""Claims of a study need new paired seeds, a gain above the noise floor, and Holm's correction."""
+"""Tests that a claim needs new paired seeds, a gain above the noise floor, and Holm's correction."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from sweeps.ledger import Ledger
 from sweeps.sampling import TrialSampler
 from sweeps.trial import TrialState
 
-SEED = 1337  # of the base, which the search trains with
+SEED = 1337  # the seed of the base config, which the search uses
 NOT_BETTER = "no better than the base, within the noise"
 QUIET = (2.0, 2.001, 1.999)  # scores of the base on the seeds of the noise floor
-Z = 2.7764451051977934  # t of 97.5% with 4 degrees of freedom
+Z = 2.7764451051977934  # the 97.5% quantile of Student's t with 4 degrees of freedom
 
 
 class Confirmation:
@@ -39,9 +39,10 @@ class Confirmation:
         fields: Mapping[str, Any] | None = None,
         **evidence: Any,
     ) -> None:
-        """`fresh` has the scores of each trial on the new seeds, and `searched` its score in the search.
+        """Create a finished search with the given scores.
 
-        By default a trial with a higher number has a worse score in the search.
+        `fresh` has the scores of each trial on the new seeds, and `searched` has the trial's score in the
+        search. By default, a trial with a higher number has a worse score in the search.
         """
         self.fresh = fresh
         self.noise = noise
@@ -58,7 +59,7 @@ class Confirmation:
         self.finish(searched)
 
     def finish(self, searched: Mapping[int, float]) -> None:
-        """Add the trials and finish each with its score. Trials without a score fail."""
+        """Add the trials, finish those that have a score, and let the others fail."""
         while len(self.search.trials) <= max(searched):
             assert self.search.ask()
             for trial in self.search.trials:
@@ -125,7 +126,7 @@ def test_a_claim_needs_interval_floor_and_p_value(
     p: float,
     why: str,
 ) -> None:
-    """The floor of four seeds is 0.25. Each condition is tested alone, at its limit."""
+    """With four seeds, the noise floor is 0.25. Each condition is tested alone, at its limit."""
     result_of_stats = SimpleNamespace(a=2.0, b=2.0 + difference, mean=difference, interval=interval, p=0.02)
     monkeypatch.setattr(stats, "difference", lambda a, b: result_of_stats)
     monkeypatch.setattr(stats, "noise", lambda groups: SimpleNamespace(sd=0.1, floor=0.5))
@@ -171,12 +172,12 @@ GAINS = (0.099, 0.101, 0.1, 0.1)
 
 
 def lower(gains: Sequence[float]) -> tuple[float, ...]:
-    """Return the scores of the base, each lower by its gain."""
+    """Return the scores of the base config, each reduced by its gain."""
     return tuple(score - gain for score, gain in zip(BASE, gains, strict=True))
 
 
 def test_a_gain_on_paired_seeds_is_claimed_with_its_interval(tmp_path: Path) -> None:
-    """The seeds differ by 0.3 and the configs by 0.1, so only pairs with the same seed show the gain."""
+    """Scores differ by 0.3 between seeds and by 0.1 between configs, so only paired seeds show the gain."""
     setup = Confirmation(tmp_path, {0: BASE, 1: lower(GAINS)})
     result = confirm(setup.search)
     row = rows_of(result)[1]
@@ -193,7 +194,7 @@ def test_a_gain_on_paired_seeds_is_claimed_with_its_interval(tmp_path: Path) -> 
 
 
 def test_scores_are_paired_by_their_seeds(tmp_path: Path) -> None:
-    """With the same scores in another order the gain is not significant."""
+    """If the same scores are paired in another order, the gain is not significant."""
     result = confirm(Confirmation(tmp_path, {0: BASE, 1: lower(GAINS)[::-1]}).search)
     assert result["rows"][0]["difference"] == pytest.approx(-0.1)
     assert result["rows"][0]["why"] == CONTAINS_ZERO
@@ -220,7 +221,7 @@ def test_the_noise_floor_is_for_a_mean_over_the_new_seeds(tmp_path: Path) -> Non
 
 
 def paired(p: float, size: float = 0.1) -> tuple[float, ...]:
-    """Return two scores about `size` below 2.0 whose paired difference from 2.0 has this p-value."""
+    """Return two scores near 2.0 - `size` whose paired difference from 2.0 has the p-value `p`."""
     t = math.tan(math.pi / 2 * (1 - p))
     return 2.0 - size - size / t, 2.0 - size + size / t
 
@@ -246,7 +247,7 @@ def paired(p: float, size: float = 0.1) -> tuple[float, ...]:
 def test_holms_correction_counts_the_trials_that_are_confirmed(
     tmp_path: Path, ps: list[float], adjusted: list[float], claims: list[bool]
 ) -> None:
-    """Each of these trials would be claimed if it were the only one."""
+    """Each of these trials would be claimed if it were the only confirmed trial."""
     fresh = {0: (2.0, 2.0)} | {number: paired(p) for number, p in enumerate(ps, 1)}
     result = confirm(Confirmation(tmp_path, fresh).search)
     assert [row["trial"] for row in result["rows"]] == list(range(1, 1 + len(ps)))
@@ -264,7 +265,7 @@ def test_holms_correction_counts_the_trials_that_are_confirmed(
 def test_the_winner_has_the_largest_gain_on_new_seeds(
     tmp_path: Path, gains: tuple[float, ...], winner: int
 ) -> None:
-    """The score in the search does not matter."""
+    """The winner does not depend on the scores in the search."""
     result = confirm(
         Confirmation(tmp_path, {0: BASE} | {n: lower((gain,) * 4) for n, gain in enumerate(gains, 1)}).search
     )
@@ -287,7 +288,7 @@ def test_a_larger_gain_does_not_win_without_a_claim(tmp_path: Path) -> None:
 
 
 def test_the_scores_of_the_search_do_not_count(tmp_path: Path) -> None:
-    """The best trial of the search is not better on new seeds. The seed of the search is not used again."""
+    """The best trial of the search is no better on new seeds. The seed of the search is not used again."""
     setup = Confirmation(tmp_path, {0: BASE, 1: BASE}, searched={0: 3.0, 1: 0.5})
     result = confirm(setup.search)
     assert result["claim"] == NOT_BETTER and rows_of(result)[1]["why"] == NO_GAIN
@@ -301,7 +302,7 @@ def test_the_scores_of_the_search_do_not_count(tmp_path: Path) -> None:
 
 
 def test_noise_floor_and_confirmation_use_different_seeds(tmp_path: Path) -> None:
-    """This is tested with the maximum number of noise seeds."""
+    """The test uses the maximum number of noise seeds."""
     setup = Confirmation(tmp_path, {0: (2.0, 2.0)}, noise=[2.0 + 0.001 * i for i in range(100)])
     result = confirm(setup.search)
     assert result["noise"]["seeds"] == list(range(SEED + 1, SEED + 101))
@@ -366,7 +367,7 @@ def test_the_objective_is_compared(tmp_path: Path, objective: str) -> None:
 
 
 def test_val_is_read_for_the_winner_alone(tmp_path: Path) -> None:
-    """The scores come from its first new seed. The claim is still about scores on dev."""
+    """The val scores come from the winner's first new seed. The claim is still about dev scores."""
     setup = Confirmation(tmp_path, {0: BASE, 1: lower(GAINS), 2: lower((0.2,) * 4)})
     setup.trainer.val = lambda cfg, step: cfg.seed + cfg.lr
     result = confirm(setup.search)
@@ -377,7 +378,7 @@ def test_val_is_read_for_the_winner_alone(tmp_path: Path) -> None:
 
 
 def test_val_is_read_nowhere_else(tmp_path: Path) -> None:
-    """Scores on val are removed from all runs except the one that is shown. The evidence is the same."""
+    """The evidence does not change if val scores are removed from all runs except the one that is shown."""
 
     def evidence(folder: Path, keep_val: bool) -> dict[str, Any]:
         setup = Confirmation(folder, {0: BASE, 1: lower(GAINS), 2: lower((0.01,) * 4)})
@@ -442,7 +443,7 @@ def test_the_costs_list_every_run_with_its_purpose(tmp_path: Path) -> None:
 
 
 def test_a_run_that_diverges_scores_infinity_and_is_wasted(tmp_path: Path) -> None:
-    """The other trial can still be claimed."""
+    """A trial can still be claimed if a run of another trial diverges."""
     setup = Confirmation(tmp_path, {0: BASE, 1: lower(GAINS), 2: lower(GAINS)})
     bad = setup.search.runs_of(setup.search.trials[1]).cfg.model_copy(update={"seed": SEED + 103})
     setup.trainer.diverging = lambda cfg: cfg == bad

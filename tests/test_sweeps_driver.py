@@ -1,4 +1,4 @@
-"""The driver: which trials are chosen, how far they train, which are promoted, and what they cost."""
+"""Tests which trials the driver chooses, how far it trains them, which it promotes, and what they cost."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ from sweeps.sampling import TrialSampler
 from sweeps.study import set_arguments
 from sweeps.trial import Trial, TrialState
 
-RUNGS = {"at": [0.4], "keep": 0.5}  # at step 4 of 10
-TOKENS = 128 * STEPS  # of a trial
+RUNGS = {"at": [0.4], "keep": 0.5}  # a rung at step 4 of 10
+TOKENS = 128 * STEPS  # the tokens of one trial
 WSD = {"schedule": "wsd", "warmup_frac": 0.1, "decay_frac": 0.3}
 
 
 @pytest.fixture(autouse=True)
 def databases(monkeypatch: pytest.MonkeyPatch) -> list[FakeDatabase]:
-    """The databases that the studies of a test write."""
+    """Return the databases that the studies of a test write to."""
     created: list[FakeDatabase] = []
 
     def create(*arguments: Any) -> FakeDatabase:
@@ -57,7 +57,7 @@ def databases(monkeypatch: pytest.MonkeyPatch) -> list[FakeDatabase]:
 
 
 class Prepared:
-    """A study whose trials have prepared scores: one, or a list with one for each rung and the end."""
+    """A study whose trials have given scores: either one number, or a number for each rung and the end."""
 
     def __init__(
         self,
@@ -98,13 +98,16 @@ class Prepared:
         return [trial.state for trial in self.trials]
 
     def tasks(self) -> list[tuple[int, int]]:
-        """Return each task as the number of its trial and the step to stop at (0: the end)."""
+        """Return the trial number and the last step of each task.
+
+        A last step of 0 means the end of the run.
+        """
         pairs = zip(self.trainer.trained, self.trainer.tasks, strict=True)
         return [(self.search.owners[cfg.run_id], task.until) for cfg, task in pairs]
 
 
 def states(letters: str) -> list[str]:
-    """Return the states that a text such as "dpxf" abbreviates."""
+    """Return the states that a string such as "dpxf" abbreviates."""
     return [{"d": "done", "p": "pruned", "x": "diverged", "f": "failed"}[letter] for letter in letters]
 
 
@@ -164,7 +167,7 @@ def test_the_scores_of_the_current_rung_decide(tmp_path: Path) -> None:
 
 
 def test_generations_are_not_compared_with_each_other(tmp_path: Path) -> None:
-    """The worst trial of a good generation is pruned, even if it is better than the best of a bad one."""
+    """The worst trial of a good generation is pruned, even if it beats the best trial of a bad generation."""
     study = Prepared(tmp_path, [9.0, 5.0, 6.0, 1.0, 2.0, 3.0], generation=3)
     assert study.run() == states("dddddp")
     study = Prepared(
@@ -174,7 +177,7 @@ def test_generations_are_not_compared_with_each_other(tmp_path: Path) -> None:
 
 
 def test_a_generation_is_promoted_once_all_its_trials_have_scores(tmp_path: Path) -> None:
-    """The slowest trial has the best score."""
+    """The trial with the best score is the last to finish."""
     study = Prepared(tmp_path, [9.0, 3.0, 2.0, 1.0], workers=3, rungs=RUNGS | {"keep": 0.25})
     train = study.trainer.train
 
@@ -201,7 +204,7 @@ def test_diverged_trials_are_not_ranked(tmp_path: Path) -> None:
 
 
 def test_a_generation_can_diverge_completely(tmp_path: Path) -> None:
-    """The next generation is promoted all the same."""
+    """If all trials of a generation diverge, the next generation is still promoted."""
     study = Prepared(tmp_path, [9.0, 8.0, 3.0, 2.0, 1.0, 4.0], generation=2, rungs=RUNGS | {"keep": 0.5})
     study.trainer.diverging = lambda cfg: study.search.owners[cfg.run_id] < 2
     assert study.run() == states("xxpddp")
@@ -224,7 +227,7 @@ def test_without_rungs_every_trial_is_trained_to_its_end(tmp_path: Path) -> None
 
 
 def test_val_decides_nothing(tmp_path: Path) -> None:
-    """Scores on val in the opposite order do not change the search."""
+    """Val scores in the opposite order do not change the search."""
     for number, val in enumerate([1.0, -1.0]):
         study = Prepared(tmp_path / str(number), [4.0, 3.0, 2.0, 1.0])
         study.trainer.val = lambda cfg, step, val=val, study=study: val * study.score(cfg, step)
@@ -234,7 +237,7 @@ def test_val_decides_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("score", ["NaN", "Infinity", "1e999"])
 def test_a_score_that_is_not_finite_is_damage(tmp_path: Path, score: str) -> None:
-    """No trainer writes such a score.
+    """No trainer writes a NaN or infinite score, so the study treats the file as damaged.
 
     The study ends with an error that names the file, and promotes no trial.
     """
@@ -283,9 +286,9 @@ def test_trials_are_compared_by_the_objective(tmp_path: Path, objective: str, mo
     ids=str,
 )
 def test_a_rung_is_at_the_next_evaluation(tmp_path: Path, at: list[float], stops: tuple[int, ...]) -> None:
-    """Evaluations are after 1, 2, 4, 6, 8 and 10 steps.
+    """The runs are evaluated after steps 1, 2, 4, 6, 8 and 10.
 
-    Rungs at the same step are one, and the last is the end.
+    Rungs that fall on the same step count as one, and the last stop is the end of the run.
     """
     study = Prepared(tmp_path, [1.0, 2.0], rungs=RUNGS | {"at": at})
     study.search.ask()
@@ -296,7 +299,7 @@ def test_a_rung_is_at_the_next_evaluation(tmp_path: Path, at: list[float], stops
 
 
 def test_the_sampler_is_called_in_the_order_of_the_trial_numbers(tmp_path: Path) -> None:
-    """A new generation is sampled from the scores up to the generation before the last."""
+    """A generation is sampled from the scores of all earlier generations except the previous one."""
     study = Prepared(
         tmp_path, [9.0, 3.0, 2.0, 1.0, 5.0, 4.0, 8.0, 7.0], generation=2, rungs=RUNGS | {"keep": 0.5}
     )
@@ -422,7 +425,7 @@ def test_a_budget_without_trials_does_not_limit_them(tmp_path: Path) -> None:
 def test_a_grid_ends_with_its_last_cell(
     tmp_path: Path, space: dict[str, Any], budget: int, count: int
 ) -> None:
-    """Trial 0 is the base and not a cell."""
+    """Trial 0 is the base config, which is not a cell of the grid."""
     sampler = {"name": "grid", "generation": 3}
     study = Prepared(
         tmp_path, [1.0] * 20, space=space, budget={"trials": budget}, sampler=sampler, rungs=None
@@ -592,9 +595,9 @@ def test_a_restarted_driver_trains_nothing_twice(tmp_path: Path) -> None:
 
 
 def test_configs_of_written_trials_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take most of the memory of a trial, and a study may have a million.
+    """Configs take most of a trial's memory, and a study may have a million trials.
 
-    Until then each is created once.
+    Each config is created only once before it is dropped.
     """
     study = Prepared(tmp_path, [3.0, 2.0, 1.0, 3.0, 2.0, 1.0], generation=3, rungs=RUNGS | {"keep": 0.4})
     created: list[dict[str, Any]] = []
@@ -611,7 +614,7 @@ def test_configs_of_written_trials_are_dropped(tmp_path: Path, monkeypatch: pyte
 
 
 def test_the_driver_calls_tick_twice_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The progress is shown even if no task ends."""
+    """The progress display is updated even if no task ends."""
     options: list[dict[str, Any]] = []
 
     def watch(futures: Any, **keywords: Any) -> Any:
@@ -705,7 +708,10 @@ def test_a_run_of_an_earlier_trial_costs_nothing_again(
 
 
 def test_lost_steps_are_not_reused_by_a_trial_that_shares_the_run(tmp_path: Path) -> None:
-    """Three steps were trained twice because a worker died. Only the owner of the run pays for them."""
+    """Three steps were trained twice because a worker died.
+
+    Only the trial that owns the run pays for them.
+    """
     study = Prepared(tmp_path, [1.0] * 3, values={1: SAME, 2: SAME})
     search = study.search
     search.ask()
@@ -722,7 +728,7 @@ def test_lost_steps_are_not_reused_by_a_trial_that_shares_the_run(tmp_path: Path
 
 
 def branched(folder: Path, scores: Sequence[float], keep: float = 0.5, **keys: Any) -> Prepared:
-    """Create a study with branches. The branch of an odd trial scores ten times as much as the trial."""
+    """Create a study in which the branch of every odd trial has ten times the score of the trial."""
     study = Prepared(
         folder,
         scores,
@@ -818,7 +824,7 @@ def test_a_trial_that_diverges_starts_no_branch(tmp_path: Path) -> None:
 def test_a_branch_of_two_trials_costs_nothing_again(
     tmp_path: Path, keep: float, wasted: int, expected: tuple[int, ...]
 ) -> None:
-    """The trials differ only in the start of their decay, which is after the rung in both."""
+    """The trials differ only in the start of their decay, and both decays start after the rung."""
     values = {1: {"decay_frac": 0.2, "lr": 0.05}, 2: {"decay_frac": 0.5, "lr": 0.05}}
     study = branched(tmp_path, [2.0, 1.0, 1.0], keep=keep, values=values)
     study.run()
@@ -898,7 +904,7 @@ def start_search(
 
 
 def test_the_trainer_counts_the_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next driver reads the number from disk, if the fingerprints of the titles are the same."""
+    """The next driver reads the token count from disk if the fingerprints of the titles are unchanged."""
     search, dry = start_search(tmp_path, monkeypatch, GOOD)
     assert search.train_tokens == 4321
     sets = [part for text in set_arguments(search.study, search.base) for part in ("--set", text)]

@@ -1,4 +1,4 @@
-"""The cost of a run, from the rows of its metrics."""
+"""Tests the cost of a run, computed from the rows of its metrics."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def step_rows(count: int, reused: int = 0, pace: int = 1) -> list[dict[str, Any]
 def test_the_cost_of_a_run(
     tmp_path: Path, rows: list[Any], wasted: int | None, expected: tuple[float, ...]
 ) -> None:
-    """Steps in all, trained, reused and wasted; tokens and seconds of the trained steps."""
+    """The cost counts all, trained, reused and wasted steps, and the tokens and seconds of trained steps."""
     ledger = cost(tmp_path, rows, wasted)
     steps = (ledger.asked, ledger.trained, ledger.reused, ledger.wasted)
     assert (*steps, ledger.tokens, ledger.seconds) == expected
@@ -107,6 +107,6 @@ def test_ledgers_are_added_field_by_field() -> None:
 
 
 def test_a_ledger_cannot_be_changed() -> None:
-    """The driver keeps the ledgers of finished trials."""
+    """Ledgers are immutable, because the driver keeps the ledgers of finished trials."""
     with pytest.raises(AttributeError):
         Ledger().asked = 1

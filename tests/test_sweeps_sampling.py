@@ -1,4 +1,4 @@
-"""The values of trials depend only on the study and on the scores so far."""
+"""Tests that the values of a trial depend only on the study and on earlier scores."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def make(name: str = "random", space: Mapping[str, Any] = SPACE, **sampler: Any)
     ids=str,
 )
 def test_the_seed_of_a_trial_never_changes(seed: int, number: int, expected: int) -> None:
-    """A study that is resumed with a later version samples the same trials."""
+    """A study that is resumed with a later version of mainrun samples the same trials."""
     assert trial_seed(seed, number) == expected
 
 
@@ -72,7 +72,7 @@ def test_the_same_study_samples_the_same_values(name: str) -> None:
 
 
 def test_random_values_depend_only_on_the_trial_number() -> None:
-    """Such trials are not kept in memory, since a study may have a million."""
+    """The random sampler keeps no trials in memory, because a study may have a million of them."""
     sampler = make("random", MIXED)
     for number in (1, 2, 3):
         sampler.ask(number)
@@ -100,9 +100,9 @@ def test_values_are_in_the_space() -> None:
 
 @pytest.mark.parametrize("base", ["adamw", "sgd"])
 def test_a_conditional_parameter_is_sampled_if_its_condition_is_true(base: str) -> None:
-    """After the parameters that it depends on, wherever it stands in the file.
+    """A parameter is sampled after those in its condition, whatever their order in the file.
 
-    The values of the trial count, not those of the base.
+    The condition is tested against the values of the trial, not those of the base config.
     """
     study = make_study({"optimizer": base}, space=MIXED, sampler={"name": "random"})
     sampler = TrialSampler(study.sampler, study.space, study.base())
@@ -148,7 +148,7 @@ def test_the_seed_of_the_study_decides_the_order_of_a_grid() -> None:
 
 
 def test_the_trials_of_qmc_are_points_of_one_sequence() -> None:
-    """Each sixteenth of the range contains one of sixteen points of a scrambled Sobol sequence."""
+    """If the range is cut into sixteen equal parts, each part has one of sixteen scrambled Sobol points."""
     sampler = make("qmc", {"dropout": {"low": 0.0, "high": 0.8}})
     sampler.ask(1)  # the first point is random, because Optuna does not know the space yet
     sampler.tell(1, {0: 1.0}, True)
@@ -176,7 +176,7 @@ def test_the_trials_of_qmc_are_points_of_one_sequence() -> None:
 def test_the_settings_of_a_study_reach_its_sampler(
     monkeypatch: pytest.MonkeyPatch, name: str, class_name: str, expected: dict[str, Any]
 ) -> None:
-    """An expected seed of True means the seed of the trial. A conditional space needs the groups of TPE."""
+    """An expected seed of True stands for the trial's seed. A conditional space needs `group=True` in TPE."""
     sampler = make(name, MIXED, seed=9, startup=3)
     seen: list[dict[str, Any]] = []
 
@@ -194,7 +194,7 @@ def test_the_settings_of_a_study_reach_its_sampler(
 
 
 def test_a_space_without_conditions_needs_no_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With groups TPE would model the parameters independently."""
+    """With `group=True`, TPE would model the parameters independently."""
     samplers = make("tpe"), make("tpe", MIXED)
     seen: list[Any] = []
     monkeypatch.setattr(optuna.samplers, "TPESampler", lambda **keys: seen.append(keys["group"]))
@@ -223,7 +223,7 @@ def test_the_sampler_learns_after_its_startup() -> None:
 def report(
     *results: tuple[Mapping[int, float], bool],
 ) -> list[tuple[TrialState, float | None, dict[int, float]]]:
-    """Report the scores of trials 1, 2, ... by rung, and return what Optuna knows of them."""
+    """Report the scores of trials 1, 2, ... by rung, and return the states and scores that Optuna stores."""
     sampler = make("tpe")
     for number in range(len(results) + 1):
         sampler.ask(number)
@@ -338,7 +338,7 @@ def test_the_distribution_of_a_parameter(parameter: Any, expected: Any) -> None:
     ids=str,
 )
 def test_the_cells_of_a_grid(parameter: dict[str, Any], values: list[float]) -> None:
-    """The cells start at low. High is included if a step ends there. Optuna accepts every cell."""
+    """The cells start at `low`, and include `high` if a step ends there. Optuna accepts every cell."""
     name = "n_layer" if isinstance(values[0], int) else "dropout"
     sampler = make("grid", {name: parameter})
     seen = sorted(sampler.ask(number)[name] for number in range(1, len(values) + 1))
@@ -348,7 +348,10 @@ def test_the_cells_of_a_grid(parameter: dict[str, Any], values: list[float]) -> 
 
 
 def test_only_messages_of_optuna_are_silenced() -> None:
-    """Warnings about experimental samplers do not help the user. Other warnings are shown."""
+    """Optuna's warnings about experimental samplers are hidden, because they do not help users.
+
+    Other warnings are shown.
+    """
     optuna.logging.set_verbosity(optuna.logging.INFO)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -359,6 +362,6 @@ def test_only_messages_of_optuna_are_silenced() -> None:
 
 
 def test_optuna_is_not_imported_early() -> None:
-    """The import takes a second, and `mainrun sweep --help` does not need it."""
+    """Importing Optuna takes a second, and `mainrun sweep --help` does not need Optuna."""
     code = "import sys, sweeps.sampling; print('optuna' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

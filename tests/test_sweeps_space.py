@@ -1,4 +1,4 @@
-"""The search space: its faults and their messages, and the config of a trial from its values."""
+"""Tests the search space: the messages about its faults, and the config of a trial with given values."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def list_faults(space: dict[str, dict[str, Any]], **fields: Any) -> list[str]:
     ],
 )
 def test_fields_that_must_be_equal_in_all_trials_are_refused(name: str, reason: str) -> None:
-    """The values of such a field are not checked."""
+    """The fields are refused without a check of their values."""
     assert list_faults({name: {"values": ["anything"]}}) == [f"space.{name}: {reason}; remove it."]
     assert NOT_SEARCHABLE[name] == reason
 
@@ -263,7 +263,10 @@ def test_fields_without_an_effect_are_refused(name: str) -> None:
     ],
 )
 def test_the_faults_of_a_space(space: dict[str, Any], messages: list[str]) -> None:
-    """Each fault gives one sentence. An expected message without a full stop is only its beginning."""
+    """Each fault gives one message.
+
+    An expected message without a full stop is only the start of a message.
+    """
     faults = list_faults(space)
     assert len(faults) == len(messages), faults
     for fault, message in zip(faults, messages, strict=True):
@@ -274,7 +277,7 @@ def test_the_faults_of_a_space(space: dict[str, Any], messages: list[str]) -> No
 
 
 def test_every_fault_of_a_space_is_named() -> None:
-    """Faults are listed in the order of the space."""
+    """Faults are listed in the order of the fields in the space."""
     faults = list_faults(
         {
             "seed": {"values": [1]},
@@ -290,9 +293,9 @@ def test_every_fault_of_a_space_is_named() -> None:
 
 
 def test_values_that_conflict_with_another_field_are_not_faults() -> None:
-    """The space may resolve such a conflict.
+    """Other fields of the space may resolve a conflict between two fields.
 
-    An error that names the field itself is a fault of its values.
+    An error that names the searched field itself is a fault of its values.
     """
     drops = {"rdrop": 1.0, "dropout": 0.0, "attn_dropout": 0.1}
     assert list_faults({"attn_dropout": {"values": [0.0, 0.1]}}, **drops) == []
@@ -303,7 +306,7 @@ def test_values_that_conflict_with_another_field_are_not_faults() -> None:
 
 
 def test_values_that_conflict_with_the_growth_schedule_are_not_faults() -> None:
-    """The error message contains the name of the field, but the schedule causes it."""
+    """The error message names the field, but the growth schedule causes the error."""
     growth = {"version": 2, "ops": [{"name": "set_batch_size", "value": 12, "trigger": {"budget_frac": 0.5}}]}
     with pytest.raises(ConfigError, match=r"^growth: ops\[0\] .*grad_accum"):
         with_values(base(growth=growth), {"grad_accum": 8})
@@ -401,7 +404,7 @@ def test_the_faults_of_a_condition(
     ids=["sgd", "adamw", "the base", "muon", "two conditions"],
 )
 def test_the_parameters_whose_conditions_are_true(values: dict[str, Any], names: set[str]) -> None:
-    """A field that is not in the space has the value of the base.
+    """A field that is not in the space has the value of the base config.
 
     All conditions of a parameter must be true.
     """
@@ -475,7 +478,7 @@ def test_config_fields_and_derived_parameters_can_be_searched() -> None:
     ids=str,
 )
 def test_a_config_from_its_values(values: dict[str, Any]) -> None:
-    """All other fields are unchanged, including the preset."""
+    """Fields that are not searched keep their values, including the preset."""
     start = base(optimizer="adamw", dropout=0.1)
     cfg = with_values(start, values)
     expected = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

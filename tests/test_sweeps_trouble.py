@@ -1,4 +1,4 @@
-"""Failures around a study: databases, disks, Ctrl-C. Each gives a clear message, and nothing is lost."""
+"""Tests that database errors, full disks and Ctrl-C give a clear message and lose no results."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def quiet(text: str) -> None:
 
 
 def test_titles_that_have_changed_are_refused(tmp_path: Path) -> None:
-    """New trials would train on other data than the finished ones."""
+    """With changed titles, new trials would train on other data than the finished trials."""
     titles = tmp_path / "titles.txt"
     study = tiny_study(set=SET | {"corpus": f"file:{titles}", "vocab_size": 300})
     lines = [f"Title number {i} of many" for i in range(300)]
@@ -62,7 +62,7 @@ def test_titles_that_have_changed_are_refused(tmp_path: Path) -> None:
 
 
 def refused(folder: Path, **changes: Any) -> str:
-    """Open the database of a study, and return the message of its refusal."""
+    """Open a database that the study must refuse, and return the error message."""
     with pytest.raises(UsageError) as e:
         StudyDatabase(tiny_study(**changes), folder, quiet)
     return str(e.value)
@@ -108,7 +108,7 @@ def test_a_file_that_is_not_a_study_database_is_refused_untouched(tmp_path: Path
 
 @pytest.mark.parametrize("kept", range(14))
 def test_a_database_whose_creation_was_killed_is_completed(tmp_path: Path, kept: int) -> None:
-    """Optuna creates and commits its tables one by one, and writes their version last."""
+    """Optuna creates and commits its tables one by one, and writes the schema version last."""
     StudyDatabase(tiny_study(), tmp_path, quiet)
     with sqlite3.connect(tmp_path / "study.db") as other:
         names = [
@@ -241,7 +241,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_stops_the_driver_and_loses_nothing(tmp_path: Path) -> None:
-    """The disk of the database is full. With free space the study is resumed."""
+    """The study stops when the database's disk is full, and resumes once there is free space."""
     place = tmp_path / "small"
     place.mkdir()
     with mounted(place, "-t", "tmpfs", "-o", "size=400k", "tmpfs"):
@@ -285,7 +285,7 @@ def test_a_full_disk_of_a_worker_does_not_fail_the_trial(tmp_path: Path) -> None
 
 
 def test_a_larger_budget_does_not_change_finished_trials(tmp_path: Path) -> None:
-    """A generation with rungs is never cut, so that its promotions do not depend on the budget."""
+    """A generation with rungs is always completed, so that its promotions do not depend on the budget."""
     few = run_search(tmp_path / "a", InstantEngine(1), budget={"trials": 7})
     more = run_search(tmp_path / "a", InstantEngine(2), budget={"trials": 13})
     once = run_search(tmp_path / "b", InstantEngine(1), budget={"trials": 15})
@@ -304,9 +304,9 @@ def test_a_larger_budget_does_not_change_finished_trials(tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
 def test_ctrl_c_ends_the_workers_and_the_costs_add_up(tmp_path: Path) -> None:
-    """The study has rungs, repeated values, a trial that diverges and a confirmation.
+    """The study has rungs, repeated values, a trial that diverges, and a confirmation.
 
-    It is stopped and resumed.
+    The test stops the study with Ctrl-C and resumes it.
     """
     space = {"lr": {"values": [0.01, 1000.0]}, "optimizer": {"values": ["adamw", "sgd"]}}
     file = write_study_file(

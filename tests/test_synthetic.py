@@ -1,4 +1,4 @@
-"""The synthetic titles: reproducible, distinct, fast, and with the statistics of real titles."""
+"""Tests that synthetic titles are reproducible, distinct, fast to write, and statistically like real ones."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def many() -> list[str]:
 
 
 def test_the_first_thousand_titles_are_pinned() -> None:
-    """A change of the grammar changes every score. Record an intended change in docs/log/data.md."""
+    """A change to the grammar changes every score, so record an intended change in docs/log/data.md."""
     assert hashlib.sha256("\n".join(titles(1000)).encode()).hexdigest() == FIRST_1000
 
 
@@ -60,7 +60,7 @@ def test_speed(many: list[str]) -> None:
     assert time.process_time() - start < 0.6
 
 
-FORMS = {  # pattern: minimum share of the titles
+FORMS = {  # maps a pattern to the minimum share of titles that match it
     r"^Ask HN: ": 0.11,
     r"^Show HN: ": 0.05,
     r"^Tell HN: ": 0.001,
@@ -192,7 +192,7 @@ def test_the_vocabulary_keeps_growing(many: list[str]) -> None:
 
 @pytest.mark.slow
 def test_bpe_tokens_per_title(many: list[str]) -> None:
-    """Real titles have 11.9 tokens with a vocabulary of 16,000 that is fitted on the same 20,000 titles."""
+    """20,000 real titles average 11.9 tokens with a vocabulary of 16,000 that is fitted on these titles."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE())

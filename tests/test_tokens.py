@@ -1,4 +1,4 @@
-"""Properties of tokenizers, of the token cache and of batches."""
+"""Tests properties of tokenizers, of the token cache and of batches."""
 
 import importlib.metadata
 import itertools
@@ -68,7 +68,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def no_fit(monkeypatch: pytest.MonkeyPatch):
-    """Return a function that makes every later fit fail, so that only the cache can give a vocabulary."""
+    """Return a function that makes every later fit fail, so that vocabularies must come from the cache."""
 
     def refuse(*_: object) -> None:
         raise AssertionError("fitted again")
@@ -143,7 +143,7 @@ def test_any_ids_can_be_decoded(kind: str) -> None:
         "\\x{d800}",
         "\\x{}",
         "\\x{gg}",
-    ):  # a model may generate this, but no title encodes to it
+    ):  # a model may generate these texts, but no title is encoded as one of them
         raw = fitted("bpe")._library.encode(written).ids
         assert fitted("bpe").decode(raw) == written
 
@@ -252,7 +252,7 @@ for kind in ("bpe", "unigram"):
 
 
 def test_processes_and_threads_do_not_change_a_vocabulary() -> None:
-    """Ties between merges or pieces must not depend on the hash seed or on threads."""
+    """The order of tied merges or pieces must not depend on the hash seed or on threads."""
     rng = random.Random(1)
     text = "\n".join("".join(rng.choices("abcdefgh ", k=40)) for _ in range(1_000))
     found = set()
@@ -488,9 +488,10 @@ Act = Callable[[], object]
 
 
 def run_interrupted(call: Act, line: int, act: Act) -> bool:
-    """Run `call`, and run `act` before line number `line` that it executes in token_cache.py.
+    """Run `call`, and interrupt it to run `act`.
 
-    Return False if it executes fewer lines.
+    The interruption comes before `call` executes its n-th line in token_cache.py, where n is `line`. Return
+    False if `call` executes fewer lines.
     """
     left, before = line, sys.gettrace()
 
@@ -527,7 +528,7 @@ def test_another_process_may_act_at_any_line(
 ) -> None:
     """Another process acts between two lines of the process that fills the cache.
 
-    Both get the same data, every warning is true, and one entry is left.
+    Both processes get the same data, every warning is true, and the cache has one entry at the end.
     """
     cfg, corpus = tiny(), a_corpus()
     built = token_cache._build(cfg, corpus)
@@ -575,7 +576,10 @@ def test_another_process_may_act_at_any_line(
 def test_a_late_process_puts_an_intact_entry_back(
     tiny, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two processes replace a damaged entry. The slower one moves the new entry aside and puts it back."""
+    """Two processes replace a damaged entry.
+
+    The slower process moves the new entry aside and puts it back.
+    """
     cfg, corpus = tiny(), a_corpus()
     data = token_cache._build(cfg, corpus)
     prepare(cfg, corpus)
@@ -601,7 +605,7 @@ def test_a_late_process_puts_an_intact_entry_back(
 def test_a_damaged_entry_may_disappear_before_it_is_moved_aside(
     tiny, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another process moves it aside first."""
+    """Another process moves the damaged entry aside first."""
     cfg, corpus = tiny(), a_corpus()
     data = token_cache._build(cfg, corpus)
     prepare(cfg, corpus)
@@ -665,7 +669,7 @@ def test_an_unwritable_cache_only_disables_the_cache(
 
 
 def a_stream(lengths: list[int]) -> np.ndarray:
-    """Return titles of these lengths in which each token occurs once, so that it identifies its position."""
+    """Return titles of the given lengths in which every token is unique and so identifies its position."""
     flat, token = [], 3
     for length in lengths:
         flat += [*range(token, token + length), EOS]
@@ -678,7 +682,7 @@ def geometries(draw: st.DrawFn) -> tuple[np.ndarray, int, int]:
     block, batch = draw(st.integers(2, 9)), draw(st.integers(1, 5))
     lengths = draw(st.lists(st.integers(0, 12), min_size=1, max_size=60))
     stream = a_stream(lengths)
-    if draw(st.booleans()):  # an edge case: the stream has a whole number of spans
+    if draw(st.booleans()):  # an edge case: a stream of whole spans
         fill = -len(stream) % (block * batch) or block * batch
         stream = a_stream([*lengths, fill - 1])
     if len(stream) <= block * batch:
@@ -732,7 +736,7 @@ def test_a_shuffled_epoch_contains_each_title_once(
 
     titles = Counter(tuple(t) for t in np.split(stream, np.flatnonzero(stream == EOS) + 1)[:-1])
     for epoch in range(3):
-        # With a whole number of spans, the last span lacks its last target and begins at 0 again.
+        # In a stream of whole spans, the last span has no final target, so reading restarts at 0.
         spans = (len(stream) - 1) // span
         rows = in_order[epoch * steps : epoch * steps + spans]
         x, y = (np.concatenate([row[i].ravel() for row in rows]) for i in (0, 1))
@@ -756,7 +760,10 @@ def test_a_shuffled_epoch_contains_each_title_once(
 
 @st.composite
 def growing(draw: st.DrawFn, order: str) -> tuple[np.ndarray, Plan, Batches]:
-    """Draw a stream and a run whose batch size changes. Its learning rate changes too, without effect."""
+    """Draw a stream and a run whose batch size changes.
+
+    The learning rate also changes, but affects no batch.
+    """
     from conftest import TINY
 
     block, sizes = draw(st.integers(2, 5)), draw(st.lists(st.integers(1, 5), min_size=2, max_size=4))
@@ -766,7 +773,7 @@ def growing(draw: st.DrawFn, order: str) -> tuple[np.ndarray, Plan, Batches]:
     ops = [{"name": "set_batch_size", "value": size, "trigger": draw(trigger)} for size in sizes[1:]]
     ops.insert(draw(st.integers(0, len(ops))), {"name": "set_lr", "value": 0.5, "trigger": draw(trigger)})
     lengths = draw(st.lists(st.integers(0, 12), min_size=8, max_size=60))
-    fill = draw(st.sampled_from([0, *sizes])) * block  # an edge case: the stream has a whole number of spans
+    fill = draw(st.sampled_from([0, *sizes])) * block  # an edge case: a stream of whole spans
     stream = a_stream([*lengths, -sum(n + 1 for n in lengths) % fill + fill - 1] if fill else lengths)
     fields = {
         "block_size": block,
@@ -813,7 +820,7 @@ def test_shuffled_epochs_repeat_no_title_when_the_batch_size_changes(
     for step, (x, y) in enumerate(in_order):
         rows = plan.at(step).batch_size
         span = rows * plan.cfg.block_size
-        # With a whole number of spans, the last span of an epoch lacks its last target and begins at 0 again.
+        # In a stream of whole spans, the last span of an epoch has no final target, so reading restarts at 0.
         divisible = len(stream) % span == 0
         if pointer + span + (not divisible) > len(stream):
             epoch, pointer, seen = epoch + 1, 0, set()
@@ -821,7 +828,7 @@ def test_shuffled_epochs_repeat_no_title_when_the_batch_size_changes(
         shuffled = batches._shuffled(epoch)
         assert np.array_equal(x, shuffled[start : start + span].reshape(rows, -1))
         assert np.array_equal(y, shuffled[start + 1 : start + span + 1].reshape(rows, -1))
-        fresh = set(x.ravel().tolist()) - {EOS}  # a token identifies its position
+        fresh = set(x.ravel().tolist()) - {EOS}  # each token identifies its position
         assert start < pointer or not fresh & seen
         pointer, seen = pointer + span, seen | fresh
     for step in asked.sample(range(plan.steps), min(plan.steps, 8)):
@@ -854,7 +861,7 @@ def test_the_order_depends_on_epoch_and_seed_only(tiny) -> None:
 
 
 def test_no_validation_token_is_in_a_batch(tiny, own_cache: Path) -> None:
-    """The held-out titles consist of tokens that train does not have."""
+    """The held-out titles consist of tokens that the training titles lack."""
     train, held = some_titles(200), ["qvd dvq"] * 20
     prints = {"corpus": "c", "train": "t", "dev": "d", "val": "v"}
     corpus = Corpus(name="test", train=train, dev=held, val=held, fingerprints=prints, origin={})
@@ -883,7 +890,7 @@ def test_a_stream_shorter_than_a_step_is_refused(tiny, order: str) -> None:
 
 
 def test_tokenizer_libraries_are_imported_on_first_use() -> None:
-    """The command line imports this module and must not load the libraries or torch."""
+    """The command line imports the tokenizer module, which must not load the tokenizer libraries or torch."""
     code = (
         "import sys, mainrun.data.tokenizer; "
         "print([m for m in ('torch', 'tokenizers', 'sentencepiece') if m in sys.modules])"

@@ -1,4 +1,7 @@
-"""Edge cases of tokenizers, of their messages and of the token cache. test_tokens.py tests properties."""
+"""Tests edge cases of tokenizers, of their messages and of the token cache.
+
+General properties are tested in test_tokens.py.
+"""
 
 from __future__ import annotations
 
@@ -126,7 +129,7 @@ def test_ids_have_two_bytes_if_they_fit(size: int, dtype: Any) -> None:
 
 
 def test_the_json_of_a_tokenizer_is_pinned() -> None:
-    """The digest depends on the order of keys and on spaces."""
+    """The digest depends on the order of the JSON keys and on spaces."""
     of_words = Tokenizer("bpe", 7, '{"é": [1, 2], "a": {}}'.encode())
     assert of_words.to_json() == '{"format":2,"kind":"bpe","model":{"a":{},"é":[1,2]},"vocab_size":7}'
     of_bytes = Tokenizer("unigram", 9, b"\0\xff")
@@ -239,7 +242,7 @@ def test_errors_of_the_unigram_trainer_are_explained(
 def test_the_arguments_of_the_unigram_trainer_are_pinned(
     monkeypatch: pytest.MonkeyPatch, size: int, candidates: int
 ) -> None:
-    """Every argument decides the ids, so a change of one needs a new FORMAT."""
+    """Every argument affects the token ids, so a changed argument needs a new FORMAT."""
     calls = refusing(monkeypatch, "stop")
     with pytest.raises(CorpusError):
         fit("unigram", ["a▁", "b\\x{"], size)
@@ -279,7 +282,7 @@ def test_the_form_of_a_bpe_vocabulary_is_pinned() -> None:
 
 
 def test_characters_without_tokens_are_escaped_by_bpe() -> None:
-    """Only bytes that occur in the fit have tokens."""
+    """Only bytes that occur in the fitted titles have tokens."""
     for title in ("the fox", "日本", "é", "e\u0301", " the  fox "):
         stream = bpe().encode([title])
         assert bpe().titles(stream) == [title]
@@ -315,7 +318,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_name_and_files_of_an_entry_are_pinned(cfg: TrainConfig, corpus: Corpus, folder: Path) -> None:
-    """The name is a hash of the format, the titles, the relevant fields and the library's version."""
+    """An entry's name is a hash of the format, the titles, the relevant fields and the library version."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         data = prepare(cfg, corpus)

@@ -1,4 +1,4 @@
-"""The loop's promises: the same bits whatever happens on the way, and a clear word when it cannot go on."""
+"""Tests that a run always gives the same bits, and that a failed run clearly says why it failed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from mainrun.store.rundir import RunDir
 from mainrun.ui.estimate import estimate
 from mainrun.ui.sample import load_model, sample
 
-SMALL = {"num_titles": 200, "dropout": 0.1, "lr": 0.3}  # about 30 steps, a second
+SMALL = {"num_titles": 200, "dropout": 0.1, "lr": 0.3}  # about 30 steps, which take a second
 
 
 def config(**changes: Any) -> TrainConfig:
@@ -41,7 +41,7 @@ def config(**changes: Any) -> TrainConfig:
 
 
 class Watch(Progress):
-    """Does something after given steps; remembers what it was told."""
+    """A progress display that records steps and notes, and calls functions after given steps."""
 
     def __init__(self, at: dict[int, Callable[[], object]] | None = None) -> None:
         self.at = dict(at or {})
@@ -61,7 +61,7 @@ def terminate() -> None:
 
 
 def rows(run: Path, event: str = "") -> list[dict[str, Any]]:
-    """metrics.jsonl but for the clock."""
+    """Return the rows of metrics.jsonl without their times."""
     return [
         {k: v for k, v in r.items() if k != "seconds"}
         for r in RunDir(run).metrics()
@@ -70,9 +70,7 @@ def rows(run: Path, event: str = "") -> list[dict[str, Any]]:
 
 
 def end(run: Path) -> tuple[list[dict[str, Any]], str, str, dict[str, Any]]:
-    """All that two equal runs have in common: rows, scored weights, every tensor of the last checkpoint,
-    the ledger.
-    """
+    """Return what two equal runs have in common: rows, scored weights, last checkpoint and ledger."""
     summary = RunDir(run).summary()
     assert summary is not None and summary["status"] == "done"
     meta = json.loads((checkpoint.paths(run / "checkpoints")[0] / "meta.json").read_text())
@@ -82,7 +80,7 @@ def end(run: Path) -> tuple[list[dict[str, Any]], str, str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TrainConfig], Path]:
-    """The run directory of a config that was trained in one go, once for all tests here."""
+    """Return a function that trains a config without interruption, once for all tests in this file."""
     out = tmp_path_factory.mktemp("undisturbed")
 
     def run(cfg: TrainConfig) -> Path:
@@ -97,7 +95,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TrainConf
 
 
 def in_a_fresh_process(out: Path, hash_seed: int, **changes: Any) -> Path:
-    """By the command line, with other hashes and an empty cache of compiled code."""
+    """Train from the command line with the given hash seed and an empty cache of compiled code."""
     env = os.environ | {"PYTHONHASHSEED": str(hash_seed), "TORCHINDUCTOR_CACHE_DIR": str(out / "inductor")}
     command = [
         sys.executable,
@@ -121,7 +119,7 @@ def test_the_same_config_gives_the_same_bits(
 ) -> None:
     cfg = config(dtype=dtype)
     one = undisturbed(cfg)
-    torch.manual_seed(12345)  # what happened in this process before does not matter
+    torch.manual_seed(12345)  # random numbers drawn earlier in this process do not matter
     torch.randn(1000)
     train(cfg, tmp_path)
     assert end(tmp_path / cfg.run_id) == end(one)
@@ -136,9 +134,7 @@ def test_the_same_config_gives_the_same_bits(
 def test_the_same_config_gives_the_same_bits_in_two_processes(
     tmp_path: Path, dtype: str, compiled: str
 ) -> None:
-    """With R-Drop, gates, a title mask and all three dropouts: what is random is drawn again in the same
-    way.
-    """
+    """The recipe has R-Drop, attention gates, a title mask and dropout, so it draws many random numbers."""
     if compiled == "on" and not any(map(shutil.which, ("g++", "clang++"))):
         pytest.skip("torch.compile needs a C++ compiler on the CPU")
     recipe = {
@@ -199,9 +195,7 @@ def test_rows_are_written_as_often_as_asked(tmp_path: Path) -> None:
 def test_weights_dropout_and_order_come_from_the_seed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of the three at a time: the weights are put to one seed's, then dropout and the order of titles
-    alone are left.
-    """
+    """The test isolates the effect of the seed on the weights, on dropout and on the order of titles."""
 
     def first_losses(**changes: Any) -> list[float]:
         cfg = config(eval_per_epoch=0, **changes)
@@ -236,13 +230,11 @@ def test_dropout_masks_differ_from_step_to_step_and_piece_to_piece(
     assert len(drawn) == len(set(drawn)) > 40
 
 
-# -- one step, from the outside
+# -- one step, computed independently
 
 
 def test_the_first_step_is_the_hand_written_one(tmp_path: Path) -> None:
-    """Batch, loss, clipping, rate and update together: train()'s first step against the same in a few plain
-    lines.
-    """
+    """The first step of train() has the loss, clipping, learning rate and update of a plain computation."""
     cfg = config(dropout=0.0, lr=0.3, lr_aux=0.1, warmup_frac=0.2, clip=0.5, checkpoint_every=1)
     with pytest.raises(Interrupted):
         train(cfg, tmp_path, progress=Watch({1: terminate}))
@@ -331,7 +323,8 @@ def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(
     cfg = config(checkpoint_every=10, **recipe)
     whole = undisturbed(cfg)
     run = RunDir(tmp_path / cfg.run_id)
-    for start, stop in ((1, 7), (8, 10), (11, 24)):  # between two checkpoints, on one, and long after it
+    # stops between two checkpoints, at a checkpoint, and long after it
+    for start, stop in ((1, 7), (8, 10), (11, 24)):
         watch = Watch({stop: terminate})
         with pytest.raises(Interrupted, match=rf"SIGTERM at step {stop} of \d+.*same command") as e:
             train(cfg, tmp_path, progress=watch)
@@ -360,7 +353,7 @@ def test_a_crash_goes_back_to_the_last_checkpoint_and_drops_the_rows_after_it(
         with pytest.raises(Crash):
             train(cfg, tmp_path, progress=Watch({stop: crash}))
         with (tmp_path / cfg.run_id / "metrics.jsonl").open("a") as f:
-            f.write('{"event": "step", "st')  # the row that was being written
+            f.write('{"event": "step", "st')  # the row that was being written at the crash
     watch = Watch()
     train(cfg, tmp_path, progress=watch)
     assert watch.steps[0] == 21 and any("resumes after step 20" in n for n in watch.notes)
@@ -397,9 +390,7 @@ def test_a_run_killed_while_it_opened_starts_over(
 def test_a_kill_between_any_two_files_of_the_start_leaves_a_run_that_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever is written first, second, third: a death right before it is not taken for somebody else's
-    folder.
-    """
+    """If a run is killed before any of its first files is written, the next run still accepts the folder."""
 
     class Killed(BaseException):
         pass
@@ -458,7 +449,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
         train(cfg, tmp_path, progress=Watch({2: lambda: os.kill(os.getpid(), signal.SIGINT)}))
 
 
-# -- the average is what is scored
+# -- scores use the averaged weights
 
 
 def test_ema_is_scored_and_sampled_but_not_trained_on(
@@ -475,7 +466,7 @@ def test_ema_is_scored_and_sampled_but_not_trained_on(
     assert checkpoint.sha256_tensors(iter(model.named_parameters())) == summary["weights"]
 
 
-# -- not a number
+# -- losses and scores that are not finite
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_good_weights(
@@ -512,7 +503,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_good_weights(
     assert all(t.isfinite().all() for t in found[0].values())
     model, _ = load_model(run)
     assert all(p.isfinite().all() for p in model.parameters())
-    monkeypatch.undo()  # the plant was not the config's: without it the run goes on from there
+    monkeypatch.undo()  # without the planted value, the run continues from the checkpoint
     watch = Watch()
     train(cfg, tmp_path, progress=watch)
     assert watch.steps[0] == 15 and end(run.path) == end(undisturbed(cfg))
@@ -537,7 +528,7 @@ def test_a_rate_that_is_far_too_high_diverges_by_itself(tmp_path: Path) -> None:
     cfg = config(optimizer="adamw", lr=1000.0, weight_decay=100.0, schedule="constant")
     run = RunDir(tmp_path / cfg.run_id)
     messages = set()
-    for _ in range(2):  # asked again it says the same
+    for _ in range(2):  # the second attempt fails with the same message
         with pytest.raises(Diverged, match=r"lr 1000") as e:
             train(cfg, tmp_path)
         messages.add(str(e.value))
@@ -550,7 +541,7 @@ def test_a_rate_that_is_far_too_high_diverges_by_itself(tmp_path: Path) -> None:
 def test_a_last_update_that_breaks_the_weights_diverges_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No later loss would show it; the last score does."""
+    """No later loss would show the broken weights, but the last score does."""
     cfg = config(checkpoint_every=10)
     original = Optimizers.apply
     done = 0
@@ -604,9 +595,7 @@ def test_a_ladder_goes_on_behind_a_step_that_diverges(tmp_path: Path) -> None:
 
 
 def test_what_is_said_to_be_on_disk_was_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before a checkpoint is renamed into its place, its tensors, its meta and the rows it vouches for are
-    on disk.
-    """
+    """A checkpoint's tensors, metadata and log rows are synced before the checkpoint gets its final name."""
     synced: list[str] = []
     renamed: list[tuple[str, set[str]]] = []
     fsync, rename = os.fsync, Path.rename
@@ -635,8 +624,9 @@ def test_the_operations_that_torch_cannot_repeat_are_refused(tmp_path: Path) -> 
 
 
 def test_flops_are_counted_as_the_formula_says() -> None:
-    """Six a weight that multiplies; twice a score and a sum over the whole block in attention, three times
-    with the backward pass.
+    """A matrix weight costs 6 FLOPs per token, and attention has two products over the whole block.
+
+    The backward pass costs twice as much as the forward pass.
     """
     cfg = config(n_layer=2, d_model=32, block_size=16)
     products = 2 * (4 * 32 * 32 + 2 * 32 * 128) + 400 * 32

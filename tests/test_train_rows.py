@@ -1,5 +1,7 @@
-"""The trainer on numbers that are worked out by hand: shapes, starts, masks, losses, groups, gradients, and
-the rows of one tiny run.
+"""Compares the trainer with numbers that are worked out by hand.
+
+The tests cover shapes, initial values, masks, losses, parameter groups, gradients, and the rows of one tiny
+run.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ from mainrun.store.nodes import Store
 from mainrun.store.rundir import RunDir
 from mainrun.train import GPT, State, TrainStep, build, compute_loss
 
-V = 20  # vocabulary
+V = 20  # the size of the vocabulary
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +82,7 @@ def test_a_rotation_turns_the_halves_against_each_other() -> None:
         torch.tensor([[0.0, 1.0], [0.8, 0.0], [7.0, 7.0]]),
     )
     x = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0]]).view(1, 1, 2, 4)
-    # the first half (1, 2) and the second (3, 4): at the second place 0.6 - 0.8 * 3 and 0.6 * 3 + 0.8
+    # the halves are (1, 2) and (3, 4), so the second row has 0.6 - 0.8 * 3 and 0.6 * 3 + 0.8
     expected = torch.tensor([[1.0, -4.0, 3.0, 2.0], [-1.8, 2.0, 2.6, 4.0]])
     assert torch.allclose(rotate(x, cos, sin)[0, 0], expected)
     assert rotate(x.bfloat16(), cos, sin).dtype == torch.bfloat16
@@ -210,7 +212,7 @@ def test_the_mlp_by_hand(kind: str) -> None:
             mlp.gate.weight.copy_(torch.tensor([[0.0, 1.0], [2.0, 0.0]]))
     x = torch.tensor([2.0, -1.0])
     gelu = [2 * 0.9772498680518208, -1 * 0.15865525393145707]
-    silu = [-1 / (1 + math.e), 4 / (1 + math.e**-4)]  # of the gate: (-1, 4)
+    silu = [-1 / (1 + math.e), 4 / (1 + math.e**-4)]  # the gate gives (-1, 4)
     expected = {"gelu": [gelu[0], 10 * gelu[1]], "relu2": [4.0, 0.0], "swiglu": [2 * silu[0], -10 * silu[1]]}[
         kind
     ]
@@ -274,13 +276,13 @@ def test_frozen_layers_do_not_train() -> None:
     )
 
 
-# -- what a token may look at
+# -- attention masks
 
 
 def test_the_mask_of_titles() -> None:
     model = build(config(title_mask=True), V)
     x, o = 0.0, -math.inf
-    idx = torch.tensor([[5, EOS, 6, 7], [5, 6, 7, 8]])  # an <eos> opens the title that it stands before
+    idx = torch.tensor([[5, EOS, 6, 7], [5, 6, 7, 8]])  # an <eos> belongs to the title that follows it
     expected = [
         [[[x, o, o, o], [o, x, o, o], [o, x, x, o], [o, x, x, x]]],
         [[[x, o, o, o], [x, x, o, o], [x, x, x, o], [x, x, x, x]]],
@@ -345,7 +347,7 @@ def test_plain_attention_is_computed_outside_autocast(monkeypatch: pytest.Monkey
 
 
 def test_layers_mix_in_the_values_of_the_first_layer() -> None:
-    """Not of the layer before: with three layers the two differ."""
+    """In a model with more than two layers, the first layer's values differ from the previous layer's."""
     model = build(config(n_layer=4, value_residual=True), V)
     with torch.no_grad():
         for p in model.parameters():
@@ -357,7 +359,7 @@ def test_layers_mix_in_the_values_of_the_first_layer() -> None:
     first = taken[0][1]
     assert taken[0][0] is None and all(given is first for given, _ in taken[1:])
     assert not any(torch.allclose(own, first) for _, own in taken[1:])
-    # layer 3, whose share is all of it, has the first layer's values
+    # layer 3 has a share of 1, so it uses only the first layer's values
     taken.clear()
     with torch.no_grad():
         model.get_parameter("blocks.3.attn.first_share").fill_(1.0)
@@ -394,7 +396,7 @@ def test_caps_and_unused_ids(changes: dict[str, Any]) -> None:
 
 
 def test_a_seed_is_a_hash_of_its_parts() -> None:
-    """These decide weights and masks: another number would be another run."""
+    """Seeds decide weights and masks, so a changed hash would change every run."""
     assert (
         seed_from(1337, "weights") == 2691145544092237195
         and seed_from(1337, "step", 5, 2) == 4502907412409731383
@@ -411,7 +413,7 @@ def test_build_seeds_with_the_configs_seed(monkeypatch: pytest.MonkeyPatch) -> N
     assert seeds == [seed_from(5, "weights")]
 
 
-# -- dropout's places
+# -- where dropout is applied
 
 
 @pytest.mark.parametrize(
@@ -420,7 +422,7 @@ def test_build_seeds_with_the_configs_seed(monkeypatch: pytest.MonkeyPatch) -> N
         ((0.0, 0.0, 0.0), "plain", []),
         ((0.5, 0.0, 0.0), "plain", [(96, 0.5)]),
         ((0.0, 0.5, 0.0), "plain", [(96, 0.5)] * 2),  # 3 rows x 2 heads x 4 x 4
-        ((0.0, 0.5, 0.0), "sdpa", []),  # the fused kernel draws its own
+        ((0.0, 0.5, 0.0), "sdpa", []),  # the fused kernel draws its own mask
         ((0.0, 0.0, 0.5), "plain", [(96, 0.5)] * 4),
         ((0.1, 0.2, 0.3), "plain", [(96, 0.1), *[(96, 0.2), (96, 0.3), (96, 0.3)] * 2]),
         ((0.1, 0.2, 0.3), "sdpa", [(96, 0.1), *[(96, 0.3)] * 4]),
@@ -453,7 +455,7 @@ def test_the_places_that_drop(
 
 
 class Fixed(nn.Module):
-    """Gives logits as they are, for one batch after the other."""
+    """A model that returns fixed logits and records its inputs."""
 
     def __init__(self, logits: Any) -> None:
         super().__init__()
@@ -465,7 +467,7 @@ class Fixed(nn.Module):
 
 
 def test_the_loss_by_hand() -> None:
-    """Two tokens over three ids: log probabilities (1/2, 1/4, 1/4) and (1/8, 1/8, 3/4)."""
+    """Two tokens have the probabilities (1/2, 1/4, 1/4) and (1/8, 1/8, 3/4) over three ids."""
     model = Fixed([[[math.log(2.0), 0.0, 0.0], [0.0, 0.0, math.log(6.0)]]])
     x, y = torch.tensor([[0, 1]]), torch.tensor([[0, 1]])
     cross = (math.log(2) + math.log(8)) / 2
@@ -479,7 +481,7 @@ def test_the_loss_by_hand() -> None:
 
 
 def test_r_drop_by_hand() -> None:
-    """One token over two ids, under two masks: (3/4, 1/4) and (1/4, 3/4)."""
+    """With two dropout masks, one token has the probabilities (3/4, 1/4) and (1/4, 3/4) over two ids."""
     model = Fixed([[[math.log(3.0), 0.0]], [[0.0, math.log(3.0)]]])
     x, y = torch.tensor([[1]]), torch.tensor([[0]])
     cross = (math.log(4 / 3) + math.log(4)) / 2
@@ -490,7 +492,7 @@ def test_r_drop_by_hand() -> None:
         assert plain.item() == pytest.approx(cross, rel=1e-6) and not plain.requires_grad
         assert loss.item() == pytest.approx(
             cross + 2 * divergence, rel=1e-6
-        )  # over two ids smoothing is the mean of both passes
+        )  # the two passes mirror each other, so smoothing does not change the loss
     assert all(given.tolist() == [[1], [1]] and pool == "pool" for given, pool in model.given)
     three = Fixed([[[math.log(2.0), 0.0, 0.0]], [[math.log(2.0), 0.0, 0.0]]])
     loss, plain = compute_loss(three, x, y, inputs(config(), rdrop=2.0, label_smoothing=0.25), None)
@@ -584,7 +586,7 @@ def test_sgd_without_momentum_does_not_look_ahead() -> None:
 
 
 def test_marks_make_groups_of_their_own() -> None:
-    """What is new warms up, and may learn at another rate, decay and eps."""
+    """New parameters warm up, and may have another learning rate, weight decay and eps."""
     cfg = config(optimizer="adamw", eps=1e-4)
     model = build(cfg, V)
     mark = ParamSchedule(lr=0.5, weight_decay=3.0, eps=2.0, since=10, rewarm=5)
@@ -605,7 +607,7 @@ def test_marks_make_groups_of_their_own() -> None:
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     young = Optimizers(cfg, model, {"norm.weight": ParamSchedule(rewarm=4)})
-    young.step(inputs(cfg, lr_aux=1.0))  # a step without a number is the first
+    young.step(inputs(cfg, lr_aux=1.0))  # without a step number, this is the first step
     assert [group["lr"] for group in young.groups if group["schedule"].rewarm] == [0.25]
 
 
@@ -644,7 +646,7 @@ def test_the_state_of_an_optimiser_goes_by_names() -> None:
 
 
 def test_momentum_is_loaded_for_all_or_for_none() -> None:
-    """Fused SGD takes it so; what was new has a momentum of zero, as all have at first."""
+    """Fused SGD needs momentum for all parameters or none, so new parameters start with zero momentum."""
     cfg = config(momentum=0.5)
     model = build(cfg, V)
     optimizers = Optimizers(cfg, model)
@@ -693,7 +695,7 @@ def test_a_clock_inside_another_stops_the_outer_one(monkeypatch: pytest.MonkeyPa
 
 
 def stepped(cfg: TrainConfig, average: float) -> State:
-    """A state after a step that moved everything."""
+    """Return a state after a step that changed every tensor."""
     state = State(cfg, build(cfg, V))
     for p in state.model.parameters():
         p.grad = torch.ones_like(p)
@@ -739,7 +741,7 @@ def test_a_state_of_another_model_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["model/norm.weight", "average/norm.weight"])
 def test_a_tensor_of_another_shape_is_refused(name: str) -> None:
-    """Copying a scalar would fill the whole parameter with it."""
+    """Copying a scalar would fill the whole parameter with one value."""
     state = stepped(config(ema=0.5), 0.5)
     tensors = {n: t.detach().clone() for n, t in state.tensors().items()} | {name: torch.tensor(1.0)}
     expected = r"norm.weight has the shape \(\) in the saved state and \(8,\) in the model"
@@ -761,7 +763,7 @@ def test_a_grown_state_rebuilds_its_model() -> None:
 
 
 class Parts:
-    """A stepper on the CPU, as process `rank` of `world`, without the others."""
+    """A `TrainStep` on the CPU as process `rank` of `world`, without the other processes."""
 
     def __init__(
         self,
@@ -815,7 +817,7 @@ def expected_gradients(cfg: TrainConfig, x: Tensor, y: Tensor) -> tuple[float, f
 
 @pytest.mark.parametrize(("clip", "grad_accum"), [(0.0, 1), (0.01, 1), (100.0, 1), (0.01, 2), (0.0, 4)])
 def test_the_gradients_of_a_step(monkeypatch: pytest.MonkeyPatch, clip: float, grad_accum: int) -> None:
-    """clip=0 leaves them as they are."""
+    """With clip=0, the gradients are not clipped."""
     cfg = config(clip=clip, grad_accum=grad_accum)
     x, y = batch()
     loss, norm, gradients = expected_gradients(cfg, x, y)
@@ -828,7 +830,7 @@ def test_the_gradients_of_a_step(monkeypatch: pytest.MonkeyPatch, clip: float, g
             p.grad, factor * gradients[name], atol=1e-7, rtol=1e-4
         ), name
     assert parts.synced == [] and parts.state.tokens == 16 and parts.state.model.training
-    parts.run(x, y, inputs(cfg), 1)  # gradients do not add up from step to step
+    parts.run(x, y, inputs(cfg), 1)  # gradients do not accumulate across steps
     assert all(
         torch.allclose(p.grad, factor * gradients[n], atol=1e-7, rtol=1e-4)
         for n, p in parts.state.model.named_parameters()
@@ -837,7 +839,7 @@ def test_the_gradients_of_a_step(monkeypatch: pytest.MonkeyPatch, clip: float, g
 
 
 def test_each_process_takes_its_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Micro-batch m of process r of 2 is piece 2 m + r; only the last one is synchronised."""
+    """Micro-batch m of process r of 2 is piece 2 * m + r. Only the last micro-batch syncs the gradients."""
     cfg = config(batch_size=8, grad_accum=2, dropout=0.5)
     x, y = batch(8)
     taken, seeds, places = [], [], []
@@ -863,9 +865,7 @@ def test_each_process_takes_its_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     at = inputs(cfg)
     assert places == [(dropout_sites(cfg, at, 2, "plain"), 0), (dropout_sites(cfg, at, 2, "plain"), 1)]
     assert parts.synced == ["none"]
-    assert (
-        parts.state.tokens == 2 * 2 * 4 * 2
-    )  # two pieces of two rows of four tokens, of each of two processes
+    assert parts.state.tokens == 2 * 2 * 4 * 2  # 2 pieces of 2 rows x 4 tokens in each of 2 processes
     assert 6 < loss < 12, "the mean is the machine's"
 
 
@@ -893,7 +893,7 @@ def test_a_score_processes_no_training_tokens(monkeypatch: pytest.MonkeyPatch) -
 
 
 class Replayed:
-    """Work that is done once and then replayed, as on a GPU."""
+    """A fake CUDA graph, which does its work once and then replays it."""
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
@@ -924,7 +924,7 @@ def test_a_replayed_step_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     for step in range(3):
         parts.run(*batch(), at, step)
     assert parts.state.tokens == 48 and parts.stepper.tokens_per_replay == 16
-    # all that changes from step to step without another step being recorded is not in the key
+    # the key leaves out all values that may change between steps without a new recording
     still = at._replace(lr=0.0, lr_aux=0.0, weight_decay=0.0, average=0.0)
     assert learn.calls == [(still, (4, 4))] * 3
     before = parts.state.model.embed.weight.detach().clone()
@@ -991,7 +991,7 @@ def test_how_the_model_is_run(
     assert done == calls
 
 
-# -- the loop: a run of nine steps of 64 tokens, on a clock that stands still but for what is said below
+# -- the loop: a run of nine steps of 64 tokens, on a fake clock that only the patched functions advance
 
 RUN: dict[str, Any] = {
     "num_titles": 60,
@@ -1017,7 +1017,7 @@ class Clock:
         return self.now
 
     def costs(self, seconds: float, work: Callable[..., Any]) -> Callable[..., Any]:
-        """The same work, after which the clock has gone on."""
+        """Return a function that does the work and then advances the clock."""
 
         def timed(*args: Any, **options: Any) -> Any:
             done = work(*args, **options)
@@ -1070,7 +1070,7 @@ def small(**changes: Any) -> TrainConfig:
 
 
 def go(cfg: TrainConfig, out: Path, watch: Watch | None = None, error: Any = None, **options: Any) -> Ran:
-    """Train on the slow clock; `error` is what is to end it."""
+    """Train on the fake clock. If `error` is given, the run must end with this exception."""
     patch, clock, saved = pytest.MonkeyPatch(), Clock(), []
     original = checkpoint.save
 
@@ -1243,7 +1243,7 @@ def test_another_process_may_stop_the_run(tmp_path: Path, monkeypatch: pytest.Mo
 def planted(
     monkeypatch: pytest.MonkeyPatch, call: int, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 ) -> None:
-    """The loss of one call is another."""
+    """Change the loss that one call computes."""
     original, calls = trainer.compute_loss, iter(range(1, 1000))
     monkeypatch.setattr(
         trainer,
@@ -1257,7 +1257,7 @@ def planted(
 def test_a_gradient_that_is_infinite_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: float, fields: dict[str, Any]
 ) -> None:
-    """Its loss is a number; the weights never meet it."""
+    """The loss of the step is finite, and the weights are not updated with the infinite gradient."""
     planted(monkeypatch, 4, lambda loss, plain: (loss * 1e38, plain))
     found = go(small(clip=clip, **fields), tmp_path, error=Diverged)
     lr = Plan(found.cfg, 10_000).at(3).lr
@@ -1297,7 +1297,7 @@ def test_a_score_that_is_no_number_ends_the_run(tmp_path: Path, monkeypatch: pyt
     assert [step for step, _ in found.saved] == [2] and [row["step"] for row in found.rows("eval")] == [1]
 
 
-# -- numbers that are read some steps later, as on a GPU
+# -- losses that are read some steps later, as on a GPU
 
 
 def late_numbers(monkeypatch: pytest.MonkeyPatch, lag: int) -> None:
@@ -1320,8 +1320,8 @@ def test_numbers_that_are_read_later_are_the_same(
     rows = found.rows("step")
     assert [row["step"] for row in rows] == list(range(1, 10))
     assert [r for r in plain(rows) if r["step"] in (4, 8, 9)] == plain(ran.rows("step"))
-    # read after step 1 (a score), 5 (four are waiting), 7 (a checkpoint) and 9 (the end), before the last of
-    # them moved the weights
+    # Losses are read after steps 1 (a score), 5 (four are waiting), 7 (a checkpoint) and 9 (the end), before
+    # the last of these steps updates the weights.
     assert sum(row["seconds"] for row in rows) == 99.0
     assert {row["seconds"] for row in rows} == {11.0}
 
@@ -1416,7 +1416,7 @@ def test_an_op_that_fails_leaves_a_checkpoint(tmp_path: Path, monkeypatch: pytes
 
 
 def test_one_of_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others train the same steps, and leave files and words to the leader."""
+    """The other processes train the same steps, but only the leader writes files and messages."""
     original, flags, followed = Device.__init__, [], []
 
     def init(self: Device, cfg: TrainConfig) -> None:
@@ -1449,6 +1449,6 @@ def test_one_of_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert found.summary == {} and found.saved == [] and len(followed) == 1
     assert found.watch.started == found.watch.steps == found.watch.evals == []
     assert not found.run.path.exists()
-    # before steps 1, 5 and 9 whether to stop, after 1 and 9 whether a score is no number, then twice where
-    # the leader saves
+    # The processes agree before steps 1, 5 and 9 whether to stop, after steps 1 and 9 whether a score is
+    # finite, and twice where the leader saves.
     assert flags == [False] * 7

@@ -1,4 +1,4 @@
-"""Uploads to real servers on loopback that fail in the usual ways. The zip is kept each time."""
+"""Tests uploads to real local servers that fail in common ways. The zip is always kept."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ Step = Callable[[BaseHTTPRequestHandler], None]
 
 
 class Server:
-    """An HTTP server that answers each request with its next step, and repeats the last one."""
+    """An HTTP server that answers requests with its steps in order, and then repeats the last step."""
 
     def __init__(self, *steps: Step) -> None:
         self.steps = list(steps)
-        self.requests: list[tuple[str, bytes]] = []  # path, body
+        self.requests: list[tuple[str, bytes]] = []  # (path, body) of each request
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -79,7 +79,7 @@ def answer(status: int, **headers: str) -> Step:
 
 
 def answer_early(status: int) -> Step:
-    """Answer before the body is read, then close the connection."""
+    """Return a step that answers before it reads the body and then closes the connection."""
 
     def step(handler: BaseHTTPRequestHandler) -> None:
         handler.send_response(status)
@@ -88,7 +88,7 @@ def answer_early(status: int) -> Step:
         handler.end_headers()
         handler.wfile.flush()
         handler.connection.shutdown(socket.SHUT_WR)
-        time.sleep(0.3)  # the client goes on sending to the closed socket
+        time.sleep(0.3)  # meanwhile the client keeps sending to the closed socket
         handler.close_connection = True
 
     return step
@@ -122,9 +122,7 @@ def garbage(handler: BaseHTTPRequestHandler) -> None:
 @pytest.fixture
 def zipped(tmp_path: Path) -> Path:
     path = tmp_path / "submission.zip"
-    path.write_bytes(
-        hashlib.sha256(b"x").digest() * 100_000
-    )  # 3.2 MB do not fit into the buffers of the sockets
+    path.write_bytes(hashlib.sha256(b"x").digest() * 100_000)  # 3.2 MB do not fit into the socket buffers
     return path
 
 
@@ -250,7 +248,7 @@ def test_a_certificate_of_another_host(
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
     with serving(answer(200), tls=certificate) as server:
-        assert send(zipped, server.url, timeout=5)[0] == "200 OK"  # trusted, for this host
+        assert send(zipped, server.url, timeout=5)[0] == "200 OK"  # the certificate is trusted for this host
         message, _ = failed(zipped, server.url.replace("localhost", "127.0.0.1"), timeout=5)
     assert "is not trusted" in message and len(server.requests) == 1
 

@@ -1,1 +1,1 @@
-"""Benchmarks of training steps, of whole runs on a GPU, and of the store that shares steps between runs."""
+"""Benchmarks of training steps, of whole runs on a GPU, and of sharing training steps between runs."""

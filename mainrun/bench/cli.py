@@ -1,4 +1,4 @@
-"""The commands of `mainrun bench`, which measure training speed and the time that shared steps save."""
+"""The commands of `mainrun bench`, which measure training speed and the time saved by sharing steps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mainrun.ui.console import (
 if TYPE_CHECKING:
     from mainrun.config import TrainConfig
 
-app = commands("Measure the speed of training, and what shared steps save.")
+app = commands("Measure training speed, and the time saved by sharing steps between runs.")
 
 Repeats = Annotated[
     int, typer.Option("--repeats", min=1, max=1000, help="Number of measurements. The median is reported.")
@@ -36,7 +36,7 @@ def _note(text: str) -> None:
 
 
 def _single_config(preset: str, sets: list[str] | None) -> TrainConfig:
-    """Load a preset that has only one step."""
+    """Load a preset that consists of a single config."""
     from mainrun.plan.recipes import load
 
     configs = load(preset, sets or [])
@@ -62,8 +62,8 @@ def bench_step(
 ) -> None:
     """Measure a training step and its parts.
 
-    With --rivals, each rival runs in its own process, and the rivals take turns. The plain training loop
-    always uses float32 and AdamW.
+    With --rivals, each rival implementation runs in its own process, and the rivals take turns. The plain
+    training loop always uses float32 and AdamW.
     """
     from mainrun.bench import step
 
@@ -79,7 +79,7 @@ def bench_step(
 def bench_lineage(
     preset: Annotated[
         str | None,
-        typer.Option("--preset", metavar="NAME|FILE", help="The base config. The default is a tiny one."),
+        typer.Option("--preset", metavar="NAME|FILE", help="The base config. The default is a tiny config."),
     ] = None,
     sets: Sets = None,
     studies: Annotated[
@@ -87,15 +87,15 @@ def bench_lineage(
     ] = "1,2,3,4",
     trials: Annotated[
         int,
-        typer.Option("--trials", min=0, max=192, help="Random trials per study. 0 runs all trials."),
+        typer.Option("--trials", min=0, max=192, help="Number of random trials per study. 0 runs all."),
     ] = 0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure how much training time a store of shared steps saves.
+    """Measure how much training time runs save by sharing steps in a store.
 
-    Four studies are trained with a store, and again from scratch. Both must give the same bits. All four
-    studies together take about half an hour.
+    Four studies are trained with a store, and again from scratch. Both ways must give bit-identical results.
+    All four studies together take about half an hour.
     """
     from mainrun.config import from_dict
     from mainrun.plan.recipes import parse_set
@@ -119,7 +119,7 @@ def bench_lineage(
     if any(row["differ"] for row in rows):
         raise MainrunError(
             "runs that shared steps differ from the same runs trained from scratch; "
-            "the last column shows how many"
+            "the last column of the table shows how many runs differ"
         )
 
 
@@ -127,9 +127,9 @@ def bench_lineage(
 def bench_gpu(sets: Sets = None, repeats: Repeats = 5, as_json: Json = False, debug: Debug = False) -> None:
     """Measure training on a GPU.
 
-    The presets `baseline` and `optimized` are trained in bfloat16. The table shows how much of the peak speed
-    of the GPU a step reaches, and the time of a whole run. A second run must give exactly the same losses and
-    weights.
+    The presets `baseline` and `optimized` are trained in bfloat16. The table shows what fraction of the GPU's
+    peak speed a training step reaches, and how long a whole run takes. A second run must give exactly the
+    same losses and weights.
     """
     from mainrun.bench import gpu
 
@@ -140,4 +140,4 @@ def bench_gpu(sets: Sets = None, repeats: Repeats = 5, as_json: Json = False, de
         show_table(*gpu.table(report))
         print(*gpu.lines(report), sep="\n")
     if any(row["differences"] for row in report["presets"]):
-        raise MainrunError("two runs of the same config differ; the lines above show where they differ first")
+        raise MainrunError("two runs of the same config differ; the lines above show the first difference")

@@ -1,6 +1,6 @@
 """`mainrun bench gpu`: measure training on a GPU.
 
-The benchmark measures what share of the GPU's peak speed a training step reaches, and how long whole runs
+The benchmark measures what fraction of the GPU's peak speed a training step reaches, and how long whole runs
 take. The benchmark also checks that two runs of the same config give the same losses and weights.
 """
 
@@ -35,9 +35,9 @@ PEAKS = {
     "H100": 989e12,
     "A100": 312e12,
 }
-MATMUL_SIZE = 8192  # the number of rows and of columns of the matrices
+MATMUL_SIZE = 8192  # the number of rows and columns of each matrix
 MATMUL_COUNT = 10  # the number of matrix products between two synchronizations with the GPU
-# The keys of the rows in metrics.jsonl that must be equal in both runs.
+# The keys in metrics.jsonl whose values must be equal in both runs.
 COMPARED = ("event", "step", "split", "loss", "grad_norm", "official", "full")
 
 Report = dict[str, Any]  # the report that --json prints
@@ -46,14 +46,14 @@ Report = dict[str, Any]  # the report that --json prints
 def measure(sets: list[str], *, repeats: int = 5, note: Callable[[str], None] = lambda _: None) -> Report:
     """Measure both presets on a GPU. Raise UsageError if torch finds no GPU."""
     sets = ["device=cuda", "dtype=bfloat16", *sets]
-    configs = [load(preset, sets)[0] for preset in PRESETS]  # refuse a wrong --set option before measuring
+    configs = [load(preset, sets)[0] for preset in PRESETS]  # reject invalid --set options first
     for cfg in configs:
         if cfg.device != "cuda":
-            raise UsageError(f"bench gpu got device={cfg.device}, but it measures the GPU; leave device out")
+            raise UsageError(f"bench gpu measures a GPU, but got device={cfg.device}; do not set device")
     import torch
 
     if not torch.cuda.is_available():
-        raise UsageError("no GPU: torch does not see one; run this on a machine with a GPU")
+        raise UsageError("torch finds no GPU; run this command on a machine with a GPU")
     name = torch.cuda.get_device_name()
     stated = stated_peak(name)
     reached = matmul_peak()
@@ -200,11 +200,11 @@ def table(report: Report) -> tuple[list[str], list[list[str]]]:
 
 def lines(report: Report) -> Iterator[str]:
     """Yield the text lines that are printed below the table."""
-    stated = "stated peak unknown, so MFU is relative to the measured matrix product"
+    stated = "manufacturer's peak unknown, so MFU is relative to the measured peak"
     if report["stated_peak"]:
-        stated = f"{report['stated_peak'] / 1e12:.0f} stated"
-    measured = f"{report['matmul_peak'] / 1e12:.0f} measured with a large product"
-    yield f"{report['device']}: bf16 TFLOP/s {stated}, {measured}"
+        stated = f"manufacturer's peak {report['stated_peak'] / 1e12:.0f} TFLOP/s"
+    measured = f"{report['matmul_peak'] / 1e12:.0f} TFLOP/s measured with a large matrix product"
+    yield f"{report['device']} in bf16: {stated}; {measured}"
     for row in report["presets"]:
         run = row["runs"][0]
         spent = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in run["spent"].items())

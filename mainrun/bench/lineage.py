@@ -1,9 +1,9 @@
-"""`mainrun bench lineage`: measure how much training time shared steps save.
+"""`mainrun bench lineage`: measure how much training time runs save by sharing steps.
 
 Four studies are trained with a store, and again from scratch, in one process:
 
     1  192 trials: 2 learning rates x 4 late changes x 8 decay starts x 3 decay shapes
-    2  study 1, and the trials of study 1 again with every second decay start moved
+    2  the trials of study 1, and the same trials with every second decay start moved
     3  128 trials by successive halving: piecewise constant learning rates with random values and milestones
     4  24 trials: random learning rates with cosine decay, which have few steps in common
 
@@ -63,7 +63,7 @@ RUNGS = (Rung(1 / 16, 4), Rung(1 / 4, 4), Rung(1.0, 1))
 
 
 def late_change(base: TrainConfig, starts: Sequence[float]) -> list[TrainConfig]:
-    """Return the trials of study 1 or 2. The late change sets the dropout to 0."""
+    """Return the trials of study 1 or 2, which set the dropout to 0 late in the run."""
     configs = []
     for rate in RATES:
         for share in CHANGES:
@@ -82,7 +82,7 @@ def late_change(base: TrainConfig, starts: Sequence[float]) -> list[TrainConfig]
 
 
 def piecewise(base: TrainConfig, trials: int = 128) -> list[TrainConfig]:
-    """Return the trials of study 3."""
+    """Return the trials of study 3, which have piecewise constant learning rates."""
     draw = random.Random(3)
     configs: dict[str, TrainConfig] = {}
     while len(configs) < trials:
@@ -100,7 +100,7 @@ def piecewise(base: TrainConfig, trials: int = 128) -> list[TrainConfig]:
 
 
 def rates(base: TrainConfig, trials: int = 24) -> list[TrainConfig]:
-    """Return the trials of study 4."""
+    """Return the trials of study 4, which have random learning rates with cosine decay."""
     draw = random.Random(4)
     return [changed(base, {"lr": 10 ** draw.uniform(-4, -1.5), "schedule": "cosine"}) for _ in range(trials)]
 
@@ -133,7 +133,7 @@ class StudyResult:
     store_seconds: float = 0.0  # the part of `seconds` that was spent in the store
     scratch_seconds: float = 0.0  # the training time of the same trials from scratch
     compared: int = 0  # the number of trials that were also trained from scratch
-    # The IDs of the runs whose result was not equal in every bit.
+    # The IDs of the runs whose results are not bit-identical.
     differ: list[str] = field(default_factory=list)
 
     @property
@@ -200,8 +200,8 @@ class Bench:
         result.scratch_seconds += self.scratch_seconds(configs)
         yield result
 
-        # A search knows its search space, and can therefore list the steps at which two trials may begin to
-        # differ.
+        # A hyperparameter search knows all values of its search space, so it can list the steps at which two
+        # trials may begin to differ.
         forks: set[int] = set()
         for steps in shared.keep.values():
             forks.update(steps)
@@ -352,8 +352,8 @@ def ledger_of(run: RunDir) -> tuple[int, float]:
 def overheads() -> dict[str, float]:
     """Measure the time of operations on a store.
 
-    The operations are saving and loading a node of the size of the baseline, listing 10,000 nodes, and
-    looking up a chain of 100,000 steps.
+    The operations are saving and loading the training state of a model as large as the baseline, listing
+    10,000 nodes, and looking up the nodes of a run with 100,000 steps.
     """
     with tempfile.TemporaryDirectory(prefix="mainrun-bench-") as folder:
         return _node_overheads(Path(folder) / "one") | _list_overheads(Path(folder) / "many")
@@ -441,7 +441,7 @@ def lines(overheads: dict[str, float]) -> Iterator[str]:
         f"{overheads['copy']:.2f} s to copy, during which the training waits,"
     )
     yield f"  {overheads['save']:.2f} s to write in the background, {overheads['load']:.2f} s to load"
-    yield f"a chain of 100,000 steps: {overheads['look_up_100000']:.2f} s to find its nodes"
+    yield f"a run of 100,000 steps: {overheads['look_up_100000']:.2f} s to find its nodes"
     yield f"a store of 10,000 nodes: {overheads['list_10000']:.2f} s to list"
 
 

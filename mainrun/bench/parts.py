@@ -29,9 +29,9 @@ LABEL = "part:"  # the prefix of the events that this module adds to the profile
 STEP = "whole step"
 
 # The substrings of operation names that identify each part of a training step. An operation belongs to the
-# first part that has a matching substring. torch.compile puts the names of all fused operations into the name
-# of a kernel. The parts are ordered so that a fused kernel belongs to the part of its most expensive
-# operation.
+# first part that has a matching substring. The name of a compiled kernel contains the names of all operations
+# that the kernel fuses. The parts are ordered so that a fused kernel belongs to the part of its most
+# expensive operation.
 NAMES = {
     "optimiser": ("adamw", "_sgd", "optimizer."),
     "loss": ("log_softmax", "nll_loss", "cross_entropy", "crossentropy", "logsumexp"),
@@ -51,7 +51,7 @@ NAMES = {
 
 
 def part_of(name: str) -> str | None:
-    """Return the part that an operation belongs to, or None if the name of the operation is unknown."""
+    """Return the part of a training step that an operation belongs to, or None if its name is unknown."""
     name = name.lower()
     for part, substrings in NAMES.items():
         if any(text in name for text in substrings):
@@ -93,7 +93,7 @@ def _chain(event: Any) -> Iterator[Any]:
 
 
 def _label(event: Any) -> str | None:
-    """Return the part of the labeled module in which a profiler event occurs, or None."""
+    """Return the part of the labeled module that contains a profiler event, or None for other events."""
     for outer in _chain(event):
         if outer.name.startswith(LABEL):
             return str(outer.name.removeprefix(LABEL))
@@ -123,7 +123,7 @@ def _part(event: Any, forward_parts: dict[int, str]) -> str:
     if part:
         return part
     for outer in chain:
-        if outer.sequence_nr in forward_parts:  # backward operations have the part of their forward operation
+        if outer.sequence_nr in forward_parts:  # a backward operation has the part of its forward operation
             return forward_parts[outer.sequence_nr]
     for outer in chain:
         part = part_of(outer.name)
@@ -185,7 +185,7 @@ def _label_dropout(owner: type, name: str, condition: int, stack: ExitStack) -> 
 
 
 def products(cfg: TrainConfig, vocab_size: int) -> Counter[tuple[int, int, bool]]:
-    """Count the linear layers of a model by (inputs, outputs, whether the layer is the head)."""
+    """Count the linear layers of a model. The keys are (inputs, outputs, whether the layer is the head)."""
     with torch.device("meta"):
         model = GPT(cfg, vocab_size)
     counts: Counter[tuple[int, int, bool]] = Counter()
@@ -210,7 +210,7 @@ class Floor:
             self.flops += self.repeats * 6 * self.rows * inputs * outputs * count
 
     def step(self) -> dict[str, float]:
-        """Run all matrix products once. Return the seconds that the layers and the head take."""
+        """Run all matrix products once. Return the seconds for the layers and the seconds for the head."""
         seconds = {"layers": 0.0, "head": 0.0}
         for (inputs, outputs, is_head), count in self.products.items():
             part = "head" if is_head else "layers"

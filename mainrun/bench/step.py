@@ -1,4 +1,4 @@
-"""`mainrun bench step`: compare the training step of mainrun with the steps of its rivals.
+"""`mainrun bench step`: compare the training step of mainrun with rival implementations.
 
 Each rival runs in its own process. The rivals take turns, and each turn is one training step.
 
@@ -48,7 +48,7 @@ ALWAYS = {
 
 
 class Worker:
-    """The connection of the parent process to the process of one rival."""
+    """The parent process's connection to the worker process of one rival."""
 
     def __init__(self, name: str, process: subprocess.Popen[str], log: IO[str]) -> None:
         self.name = name
@@ -117,7 +117,7 @@ def start(name: str, rival: str, tuned: bool, cfg: TrainConfig, **options: Any) 
             process.wait()
             for pipe in (process.stdin, process.stdout):
                 assert pipe is not None
-                with suppress(OSError):  # the buffer may contain a word that cannot be sent
+                with suppress(OSError):  # the buffer may contain a command that can no longer be sent
                     pipe.close()
 
 
@@ -160,7 +160,7 @@ def make_report(
     ours = rows[OURS]
     for row in rows.values():
         row["floor_share"] = floor["seconds"] / row["seconds"]
-        row["ours_is"] = row["seconds"] / ours["seconds"]  # the speed-up of mainrun over this rival
+        row["ours_is"] = row["seconds"] / ours["seconds"]  # the speedup of mainrun over the rival
     floor["flops"] = ready[FLOOR]["flops"]
     floor["flops_per_s"] = ready[FLOOR]["flops"] / floor["seconds"]
     estimate = ready[OURS]["memory_estimate"]

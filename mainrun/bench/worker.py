@@ -1,13 +1,13 @@
 """The worker process of one rival: `python -m mainrun.bench.worker '{"rival": ...}'`.
 
 bench/step.py starts this process. At the start, the worker runs the warm-up steps and prints {"ready": ...}.
-Then the parent process sends one word per line on stdin. The worker answers each word with one JSON object
-per line on stdout:
+Then the parent process sends one command per line on stdin. The worker answers each command with one JSON
+object per line on stdout:
 
     step            the time of one training step
     end             the peak memory and, if requested, an evaluation and a profile; the worker then exits
 
-Each rival has its own process, because the memory allocator and the peak memory are those of a whole process.
+Each rival has its own process, because the memory allocator and the peak memory belong to a whole process.
 All other output of the worker goes to stderr.
 """
 
@@ -28,7 +28,7 @@ from mainrun.errors import MainrunError, UsageError
 from mainrun.plan.plan import Plan
 
 WARMUP = 2  # the number of warm-up steps; the first step compiles and allocates memory
-TOKENS_PER_TITLE = 14  # the approximate token count of a title; compile=auto depends on token counts
+TOKENS_PER_TITLE = 14  # the approximate number of tokens per title, which affects compile=auto
 SCORE_REPEATS = 3
 
 Answer = dict[str, Any]  # an answer that is sent to the parent process as JSON
@@ -42,7 +42,7 @@ class Rival(Protocol):
         """Return the properties of the rival. This method is called after the warm-up steps."""
 
     def finish(self) -> Answer:
-        """Run the measurements that must come after the steps and must not affect the peak memory."""
+        """Run the measurements that follow the last step, after the peak memory has been read."""
 
 
 class PlainRival:
@@ -236,7 +236,7 @@ def serve(request: dict[str, Any], words: queue.Queue[str], channel: TextIO) -> 
         answer(**rival.step())
         word = words.get()
     if word != "end":
-        raise UsageError(f"the worker got {word!r}; it accepts step and end")
+        raise UsageError(f"the worker got the command {word!r}, but accepts only step and end")
     import torch
 
     peak_bytes = peak(torch.cuda.is_available() and cfg.device != "cpu")

@@ -49,7 +49,7 @@ class Average:
             self.shadow = {name: p.detach().clone() for name, p in self.live.items()}
 
     def update(self, inputs: StepInputs) -> None:
-        """Move the average toward the current weights by the fraction `inputs.average` of the distance."""
+        """Update the average: average += inputs.average * (weights - average)."""
         if self.on:
             self.differs |= inputs.average < 1
             weights = [p.detach() for p in self.live.values()]

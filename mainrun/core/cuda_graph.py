@@ -1,7 +1,7 @@
 """Launch all kernels of a training step at once, as a CUDA graph.
 
 A training step launches about a thousand kernels. Launching a thousand kernels one by one takes several times
-as long as running these kernels.
+longer than running them.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
-# The number of calls before a graph is recorded. CUDA libraries are initialized during these calls.
+# The number of warm-up calls before a graph is recorded. CUDA libraries initialize during the warm-up calls.
 WARM = 3
 
 
 class CudaGraph:
-    """A function on tensors that is recorded as a CUDA graph and then replayed.
+    """A CUDA graph of a function on tensors, which is recorded once and then replayed.
 
     The first `WARM` calls with a key run the function directly. The next call records the graph, and all
     later calls replay the graph. Replaying a graph runs the same kernels, so the results are identical bit
-    for bit. The key must identify everything that the function depends on, except the values of tensors on
-    the device. If `on` is False, every call runs the function directly.
+    for bit. The key must identify everything that affects the function's result, except the values of tensors
+    on the GPU. If `on` is False, every call runs the function directly.
     """
 
     def __init__(self, generators: list[torch.Generator], on: bool) -> None:
@@ -30,7 +30,7 @@ class CudaGraph:
         self.forget()
 
     def forget(self) -> None:
-        """Discard the recorded graph. Call this method when a tensor of the graph has a new address."""
+        """Discard the recorded graph. Call this method when a tensor that the graph uses has been moved."""
         self.key: Hashable = None
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None

@@ -1,4 +1,4 @@
-"""The device that a run is trained on, with the device's settings and random numbers for dropout."""
+"""Set up the CPU or GPU that trains a run, and generate the random numbers for dropout."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from mainrun.plan.plan import Plan
 
 
 class Device(ProcessGroup):
-    """The CPU or GPU that one process of a run uses, with the settings of this device.
+    """The CPU or GPU that one process of a run uses, and its settings.
 
-    `machine_class` contains the facts about the machine that affect the results. Two machines with the same
-    `machine_class` compute the same bits for the same config.
+    `machine_class` contains the properties of the machine that affect the results of a run. Two machines with
+    the same `machine_class` give bit-identical results for the same config.
     """
 
     def __init__(self, cfg: TrainConfig) -> None:
@@ -43,8 +43,7 @@ class Device(ProcessGroup):
         self.join()
         self.allocator = tune_allocator()
         self.attention = best_attention(cfg, name) if cfg.attention == "auto" else cfg.attention
-        # The number of steps after which the losses are read from a GPU. Reading a loss after every step
-        # would make the step wait until the GPU has finished.
+        # The losses are read from a GPU once every 32 steps, because reading a loss waits for the GPU.
         self.read_every = 32 if name == "cuda" else 1
         self.seeds: list[int] = []
         self.generators: list[torch.Generator] = []  # one generator per micro-batch on a GPU, none on a CPU
@@ -56,23 +55,23 @@ class Device(ProcessGroup):
             self.triton, self.note = triton_works(self.torch_device)
         self.machine_class = self._facts(cfg)
         if self.compile:
-            self.note = "compiling, which may take some minutes; a stop waits until it is done"
+            self.note = "compiling may take some minutes; the run can be stopped only after compiling"
             self.machine_class |= self._compiler_facts()
 
     def _check(self, cfg: TrainConfig, name: str) -> None:
         """Raise an error if this device cannot run the config."""
         if name == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("device=cuda, but torch sees no GPU here; set device=cpu or auto")
+            raise ConfigError("got device=cuda, but torch finds no GPU; set device=cpu or device=auto")
         if cfg.compile == "on" and not compiler(name):
-            needs = f"a C++ compiler and Python's headers on a CPU ({cpp_compiler()[1]})"
+            needs = f"a C++ compiler and Python's headers ({cpp_compiler()[1]})"
             if name == "cuda":
                 needs = "triton, which comes with torch"
-            raise ConfigError(f"compile=on needs {needs}; install what is missing, or set compile=off")
+            raise ConfigError(f"compile=on needs {needs}; install the missing part, or set compile=off")
         for segment in cfg.segment_configs:
             if segment.batch_size % (segment.grad_accum * self.world):
                 pieces = f"{self.world} processes x grad_accum={segment.grad_accum}"
-                got = f"batch_size={segment.batch_size} does not split over {pieces}"
-                raise ConfigError(f"{got}; change one of them")
+                got = f"batch_size={segment.batch_size} is not divisible by {pieces}"
+                raise ConfigError(f"{got}; change one of these numbers")
 
     def _facts(self, cfg: TrainConfig) -> dict[str, Any]:
         name = cpu_name()
@@ -96,10 +95,10 @@ class Device(ProcessGroup):
         return facts
 
     def settle(self, cfg: TrainConfig, plan: Plan) -> None:
-        """Decide whether to compile the model if the config says compile=auto.
+        """If compile=auto is set, decide whether to compile the model.
 
-        The decision depends on the length of the run. The decision does not use measured times, because
-        measured times differ from day to day.
+        The decision depends on the length of the run, and not on measured times, which differ from day to
+        day.
         """
         if cfg.compile != "auto":
             return
@@ -108,12 +107,13 @@ class Device(ProcessGroup):
         if not self.compile:
             return
         self.machine_class |= self._compiler_facts()
-        gain = f"about {costs:.0f} s, to save about {saves:.0f} s"
-        self.note = f"compiling: {gain}; --set compile=off turns it off; a stop waits until it is done"
+        gain = f"takes about {costs:.0f} s and saves about {saves:.0f} s"
+        off = "--set compile=off trains without compiling"
+        self.note = f"compiling {gain}; the run can be stopped only after compiling; {off}"
 
     @property
     def native(self) -> bool:
-        """Whether mainrun's own kernels compute the loss.
+        """True if mainrun's own kernels compute the loss.
 
         On a GPU, these kernels are written in Triton. On a CPU, the kernels are written in C++, and mainrun
         uses them only if the model is compiled and computes in bfloat16.
@@ -130,31 +130,30 @@ class Device(ProcessGroup):
         return facts
 
     def runner(self, model: nn.Module) -> nn.Module:
-        """Return the model that training steps call: the plain, the compiled or the distributed model."""
+        """Return the model, wrapped in torch.compile and DistributedDataParallel if the run uses them."""
         runner: nn.Module = model
         if self.compile:
             # make_deterministic affects only eager code. use_deterministic_algorithms also affects compiled
             # code.
             torch.use_deterministic_algorithms(True)
-            # Compile for one fixed shape, even if this process has already compiled the model for another
-            # shape.
+            # Compile for fixed shapes, even if this process has already compiled the model for other shapes.
             runner = torch.compile(model, dynamic=False)  # type: ignore[assignment]
         return nn.parallel.DistributedDataParallel(runner) if self.world > 1 else runner
 
     @contextmanager
     def compiling(self) -> Iterator[None]:
-        """Turn an error from torch.compile into a ConfigError that says how to train without compiling."""
+        """Convert an error in torch.compile to a ConfigError that says how to train without compiling."""
         try:
             yield
         except Exception as e:
             if not type(e).__module__.startswith(("torch._inductor", "torch._dynamo")):
                 raise
             reason = str(e).strip().splitlines()[0]
-            fix = "--set compile=off trains without it"
+            fix = "use --set compile=off to train without it"
             raise ConfigError(f"torch.compile failed ({reason}); {fix}") from e
 
     def put(self, array: np.ndarray) -> Tensor:
-        """Return an array as a tensor on the device. Arrays are copied to a GPU asynchronously."""
+        """Return an array as a tensor on the device. Copying an array to a GPU is asynchronous."""
         tensor = torch.from_numpy(array)
         if self.torch_device.type != "cuda":
             return tensor
@@ -168,11 +167,11 @@ class Device(ProcessGroup):
     # -- random numbers of a step
 
     def seed(self, seeds: list[int]) -> None:
-        """Seed the random numbers of a step. `seeds` contains one seed per micro-batch."""
+        """Seed the random number generators of a step. `seeds` contains one seed per micro-batch."""
         self.seeds = seeds
         if self.torch_device.type != "cuda":
             return
-        torch.manual_seed(seeds[0])  # fused attention uses torch's global generator for its dropout
+        torch.manual_seed(seeds[0])  # fused attention uses torch's global generator for dropout
         missing = len(seeds) - len(self.generators)
         self.generators += [torch.Generator(self.torch_device) for _ in range(missing)]
         # There may be more generators than seeds, because an earlier step may have had more micro-batches
@@ -184,7 +183,7 @@ class Device(ProcessGroup):
         """Return the dropout masks of a micro-batch, or None if no masks are needed."""
         on_cpu = self.torch_device.type == "cpu"
         if on_cpu:
-            # Fused attention uses torch's global generator for its dropout.
+            # Fused attention uses torch's global generator for dropout.
             torch.manual_seed(self.seeds[micro])
         total = sum(size for size, _ in sites)
         if not total:
@@ -202,22 +201,22 @@ class Device(ProcessGroup):
 
 
 def choose_device(cfg: TrainConfig) -> str:
-    """Return the device that a config asks for, either "cpu" or "cuda"."""
+    """Return the device that a config selects, either "cpu" or "cuda"."""
     if cfg.device != "auto":
         return cfg.device
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def make_deterministic(threads: int) -> None:
-    """Configure torch so that repeating a computation gives the same bits."""
+    """Configure torch so that repeating a computation gives bit-identical results."""
     torch.set_num_threads(threads)
-    # cuBLAS may choose other kernels if its workspace has another size.
+    # With a fixed workspace size, cuBLAS always chooses the same kernels.
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     # In eager mode, set_deterministic_debug_mode has the same effect as use_deterministic_algorithms. Calling
     # use_deterministic_algorithms would also import torch's compiler, and this import takes 0.9 s.
     torch.set_deterministic_debug_mode("error")
-    # Filling new memory would cost one pass over every buffer. mainrun's kernels read no uninitialized
-    # memory.
+    # Filling each new tensor would take an extra pass over its memory. The filling is not needed, because no
+    # kernel of mainrun reads uninitialized memory.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.benchmark = False
@@ -226,8 +225,8 @@ def make_deterministic(threads: int) -> None:
 def best_attention(cfg: TrainConfig, device: str) -> str:
     """Return the faster implementation of attention, "plain" or "sdpa".
 
-    docs/log/speed.md has the measurements. On a CPU, torch's fused attention cannot use dropout masks that
-    consist of bytes.
+    The choice is based on the measurements in docs/log/speed.md. On a CPU, torch's fused attention cannot use
+    mainrun's dropout masks, which have one byte per element.
     """
     if device == "cuda":
         return "sdpa"

@@ -14,7 +14,7 @@ from torch import Tensor
 from mainrun.config import TrainConfig
 from mainrun.plan.plan import StepInputs, selected_tokens
 
-Site = tuple[int, float]  # the number of elements and the dropout rate
+Site = tuple[int, float]  # the number of elements and the dropout rate of one dropout layer
 
 
 def dropout_sites(cfg: TrainConfig, inputs: StepInputs, rows: int, attention: str) -> list[Site]:
@@ -38,7 +38,7 @@ def random_bytes(count: int, seed: int) -> np.ndarray:
 
 
 def threshold(noise: Any, sites: list[Site]) -> None:
-    """Turn random bytes into masks in place.
+    """Convert random bytes to dropout masks in place.
 
     A byte becomes 1 if its value is at least 256 times the dropout rate. Otherwise, the byte becomes 0.
     """
@@ -69,9 +69,9 @@ class Masks:
         return self.pool[start : self.used].view(shape)
 
     def drop(self, x: Tensor, p: float) -> Tensor:
-        """Multiply x by the next unused mask, and scale the elements that the mask keeps."""
+        """Apply dropout: multiply x by the next unused mask, and scale the result by 1 / (1 - p)."""
         if not p:
             return x
-        # Converting a mask of bytes is six times faster than converting a mask of bools. Multiplying by the
-        # scale comes last, because the scale would otherwise be rounded to bfloat16.
+        # Converting bytes to floats is six times faster than converting bools to floats. The scale is applied
+        # last, because multiplying the mask by the scale would round the scale to bfloat16.
         return x * self.take(x.shape).to(x.dtype) * (1 / (1 - p))

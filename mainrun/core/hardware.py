@@ -20,7 +20,7 @@ CPU_FLAGS = {
     "sve": "SVE",
     "bf16": "bf16",
 }
-# Environment variables that can change the results of a numerical library in the last bits.
+# Environment variables that can change the last bits of a numerical library's results.
 CPU_LIMITS = (
     "ATEN_CPU_CAPABILITY",
     "DNNL_MAX_CPU_ISA",
@@ -79,7 +79,7 @@ def cpu_limits() -> dict[str, str]:
 def release_free_memory() -> None:
     """Return freed memory to the operating system.
 
-    After a model has grown, its larger tensors do not fit into the memory that its smaller tensors used.
+    When a model grows, its new tensors are too large for the memory blocks that its old tensors used.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:
@@ -109,18 +109,18 @@ def cores() -> int:
 
 
 def cpp_compiler() -> tuple[str, str]:
-    """Return the path of the C++ compiler that torch.compile uses on a CPU.
+    """Return the path of the C++ compiler that torch.compile uses on a CPU, and why it cannot be used.
 
-    The second return value says why the compiler cannot be used, or is an empty text if the compiler works.
+    The second value is an empty string if the compiler can be used.
     """
     requested = os.environ.get("CXX")
     path = shutil.which(requested or "g++")
     if not path:
-        problem = f"CXX={requested} does not exist" if requested else "no g++"
+        problem = f"CXX={requested} does not exist" if requested else "g++ is not installed"
         return "", problem
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     if not header.is_file():
-        return path, f"{path}, but no {header}"
+        return path, f"{path} exists, but {header} is missing"
     return path, ""
 
 
@@ -145,8 +145,8 @@ def tune_allocator() -> str:
         return f"default ({library or 'this C library'} cannot be tuned)"
     mallopt = ctypes.CDLL(None).mallopt
     # mmap_max=0 and trim_threshold=-1 keep all freed memory in the process. top_pad makes the heap grow by 64
-    # MiB at a time. The number of heaps is not limited, because tokenizer threads that shared a single heap
-    # would wait for each other.
+    # MiB at a time. The number of heaps is not limited, because tokenizer threads that share a single heap
+    # block each other.
     settings = {"mmap_max": (-4, 0), "trim_threshold": (-1, -1), "top_pad": (-2, 64 << 20)}
     refused = [name for name, (number, value) in settings.items() if not mallopt(number, value)]
     if refused:

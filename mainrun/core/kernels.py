@@ -1,9 +1,9 @@
 """Kernels for the parts of a training step where torch's own operations are slow, mainly on a CPU.
 
-In eager mode, these kernels make fewer passes over memory than torch's own operations. torch.compile also
-saves most of these passes, but torch.compile generates slow code for exp and erf on a CPU. The compiler
-therefore calls the functions wrapped by `opaque_op` without tracing into these functions. In bfloat16, some
-of the wrapped functions run the C++ code in native/kernels.cpp.
+In eager mode, these kernels make fewer passes over memory than torch's own operations. Compiled code also
+makes fewer passes, but torch.compile generates slow code for exp and erf on a CPU. Compiled code therefore
+calls the functions that `opaque_op` wraps, and torch.compile does not trace into them. In bfloat16, some of
+the wrapped functions run the C++ code in native/kernels.cpp.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from mainrun.core.native import cpu as native
 
 # With AMX, a matrix product runs at half speed if an operand must be transposed during the product.
 HAS_AMX = "AMX bf16" in cpu_flags()
-AMX_MIN_WIDTH = 2048  # transposing a narrower operand before the product saves no time
+AMX_MIN_WIDTH = 2048  # below this width, transposing an operand before the product saves no time
 
 
 def opaque_op(function: Callable[..., Any], compiled: Callable[..., Any] | None = None) -> Callable[..., Any]:
     """Wrap a function so that torch.compile on a CPU calls the function without tracing into it.
 
-    `compiled` is an optional C++ implementation of the function, which compiled code then calls instead.
+    If `compiled` is given, compiled code calls this C++ implementation instead of the function.
     """
     name = function.__name__.strip("_")
     op = torch.library.custom_op(f"mainrun::{name}", compiled or function, mutates_args=())
@@ -44,7 +44,10 @@ def opaque_op(function: Callable[..., Any], compiled: Callable[..., Any] | None 
 
 
 class RootMeanSquare(torch.autograd.Function):
-    """RMSNorm in the dtype of the gain. On a CPU, this class is three times as fast as F.rms_norm."""
+    """RMSNorm that computes in the dtype of the gain.
+
+    On a CPU, this implementation is three times as fast as F.rms_norm.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor) -> Tensor:
@@ -73,7 +76,7 @@ def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
 
 
 class AmxLinear(torch.autograd.Function):
-    """F.linear with a backward pass that computes the weight gradient faster with AMX.
+    """F.linear with a faster computation of the weight gradient on processors with AMX.
 
     The weight gradient is a matrix product in which one operand must be transposed. If one operand is much
     narrower than the other operand, the narrow operand is transposed before the product.
@@ -115,7 +118,7 @@ def transposed(x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return the result of F.linear. Under autocast, the result is computed in bfloat16."""
+    """Compute F.linear. Under autocast, the computation uses bfloat16."""
     if torch.is_autocast_enabled(x.device.type):
         x = x.bfloat16()
         weight = weight.bfloat16()
@@ -141,7 +144,7 @@ def gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 
 class Gelu(torch.autograd.Function):
-    """F.gelu, with one opaque operator for the forward pass and another for the backward pass."""
+    """F.gelu, with a forward pass and a backward pass that torch.compile does not trace."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -237,7 +240,7 @@ attend_backward = opaque_op(_attend_backward, _attend_backward_native)
 
 
 class Attend(torch.autograd.Function):
-    """Attention, with one opaque operator for the forward pass and another for the backward pass."""
+    """Attention, with a forward pass and a backward pass that torch.compile does not trace."""
 
     @staticmethod
     def forward(
@@ -265,10 +268,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, p
 # -- loss
 
 
-# The number of logits that are processed at once. The number is small enough for the cache of a CPU, and
-# large enough to keep all cores of a GPU busy.
+# The number of logits in a chunk. On a CPU, a chunk fits in the cache. On a GPU, a chunk is large enough to
+# keep all cores busy.
 CHUNK = {"cpu": 1_000_000, "cuda": 50_000_000}
-TRITON_MAX_VOCAB = 2**16  # the limit of the Triton kernel, which keeps a row of logits in registers
+TRITON_MAX_VOCAB = 2**16  # the Triton kernel keeps a whole row of logits in registers
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -298,7 +301,7 @@ class CrossEntropy(torch.autograd.Function):
             p = F.softmax(logits[chunk], dim=-1, dtype=wide)
             at_target = torch.arange(len(p), device=p.device), target[chunk]
             p_target = p[at_target]
-            # If a probability underflows to 0, the loss of the token is 87 nats and not infinity.
+            # If the probability of a target underflows to 0, the loss is limited to 87 nats.
             plain = plain - p_target.clamp_min(torch.finfo(wide).tiny).log().sum(dtype=torch.float64)
             p[at_target] = p_target - (1 - smoothing)
             if smoothing:
@@ -315,9 +318,9 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         grad = ctx.grad
-        ctx.grad = None  # lets the memory be freed as soon as the gradient has been used
-        # On a CPU, a multiplication by 1 is skipped. On a GPU, the code does not check whether the factor is
-        # 1, because reading the factor would wait until all running kernels have finished.
+        ctx.grad = None  # free the gradient's memory as soon as possible
+        # On a CPU, the multiplication is skipped if the factor is 1. On a GPU, the factor is not checked,
+        # because reading a value from a GPU waits until all running kernels have finished.
         if grad.is_cuda or grads[0] != 1:
             grad.mul_(grads[0])
         return grad, None, None, None
@@ -326,8 +329,8 @@ class CrossEntropy(torch.autograd.Function):
 class CrossEntropyOnGpu(torch.autograd.Function):
     """Mean cross entropy, computed by one Triton kernel in the forward pass and one in the backward pass.
 
-    The incoming gradient stays on the GPU, because reading a value from the GPU would wait until all running
-    kernels have finished.
+    The backward pass does not copy the incoming gradient to the CPU, because reading a value from a GPU waits
+    until all running kernels have finished.
     """
 
     @staticmethod
@@ -355,7 +358,8 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Return two numbers: the loss to minimize, and the cross entropy without label smoothing.
 
-    If `use_native` is True and the C++ or Triton kernel supports the logits, the kernel is used.
+    If `use_native` is True, a C++ kernel (on a CPU) or a Triton kernel (on a GPU) computes both numbers. The
+    kernels support only bfloat16 logits without label smoothing.
     """
     use_native = use_native and logits.dtype == torch.bfloat16 and not smoothing
     if use_native and logits.is_cuda and logits.size(-1) <= TRITON_MAX_VOCAB:

@@ -56,7 +56,7 @@ class LowRankEmbedding(LowRank, nn.Embedding):
 
 
 def add_low_rank(model: Any, cfg: TrainConfig) -> None:
-    """If the config sets a rank, replace the attention projections and the embedding with low-rank layers."""
+    """Replace the attention projections and the embedding with low-rank layers if the config sets a rank."""
     if cfg.attn_lora_rank:
         for block in model.blocks:
             for name in "qkvo":

@@ -16,8 +16,8 @@ from mainrun.core.hardware import cpp_compiler
 from mainrun.core.kernels import HAS_AMX
 from mainrun.plan.plan import Plan
 
-# The source files and folders that affect a run's results. tests/test_house.py checks that training imports
-# only these files and the modules that NOT_HASHED in tests/test_house.py lists.
+# The source files and folders that affect a run's results. A test in tests/test_house.py fails if training
+# imports a module that neither HASHED nor NOT_HASHED contains.
 HASHED = ("config.py", "train.py", "core", "data", "plan", "growth", "run")
 
 
@@ -68,7 +68,7 @@ def _try_triton(device: torch.device) -> None:
 
 
 def compile_balance(cfg: TrainConfig, plan: Plan, device: str, threads: int) -> tuple[float, float]:
-    """Estimate how many seconds compiling the model takes, and how many seconds the run saves by compiling.
+    """Estimate the seconds that compiling the model takes, and the seconds that the compiled model saves.
 
     The estimate is based on the measurements in docs/log/speed.md.
     """
@@ -108,8 +108,8 @@ def source_hash(root: Path = Path(__file__).parents[1]) -> str:
     return digest.hexdigest()
 
 
-# The hash is computed when this module is imported. Source files that are edited later do not change the code
-# that this process runs.
+# The hash is computed when this module is imported, because later edits of the source files do not affect the
+# running process.
 SOURCE = source_hash()
 
 

@@ -21,8 +21,8 @@ from mainrun.config import TrainConfig
 class MoE(nn.Module):
     """A layer of experts.
 
-    In shapes, N is the number of tokens, D the width, E the number of experts, and k the number of experts
-    per token.
+    In shapes such as (N, D), N is the number of tokens, D is the width of the model, E is the number of
+    experts, and k is the number of experts per token.
     """
 
     def __init__(self, cfg: TrainConfig, expert: Callable[[], nn.Module]) -> None:
@@ -36,7 +36,8 @@ class MoE(nn.Module):
     def scores(self, x: Tensor) -> Tensor:
         """Return the router's scores, of shape (N, E), in the dtype of the router's weights.
 
-        In bfloat16, two slightly different scores could be rounded to the same number.
+        The scores are not computed in bfloat16, which could round two slightly different scores to the same
+        number.
         """
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.flatten(0, -2).to(self.router.weight.dtype), self.router.weight)
@@ -53,8 +54,8 @@ class MoE(nn.Module):
     def shares(self, chosen: Tensor) -> list[int]:
         """Return the number of rows that each expert receives."""
         experts = len(self.experts)
-        # A fake tensor has no values. The memory estimate therefore assumes that each expert receives the
-        # same number of rows.
+        # The memory estimate uses fake tensors, which have no values, and therefore assumes that all experts
+        # receive the same number of rows.
         if isinstance(chosen, FakeTensor):
             n = chosen.numel()
             return [n * (i + 1) // experts - n * i // experts for i in range(experts)]
@@ -74,9 +75,8 @@ class MoE(nn.Module):
 def _disable_compilation() -> None:
     """Exclude MoE.forward from torch.compile.
 
-    The number of rows per expert changes in each step, so torch.compile would compile the layer again in each
-    step. `torch.compiler.disable` imports torch._dynamo, and this import takes 0.8 s.
-    `torch.compiler.disable` is therefore called when the first MoE is created, and not when this module is
-    imported.
+    The number of rows per expert changes in each step, so torch.compile would recompile the layer in each
+    step. `torch.compiler.disable` imports torch._dynamo, which takes 0.8 s. To keep the import of this module
+    fast, this function is called only when the first MoE is created.
     """
     MoE.forward = torch.compiler.disable(MoE.forward)  # type: ignore[method-assign]

@@ -20,9 +20,9 @@ Group = dict[str, Any]
 
 
 class ParamSchedule(NamedTuple):
-    """The factors by which a parameter's learning rate, weight decay and eps are multiplied, and its warm-up.
+    """The factors for a parameter's learning rate, weight decay and eps, and the parameter's warm-up.
 
-    A growth operation can give the parameters that it adds a separate warm-up.
+    Parameters that a growth operation adds can have a separate warm-up.
     """
 
     lr: float = 1.0
@@ -39,11 +39,11 @@ class ParamSchedule(NamedTuple):
 
 
 def skip_dynamo_import() -> None:
-    """Make torch create optimizers without importing torch._dynamo, because this import takes a second.
+    """Prevent torch from importing torch._dynamo when an optimizer is created. The import takes a second.
 
-    torch wraps add_param_group to exclude this method from torch.compile, and the wrapper imports the
-    compiler. mainrun creates no optimizer inside compiled code, so it does not need the wrapper. The wrapper
-    does not import the compiler if the attribute `__dynamo_disable` already contains the function to call.
+    The wrapper that excludes the method add_param_group from torch.compile imports torch._dynamo. This
+    wrapper is not needed, because mainrun creates no optimizer inside compiled code. The wrapper skips the
+    import if the attribute `__dynamo_disable` already contains the function to call.
     """
     plain: Any = inspect.unwrap(torch.optim.Optimizer.add_param_group)
     if not hasattr(plain, "__dynamo_disable"):
@@ -96,10 +96,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(batch: Tensor) -> Tensor:
-    """Return the nearest matrices whose singular values are about 1.
+    """Orthogonalize a batch of matrices: all singular values of the returned matrices are about 1.
 
-    The matrices are computed with five quintic Newton-Schulz steps in bfloat16. `batch` has the shape
-    (N, rows, columns).
+    The function runs five quintic Newton-Schulz steps in bfloat16. `batch` has the shape (N, rows, columns).
     """
     x = batch.bfloat16()
     tall = x.size(1) > x.size(2)
@@ -147,8 +146,8 @@ def router_rate(name: str) -> str:
 class Optimizers:
     """All optimizers of a model.
 
-    The parameters in a group all have the same kind and the same schedule. The name of a state tensor
-    contains the name of the parameter.
+    All parameters in a group have the same learning rate, weight decay and schedule. The name of a state
+    tensor contains the name of its parameter.
     """
 
     def __init__(
@@ -167,8 +166,8 @@ class Optimizers:
         tables: list[Tensor] = []  # the embeddings, the head and the routers
         vectors: list[Tensor] = []  # the gains and biases
         for name, p in trained.items():
-            # Over the experts, a router's gradient always sums to zero, apart from rounding errors. Muon
-            # would amplify these rounding errors, so `matrices` contains no routers.
+            # The sum of a router's gradient over the experts is always zero, apart from rounding errors. Muon
+            # would amplify the rounding errors, so routers are not in `matrices`.
             in_block = name.startswith("blocks.") and ".router." not in name
             if p.ndim < 2:
                 vectors.append(p)
@@ -216,7 +215,7 @@ class Optimizers:
     def _rate_value(group: Group, rate: float) -> float | Tensor:
         """Return the learning rate as a number on a CPU and as a tensor on a GPU.
 
-        A recorded CUDA graph reads the learning rate from this tensor.
+        A recorded CUDA graph can read a new learning rate only from a tensor.
         """
         if not group["params"][0].is_cuda:
             return rate
@@ -230,8 +229,8 @@ class Optimizers:
             on_gpu = group["params"][0].is_cuda
             group["capturable"] = on_gpu and torch.cuda.is_current_stream_capturing()
         for optimizer in self.all:
-            # torch's wrapper around `step` would import torch._dynamo. The code below does the same as the
-            # wrapper without this import.
+            # The wrapper that torch adds to `step` would import torch._dynamo. The code below has the same
+            # effect as the wrapper, but does not import torch._dynamo.
             step = inspect.unwrap(type(optimizer).step)
             with torch.no_grad(), torch.profiler.record_function("Optimizer.step"):
                 step(optimizer)
@@ -241,7 +240,7 @@ class Optimizers:
         self.apply()
 
     def state(self) -> dict[str, Tensor]:
-        """Return the state tensors of all optimizers. The names have the form optimizer/PARAMETER/KEY."""
+        """Return the state tensors of all optimizers by name. A name has the form optimizer/PARAMETER/KEY."""
         tensors = {}
         for optimizer in self.all:
             for p, entries in optimizer.state.items():
@@ -266,7 +265,7 @@ class Optimizers:
             # count.
             optimizer.state[p][key] = value.to(p.device, copy=copy)
         if tensors and self.all[0].defaults.get("nesterov"):
-            # Fused SGD needs momentum buffers either for all parameters or for no parameter. New parameters
-            # therefore start with momentum buffers of zeros.
+            # Fused SGD needs momentum buffers either for all parameters or for none. New parameters therefore
+            # start with a momentum buffer of zeros.
             for p in self.names:
                 self.all[0].state[p].setdefault("momentum_buffer", torch.zeros_like(p))

@@ -1,4 +1,4 @@
-"""Store the losses of training steps on the device, and read these losses as late as possible."""
+"""Keep the losses of training steps on the device, and read them as late as possible."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ class NotFinite(Diverged):
 
 
 class PendingLosses:
-    """Losses that are still on the device.
+    """The losses of training steps that have not been read from the device yet.
 
-    Reading a loss makes the CPU wait until the GPU has finished the step. The losses of many steps are
-    therefore read from a GPU at once.
+    Reading a loss makes the CPU wait until the GPU has finished the step. On a GPU, the losses of many steps
+    are therefore read at once.
     """
 
     def __init__(self, limit: int) -> None:
@@ -73,7 +73,7 @@ class PendingLosses:
         return len(self.pending) >= self.limit
 
     def drain(self) -> list[StepRow]:
-        """Read all pending losses and gradient norms. Raise NotFinite if one of them is NaN or infinite."""
+        """Read all pending losses and gradient norms. Raise NotFinite if a number is NaN or infinite."""
         if not self.pending:
             return []
         numbers = torch.cat(self.numbers).tolist()

@@ -22,8 +22,8 @@ def read_rank() -> tuple[int, int]:
     rank = os.environ.get("RANK", "0")
     world = os.environ.get("WORLD_SIZE", "1")
     got = f"got RANK={rank!r} and WORLD_SIZE={world!r}"
-    # A batch system may have set the same environment variables for other purposes.
-    fix = "start with torchrun, or unset both"
+    # A batch system may have set RANK and WORLD_SIZE for other purposes.
+    fix = "start mainrun with torchrun, or unset both variables"
     numbers = PROCESS_NUMBER.fullmatch(rank) and PROCESS_NUMBER.fullmatch(world)
     if not numbers or int(rank) >= int(world):
         raise ConfigError(f"{got}, but RANK must be a number below WORLD_SIZE; {fix}")
@@ -70,7 +70,7 @@ class ProcessGroup:
         return bool(votes.item())
 
     def broadcast(self, *numbers: int) -> tuple[int, ...]:
-        """Return the leader's numbers in every process."""
+        """Send the leader's numbers to every process, and return these numbers."""
         if self.world == 1:
             return numbers
         leaders = torch.tensor(numbers, device=self.torch_device)

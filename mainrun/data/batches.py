@@ -1,4 +1,4 @@
-"""The training batch of each step."""
+"""Select the training batch of each step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mainrun.plan.plan import Segment
 class Batches:
     """The training batches of a run.
 
-    Each batch depends only on the config, the tokens and the step, so the batches can be read in any order.
+    A batch depends only on the config, the tokens and the step, so the batches can be read in any order.
     """
 
     def __init__(self, cfg: TrainConfig, train: np.ndarray) -> None:
@@ -37,7 +37,7 @@ class Batches:
         return chunk[:-1].reshape(shape), chunk[1:].reshape(shape)
 
     def _shuffled(self, epoch: int) -> np.ndarray:
-        """Return the train tokens, with the titles in the order of an epoch. Only one epoch is cached."""
+        """Return the training tokens, with the titles shuffled for an epoch. Only one epoch is cached."""
         if self._epoch != epoch:
             ends = np.flatnonzero(self.train == EOS) + 1
             starts = np.concatenate(([0], ends[:-1]))

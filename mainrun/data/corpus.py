@@ -1,9 +1,9 @@
-"""The corpus of a run: ordered titles, split into train, dev and val, and the fingerprint of each split.
+"""The corpus of a run: the titles, split into train, dev and val, and a fingerprint of each split.
 
 The titles of the source are shuffled with the task's seed. If shuffle=false is set, the titles stay in the
-order of the source. The run uses the first num_titles titles. The last val_frac of these titles become the
-split val. The last dev_frac of the titles before val become the split dev. All titles before dev become the
-split train.
+order of the source. The run uses the first num_titles titles, and splits these titles in order into train,
+dev and val. The split val gets the fraction val_frac of the titles. The split dev gets the fraction dev_frac
+of the titles that are not in val. All other titles are in the split train.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Corpus:
     train: list[str]
     dev: list[str]
     val: list[str]
-    fingerprints: dict[str, str]  # the sha256 of the ordered titles, for corpus, train, dev and val
-    origin: dict[str, Any]  # where the titles come from and how many were skipped, as JSON values
+    fingerprints: dict[str, str]  # the sha256 of the titles, for the whole corpus and for each split
+    origin: dict[str, Any]  # JSON values that describe the source and count skipped and repeated titles
 
 
 def load_corpus(cfg: TrainConfig) -> Corpus:
@@ -55,8 +55,8 @@ def load_corpus(cfg: TrainConfig) -> Corpus:
     dev = titles[n_train:n_known]
     val = titles[n_known:]
     train = _repeated(distinct, weights[:n_train])
-    # Real data contains reposts, and the task does not remove reposts from val. `origin` contains the number
-    # of reposts.
+    # Real data contains reposts. As in the task, titles in val that also occur in train or dev are kept.
+    # `origin` contains the number of these titles.
     seen = set(distinct).union(dev)
     counts = {
         "titles": len(titles),
@@ -77,7 +77,7 @@ def _check_count(cfg: TrainConfig, count: int) -> None:
 
 
 def _order(count: int, shuffle: bool) -> np.ndarray:
-    """Return the positions of the titles of a source in the order in which a run uses them."""
+    """Return the order in which a run uses the titles of a source, as an array of positions."""
     if shuffle:
         return np.random.default_rng(int(TASK["seed"])).permutation(count)
     return np.arange(count)
@@ -98,7 +98,7 @@ def _split_points(cfg: TrainConfig, count: int) -> tuple[int, int]:
 
 
 def _repeated(titles: list[str], weights: list[int]) -> list[str]:
-    """Return a list in which the number of times that a title occurs equals the weight of the title.
+    """Return a list that contains each title as many times as its weight says.
 
     The list consists of several passes over the titles. In each pass, a title occurs at most once.
     """

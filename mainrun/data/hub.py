@@ -1,8 +1,8 @@
 """Download the task's dataset from the Hugging Face hub, and verify the sha256 of the downloaded file.
 
 The downloaded file is stored in the cache folder. A JSON file in the same folder, called the note, contains
-the size and the sha256 of the download. With the note, mainrun can verify the download later without a
-network.
+the size and the sha256 of the download. The note allows mainrun to verify the download later without a
+network connection.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     import numpy as np
 
 HUB_REPO = "julien040/hacker-news-posts"
-HUB_REVISIONS = {  # the task's published scores use hn-2025; hn is newer
+HUB_REVISIONS = {  # the task's published scores use hn-2025, and hn is a newer revision
     "hn": "d210f96ddcc592f324c3108dd1d7b7edc03ca788",
     "hn-2025": "9e21b0f3c36bd7ce50b741ce966297a7f73cae38",
 }
-ABANDONED = 3600  # seconds without a write after which a partial download is abandoned
-LOCAL_ERRORS = (  # the error codes for problems of this machine's disk and not of the hub
+ABANDONED = 3600  # a partial download counts as abandoned after this many seconds without a write
+LOCAL_ERRORS = (  # the error codes of problems with the local disk, as opposed to the hub
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EACCES,
@@ -56,7 +56,7 @@ class HubFile:
     sha256: str
 
     def damage(self, path: Path) -> str:
-        """Return how a local file differs from the hub's file, or an empty text if the files are equal."""
+        """Return how a local file differs from the hub's file, or an empty string if the files are equal."""
         if not path.is_file():
             return "is missing"
         size = path.stat().st_size
@@ -71,12 +71,12 @@ class HubFile:
 def open_titles(name: str, argument: str, wanted: int) -> Titles:
     """Return the titles of a hub corpus.
 
-    Blank titles are not removed, because the task shuffles the titles together with the blank titles.
+    Blank titles are kept, because the task also keeps blank titles when it shuffles the titles.
     """
     path, file = _fetch(name)
     try:
         column = parquet_column(str(path), path, COLUMN)
-    except CorpusError as e:  # the download is intact, so the file on the hub is not as expected
+    except CorpusError as e:  # the download is intact, so the file on the hub itself is not as expected
         raise HubError(f"corpus={name}: {e}") from None
 
     def take(positions: np.ndarray) -> list[str]:
@@ -127,7 +127,7 @@ def _endpoint() -> str:
     if not usable:
         raise HubError(
             f"got HF_ENDPOINT={inputs.shown(url, 80)}, which is not a URL; "
-            "write it like https://huggingface.co, or unset it"
+            "set it to a URL such as https://huggingface.co, or unset it"
         )
     return url
 
@@ -140,7 +140,7 @@ def _offline() -> bool:
 
 
 def _fetch(name: str) -> tuple[Path, HubFile]:
-    """Verify the cached parquet file of a hub corpus, and return its path. Download a missing file first."""
+    """Return the verified parquet file of a hub corpus. Download the file if it is missing or damaged."""
     revision = HUB_REVISIONS[name]
     cache = cache_dir() / "hub"
     note = cache / f"{name}.json"
@@ -154,7 +154,7 @@ def _fetch(name: str) -> tuple[Path, HubFile]:
         if _offline():
             raise HubError(
                 f"corpus={name}: the cached file {path} {damage}, and HF_HUB_OFFLINE is set; "
-                "unset it, then start again"
+                "unset HF_HUB_OFFLINE, then start again"
             )
     file = _look_up(name, revision)
     path = _download(name, file, cache)
@@ -180,7 +180,8 @@ def _look_up(name: str, revision: str) -> HubFile:
         info = HfApi(endpoint=_endpoint()).dataset_info(
             HUB_REPO, revision=revision, files_metadata=True, timeout=10
         )
-    except Exception as e:  # the hub library, the HTTP client and the JSON parser raise unrelated errors
+    # The exceptions of the hub library, the HTTP client and the JSON parser have no common base class.
+    except Exception as e:
         raise _explained(name, revision, e) from e
     files = [f for f in info.siblings or [] if f.rfilename.endswith(".parquet")]
     if len(files) != 1:
@@ -192,7 +193,7 @@ def _look_up(name: str, revision: str) -> HubFile:
     (file,) = files
     if file.lfs is None:
         raise HubError(
-            f"corpus={name}: {_endpoint()} gives no sha256 for {file.rfilename}, so it cannot be checked; "
+            f"corpus={name}: {_endpoint()} gives no sha256 for {file.rfilename}, so it cannot be verified; "
             "check HF_ENDPOINT"
         )
     return HubFile(HUB_REPO, revision, file.rfilename, file.lfs.size, file.lfs.sha256)
@@ -214,13 +215,13 @@ def _download(name: str, file: HubFile, cache: Path) -> Path:
         if file.damage(path):
             _delete(path)
             path = Path(hf_hub_download(HUB_REPO, file.file, **options))
-    except Exception as e:  # as in _look_up, the libraries raise unrelated errors
+    except Exception as e:  # as in _look_up, the exceptions have no common base class
         raise _explained(name, file.revision, e) from e
     return path
 
 
 def _remove_abandoned_parts(cache: Path) -> None:
-    """Remove the partial files of killed downloads, because no later download continues a partial file."""
+    """Remove the partial files of killed downloads, because later downloads do not resume partial files."""
     for part in cache.glob("*/blobs/*.incomplete"):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - part.stat().st_mtime > ABANDONED:
@@ -237,7 +238,7 @@ def _delete(path: Path) -> None:
 
 
 def _read_note(note: Path, revision: str) -> tuple[str, HubFile] | None:
-    """Return the path and the metadata of the downloaded file, or None if there is no valid note."""
+    """Read the path and the metadata of the download from its note, or return None if the note is invalid."""
     try:
         record = json.loads(note.read_bytes())
         path = record["path"]
@@ -252,7 +253,7 @@ def _read_note(note: Path, revision: str) -> tuple[str, HubFile] | None:
 
 
 def _write_note(note: Path, path: str, file: HubFile) -> None:
-    """Write the note to a temporary file and then rename this file, so that no process reads half a note."""
+    """Write the note atomically, so that other processes never read an incomplete note."""
     text = json.dumps({**asdict(file), "path": path}, indent=1)
     note.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=note.parent, prefix=note.name)
@@ -263,7 +264,7 @@ def _write_note(note: Path, path: str, file: HubFile) -> None:
             os.fsync(f.fileno())
         os.replace(temporary, note)
     finally:
-        with contextlib.suppress(FileNotFoundError):  # after a rename, there is no temporary file
+        with contextlib.suppress(FileNotFoundError):  # after a rename, the temporary file no longer exists
             os.unlink(temporary)
 
 
@@ -271,7 +272,7 @@ def _write_note(note: Path, path: str, file: HubFile) -> None:
 
 
 def _explained(name: str, revision: str, e: Exception) -> Exception:
-    """Turn the error of a failed request into a HubError whose message explains the cause and the fix."""
+    """Convert the error of a failed request to an error whose message explains the cause and the fix."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
         HfHubHTTPError,
@@ -286,7 +287,7 @@ def _explained(name: str, revision: str, e: Exception) -> Exception:
     missing = f"corpus={name} is not in the cache ({cache_dir()})"
     if isinstance(e, OfflineModeIsEnabled) or _offline():
         return HubError(
-            f"{missing} and HF_HUB_OFFLINE is set; unset it and start again with a network, "
+            f"{missing} and HF_HUB_OFFLINE is set; unset HF_HUB_OFFLINE and start again with a network, "
             "or use --set corpus=synthetic"
         )
     reason = (str(e).strip() or type(e).__name__).splitlines()[0]

@@ -1,15 +1,14 @@
 """Mix several sources into one corpus: `mix:PATH.toml`.
 
     [[source]]
-    path = "mine.txt"      # a path relative to the TOML file, or instead corpus = "synthetic", "hn", ...
+    path = "mine.txt"      # a path relative to the TOML file; or set corpus = "hn", for example
     ratio = 3              # the source's share of num_titles, relative to the other ratios (default 1)
-    weight = 2             # how many times an epoch presents each title of the source (default 1)
+    weight = 2             # how many times each title of the source occurs in an epoch (default 1)
 
 The titles of each source are ordered as in a run that uses only this source. The mix takes the first titles
 of each source in this order. A title that is already in the mix is skipped, so all titles of a mix are
 distinct. The titles of the sources are spread evenly over the mix. Train, dev and val therefore each contain
-the sources in the given ratios. A weight affects only the titles of train, because dev and val repeat no
-title.
+the sources in the given ratios. Weights affect only train, because each title occurs once in dev and val.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ KEYS = ("path", "corpus", "ratio", "weight")
 
 @dataclass(frozen=True)
 class MixSource:
-    """One [[source]] table of a mix's TOML file."""
+    """One [[source]] table in the TOML file of a mix."""
 
-    where: str  # the file and the number of the table, for error messages
+    where: str  # the TOML file and the number of the table, for error messages
     corpus: str
     ratio: Fraction
     weight: int
@@ -55,7 +54,7 @@ class Mix:
 def load_mix(path: Path, wanted: int, order: Callable[[int], np.ndarray]) -> Mix:
     """Load a mix that contains `wanted` titles.
 
-    `order(n)` returns the order in which a run uses the titles of a source that has n titles.
+    `order(n)` returns the order in which a run uses the n titles of a source.
     """
     sources = _read(path)
     shares = _shares([source.ratio for source in sources], wanted)
@@ -67,20 +66,21 @@ def load_mix(path: Path, wanted: int, order: Callable[[int], np.ndarray]) -> Mix
         if share == 0:
             raise CorpusError(
                 f"{source.where} ({source.corpus}): the source gets no title of num_titles={wanted}, "
-                "because its ratio is too small; raise its ratio or num_titles"
+                "because its ratio is too small; raise the ratio or num_titles"
             )
-        # A synthetic source generates `wanted` titles, which are enough even if another source contains some
-        # of the same titles.
+        # A synthetic source generates `wanted` titles, which is sufficient even if another source contains
+        # some of the same titles.
         titles = open_source(source.corpus, wanted)
         fresh = _unseen(titles, order(titles.count), share, wanted, seen)
         if len(fresh) < share:
             largest = int(Fraction(len(fresh) * ratio_sum) / source.ratio)
             raise CorpusError(
-                f"{source.where} ({source.corpus}): {len(fresh):,} titles that no earlier source has, "
-                f"but its ratio asks for {share:,}; lower its ratio, or use --set num_titles={largest}"
+                f"{source.where} ({source.corpus}): the source has {len(fresh):,} titles that no earlier "
+                f"source has, but its ratio requires {share:,}; "
+                f"lower the ratio, or use --set num_titles={largest}"
             )
-        # Title k of a source with n titles gets the position (2k + 1) / 2n, so that the titles of each source
-        # are spread evenly.
+        # Title k of a source with n titles gets the relative position (2k + 1) / 2n in the mix, so that the
+        # titles of each source are spread evenly.
         for k, title in enumerate(fresh):
             placed.append((Fraction(2 * k + 1, 2 * share), i, title))
         origins.append(
@@ -143,11 +143,11 @@ def _mix_source(path: Path, number: int, table: dict[str, Any]) -> MixSource:
     weight = table.get("weight", 1)
     corpus = _corpus(where, path, table)
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < float("inf"):
-        raise CorpusError(f"{where}: ratio={inputs.shown(ratio)}; it must be a number above 0")
+        raise CorpusError(f"{where}: the ratio must be a number above 0, got {inputs.shown(ratio)}")
     if isinstance(weight, bool) or not isinstance(weight, int) or not 1 <= weight <= MAX_WEIGHT:
         raise CorpusError(
-            f"{where}: weight={inputs.shown(weight)}, which is how many times an epoch presents a title; "
-            f"it must be a whole number from 1 to {MAX_WEIGHT}"
+            f"{where}: the weight says how many times each title occurs in an epoch, and must be a whole "
+            f"number from 1 to {MAX_WEIGHT}, got {inputs.shown(weight)}"
         )
     return MixSource(where, corpus, Fraction(str(ratio)), weight)
 
@@ -155,13 +155,13 @@ def _mix_source(path: Path, number: int, table: dict[str, Any]) -> MixSource:
 def _corpus(where: str, path: Path, table: dict[str, Any]) -> str:
     """Return the `corpus` value of a [[source]] table. A path is relative to the TOML file's folder."""
     if ("path" in table) == ("corpus" in table):
-        given = "both" if "path" in table else "none"
-        raise CorpusError(f"{where}: got {given} of path and corpus; set exactly one of them")
+        given = "both path and corpus" if "path" in table else "neither path nor corpus"
+        raise CorpusError(f"{where}: got {given}; set exactly one of them")
     corpus = table.get("corpus", f"file:{table.get('path')}")
     kind, _, argument = str(corpus).partition(":")
     if kind == "mix" or not isinstance(corpus, str):
         raise CorpusError(
-            f"{where}: {inputs.shown(corpus)} cannot be mixed; write one of {', '.join(syntaxes())}"
+            f"{where}: {inputs.shown(corpus)} cannot be part of a mix; use one of {', '.join(syntaxes())}"
         )
     if kind == "file":
         return f"file:{path.parent / inputs.expanded(argument, 'path')}"
@@ -171,8 +171,7 @@ def _corpus(where: str, path: Path, table: dict[str, Any]) -> str:
 def _shares(ratios: Sequence[Fraction], wanted: int) -> list[int]:
     """Divide `wanted` titles among the sources in proportion to the ratios.
 
-    The numbers of titles with the largest fractional parts are rounded up, and all other numbers are rounded
-    down.
+    The shares with the largest fractional parts are rounded up, and all other shares are rounded down.
     """
     total = sum(ratios)
     exact = [ratio * wanted / total for ratio in ratios]

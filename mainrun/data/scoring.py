@@ -1,13 +1,14 @@
-"""The score of a model on held-out tokens: the formula of `evaluate` and nothing else.
+"""Score a model on held-out tokens. This file contains only the formula of the scores.
 
-Every run records the hash of this file (`evaluate_source_hash`), which shows whether two scores come from the
-same code. checks/guards.py checks the scores.
+Every run records the hash of this file, which shows whether two scores were computed by the same code. The
+guards in checks/guards.py verify the scores.
 
-    official   the score of the public task: negative log-likelihood (NLL) per character of the joined text,
-               over non-overlapping spans of rows*length+1 tokens. The tokens after the last complete span
-               are not scored; `coverage` is the share of tokens that are.
-    full       the score that runs are ranked by: NLL per character, where every token is a target exactly
-               once and <eos> is the first context.
+Both scores are the negative log-likelihood (NLL) per character of the joined text. The official score is the
+score of the public task. It uses non-overlapping spans of rows * length + 1 tokens, and ignores the tokens
+after the last complete span. `coverage` is the share of tokens that are targets of the official score.
+
+Runs are ranked by the full score. In the full score, every token is a target exactly once, and the context of
+the first token is <eos>.
 """
 
 from __future__ import annotations
@@ -26,36 +27,36 @@ from torch.nn import functional as F
 from mainrun.data.tokenizer import EOS
 from mainrun.errors import ConfigError
 
-# Logits per forward pass, and logits per call of the cross entropy. On a CPU, a chunk fits in the cache.
-# Both change the speed but not the formula.
+# LOGITS is the number of logits per forward pass, and CHUNK is the number of logits per call of the cross
+# entropy. On a CPU, a chunk fits in the cache. Both numbers affect the speed but not the formula.
 LOGITS = {"cpu": 16_000_000, "cuda": 512_000_000}
 CHUNK = {"cpu": 1_000_000, "cuda": 64_000_000}
 
-Batch = tuple[np.ndarray, np.ndarray]  # inputs and targets, both (rows, length)
+Batch = tuple[np.ndarray, np.ndarray]  # the inputs and the targets, both of shape (rows, length)
 
 
 @dataclass(frozen=True)
 class Score:
     """The scores of one split."""
 
-    loss: float  # nats per token, from the full score
+    loss: float  # the full score in nats per token
     official: float
     full: float
-    bits_per_byte: float  # from the full score, per byte of the raw titles
-    coverage: float  # share of the tokens that are targets of the official score
-    tokens: int  # number of targets of the full score
+    bits_per_byte: float  # the full score in bits per byte of the raw titles
+    coverage: float  # the share of tokens that are targets of the official score
+    tokens: int  # the number of targets of the full score
 
 
 def official_spans(n_tokens: int, geometry: tuple[int, int]) -> int:
-    """Return the number of complete spans of the official score in `n_tokens`.
+    """Return the number of complete spans of the official score in `n_tokens` tokens.
 
-    Raise ConfigError if there are none. A run checks this before step 0.
+    Raise ConfigError if there are too few tokens for one span. A run calls this function before step 0.
     """
     rows, length = geometry
     span = rows * length + 1
     if n_tokens < span:
         raise ConfigError(
-            f"validation has {n_tokens:,} tokens, shorter than one span of the official score, "
+            f"validation has {n_tokens:,} tokens, but one span of the official score has "
             f"{rows}x{length}+1 = {span:,} tokens; set official_geometry to a smaller ROWSxTOKENS, "
             "lower batch_size or block_size, or raise num_titles or val_frac"
         )
@@ -63,7 +64,7 @@ def official_spans(n_tokens: int, geometry: tuple[int, int]) -> int:
 
 
 def official_coverage(n_tokens: int, geometry: tuple[int, int]) -> float:
-    """Return the share of `n_tokens` that the official score covers."""
+    """Return the share of `n_tokens` tokens that are targets of the official score."""
     rows, length = geometry
     return official_spans(n_tokens, geometry) * rows * length / n_tokens
 
@@ -77,10 +78,11 @@ def evaluate(
     block_size: int,
     geometry: tuple[int, int],
 ) -> Score:
-    """Score a model, which maps token ids (B, T) to logits (B, T, V), on the tokens of one split.
+    """Score a model on the tokens of one split.
 
-    The scores are divided by `chars` and `nbytes`. No gradient is computed, no random number is drawn, and
-    the training mode of every module is restored.
+    The model maps token ids of shape (B, T) to logits of shape (B, T, V). The official and the full score are
+    divided by `chars`, and bits_per_byte is divided by `nbytes`. The function computes no gradients, draws no
+    random numbers, and restores the training mode of every module.
     """
     n = len(tokens)
     spans = official_spans(n, geometry)
@@ -96,7 +98,8 @@ def evaluate(
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        # Not inference_mode: a tensor that the model creates here and keeps must be usable in training.
+        # The code uses no_grad instead of inference_mode, because the model may keep a tensor that it creates
+        # here and use the tensor in training.
         with torch.no_grad():
             official_nll = _nll(model, _official(tokens, spans, geometry))
             full_nll = _nll(model, _full(tokens, block_size))
@@ -120,7 +123,7 @@ def _official(tokens: np.ndarray, spans: int, geometry: tuple[int, int]) -> Iter
 
 
 def _full(tokens: np.ndarray, block_size: int) -> Iterator[Batch]:
-    """Yield the complete blocks, then the shorter block at the end.
+    """Yield the complete blocks, and then the shorter block at the end.
 
     The first input of a block is the last token of the previous block.
     """
@@ -133,11 +136,11 @@ def _full(tokens: np.ndarray, block_size: int) -> Iterator[Batch]:
 
 
 def _nll(model: nn.Module, batches: Iterator[Batch]) -> float:
-    """Return the summed negative log-likelihood in nats. Losses are float32 and their sum is float64."""
+    """Return the total negative log-likelihood in nats. Float32 losses are summed in float64."""
     first = next(model.parameters(), None)
     device = torch.device("cpu") if first is None else first.device
     total = torch.zeros((), dtype=torch.float64, device=device)
-    width = 1  # rows per forward pass; the vocabulary size is unknown before the first one
+    width = 1  # rows per forward pass, which is raised when the first pass has shown the vocabulary size
     for inputs, targets in batches:
         start = 0
         while start < len(inputs):

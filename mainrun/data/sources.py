@@ -1,11 +1,11 @@
 """The kinds of sources that a corpus can take titles from.
 
-    synthetic             titles from the seeded grammar in synthetic.py, without a network
-    hn, hn-2025           the dataset of the task on the Hugging Face hub, at two pinned revisions; see hub.py
+    synthetic             titles that the seeded grammar in synthetic.py generates
+    hn, hn-2025           two pinned revisions of the task's dataset on the Hugging Face hub; see hub.py
     file:PATH[#COLUMN]    a local file; see title_files.py
 
-To add a kind of source, write a function that returns a `Titles` object, and add a row to SOURCES. corpus.py
-selects, orders and splits the titles. mix.py combines several sources into one corpus.
+To add a kind of source, write a function that returns a `Titles` object, and add a row to SOURCES. The module
+corpus.py selects, orders and splits the titles. The module mix.py combines several sources into one corpus.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ MIX = "mix:PATH.toml"  # the syntax of the config field `corpus` for a mix of so
 
 @dataclass(frozen=True)
 class Source:
-    """A kind of source. The config field `corpus` contains the name of a source and sometimes an argument.
+    """A kind of source. The config field `corpus` contains the name of a source and, if needed, an argument.
 
-    The function `open` is called with three values: the name, the argument, and the number of titles that the
-    run will use.
+    The arguments of the function `open` are the name of the source, the argument in `corpus`, and the number
+    of titles that the run will use.
     """
 
     syntax: str  # how a user writes the source in `corpus`
-    kind: str  # the value of the key `kind` in the origin of the titles
-    fixed: bool  # True if the config field `corpus` determines the titles on every machine
+    kind: str  # the kind of source that is recorded with the titles
+    fixed: bool  # True if the source provides the same titles on every machine
     open: Callable[[str, str, int], Titles]
 
 
 def _synthetic(name: str, argument: str, wanted: int) -> Titles:
     from mainrun.data import synthetic
 
-    # The grammar can generate any number of titles, so this source has exactly as many titles as the run
+    # The grammar can generate any number of titles, so the source generates exactly as many titles as the run
     # uses.
     return from_list(synthetic.titles(wanted), {"kind": "synthetic", "seed": synthetic.SEED})
 
@@ -57,14 +57,13 @@ def open_source(corpus: str, wanted: int) -> Titles:
     if source is None or (":" in source.syntax and not argument):
         names = [key for key, known in SOURCES.items() if ":" not in known.syntax]
         raise CorpusError(
-            f"corpus={corpus!r} is not known{nearest(corpus, names)}; "
-            f"allowed: {', '.join(syntaxes())} or {MIX}"
+            f"corpus={corpus!r} is unknown{nearest(corpus, names)}; allowed: {', '.join(syntaxes())} or {MIX}"
         )
     return source.open(name, argument, wanted)
 
 
 def is_source(corpus: str) -> bool:
-    """Return whether a text has the syntax of a source or of a mix."""
+    """Return whether a value of the config field `corpus` has the syntax of a source or of a mix."""
     name, _, argument = corpus.partition(":")
     if name == MIX.partition(":")[0]:
         return bool(argument)
@@ -72,13 +71,13 @@ def is_source(corpus: str) -> bool:
 
 
 def kind(corpus: str) -> str:
-    """Return the value of the key `kind` in the origin of a corpus."""
+    """Return the kind of source of a corpus, such as "file" or "hub"."""
     name = corpus.partition(":")[0]
     return SOURCES[name].kind if name in SOURCES else name
 
 
 def is_fixed(corpus: str) -> bool:
-    """Return whether the config field `corpus` alone determines the titles on every machine."""
+    """Return whether a corpus has the same titles on every machine."""
     name = corpus.partition(":")[0]
     return name in SOURCES and SOURCES[name].fixed
 

@@ -1,16 +1,17 @@
-"""Generate titles that resemble the titles of a technology news page, from a seeded grammar.
+"""Use a seeded grammar to generate titles that resemble the titles of a technology news page.
 
 The grammar needs neither a network nor a file. Each title has a topic. The words of a title come from the
 topic's word lists and from general word lists. Most words are drawn by rank, following Zipf's law. Other
-words are favorites of the preceding word, so that a model can learn dependencies between words. Names and
-rare words are built from syllables, so the vocabulary grows with the number of titles. The generated titles
-have similar statistics to real titles, but no word or rule is copied from a real title.
+words come from a short list of favorites of the preceding word, so that a model can learn dependencies
+between words. Names and rare words are built from syllables, so the vocabulary grows with the number of
+titles. The statistics of the generated titles are similar to those of real titles, but no word or rule is
+copied from a real title.
 
-    titles(3)    the first three titles, which are also the first three titles of titles(4)
+The titles are always generated in the same order, so titles(4) starts with the three titles of titles(3).
 
 The generated titles are the same on every machine. The random numbers are the raw output of PCG64, which
-numpy guarantees to be stable, and all arithmetic on the random numbers is exact. The code uses no libm
-function, no hash() and no iteration over a set.
+numpy guarantees to be stable, and all arithmetic on the random numbers is exact. The code avoids libm
+functions, hash() and iteration over sets, because their results can differ between machines or processes.
 """
 
 from __future__ import annotations
@@ -209,9 +210,10 @@ small: a an the of for in on to with and or by from at as via vs vs. is its
 """
 
 # A rule has the form "rule: weight pattern | weight pattern ...". In a pattern, {x} stands for another rule,
-# a list in WORDS, a name or an inflected word. The names are co, tool, person, last and coined. The inflected
-# words are n and ns (noun and plural), m (mass noun), v, vs, ved and ving (verb), and adj (adjective). The
-# rule `more` adds a phrase if the title is still short. In a pattern, "_" stands for a space.
+# a list in WORDS, a name or an inflected word. The slots for names are called co, tool, person, last and
+# coined. The slots for words are called n and ns (noun and plural), m (mass noun), v, vs, ved and ving
+# (verb), and adj (adjective). The rule `more` adds a phrase if the title is still short. In a pattern, "_"
+# stands for a space.
 RULES = """
 title: 52 {headline} | 13 {headline2} | 16 Ask HN: {ask} | 7 Show HN: {show} | 0.2 Tell HN: {S} | 0.15
   Launch HN: {co} (YC {w}{d}{d}) – {pitch} | 4 {short} | 5 {quoted} | 1.3 {S} [pdf] | 0.7 {headline} [video]
@@ -333,20 +335,21 @@ number: 4 {d} | 4 {d}{d} | 2 {d}00 | 2 {d},{d}00 | 1 {d}M | 1 {d}k | 2 two | 1 t
 
 # -- probabilities, which are fitted to the statistics of real titles
 
-FAVOURED = 0.16  # the fraction of words that are favorites of the preceding word
+FAVOURED = 0.16  # the fraction of words that come from the favorites of the preceding word
 GENERAL_SHARE = 0.35  # the fraction of words that belong to no topic
 RARE = {"n": 0.29, "m": 0.24, "v": 0.2, "a": 0.29}  # the fraction of words that are built from syllables
 SHIFT = 24  # a word of rank r has the weight 1 / (r + SHIFT)
 # The fraction of names that belong to no topic, for each kind of name.
 KNOWN = {"co": 0.5, "tool": 0.15, "person": 0.3, "last": 0.3, "coined": 0.3}
-# The probability of an octave of ranks, divided by the probability of the octave below. An octave consists of
-# the ranks from 2**k to 2**(k + 1).
+# The probability of each octave of ranks, divided by the probability of the next lower octave. An octave
+# consists of the ranks from 2**k to 2**(k + 1) - 1.
 STEEP = {"co": 0.8, "tool": 0.97, "person": 0.95, "last": 0.95, "coined": 1.05, "rare": 1.15}
-OCTAVES = 15  # the number of octaves, so the highest rank is 2**OCTAVES
+OCTAVES = 15  # the number of octaves, so the highest rank is 2**OCTAVES - 1
 TITLE_CASE = 0.34  # the fraction of titles in which most words are capitalized
 COLON_CASE = 0.75  # the fraction of titles that have a capital letter after a colon
 CURLY = 0.3  # the fraction of titles that use ’ instead of '
-# No phrase is added to a title that has more pieces than MIN_PIECES plus a random fraction of EXTRA_PIECES.
+# The limit on the pieces of a title is MIN_PIECES plus a random fraction of EXTRA_PIECES. A title with more
+# pieces than this limit gets no further phrase.
 MIN_PIECES = 8
 EXTRA_PIECES = 4
 LONGEST = 80  # the maximum number of characters of a title, as on the real news page
@@ -399,7 +402,7 @@ def zipf(words: Sequence[Any], share: float = 1.0) -> list[float]:
 def lookup_table(items: Sequence[Any], weights: Sequence[float]) -> list[Any]:
     """Return a list of 2048 entries in which the number of copies of an item is proportional to its weight.
 
-    Choosing a random entry of this list draws an item with a probability proportional to the item's weight.
+    A random choice from this list therefore selects an item with a probability proportional to its weight.
     """
     scale = 2048 / fsum(weights)
     end = 0.0
@@ -414,7 +417,7 @@ def lookup_table(items: Sequence[Any], weights: Sequence[float]) -> list[Any]:
 
 
 def chooser(key: str) -> Callable[[Any], Any]:
-    """Return a function that chooses an item of a sequence. A hash of the key determines the choices."""
+    """Return a function that chooses an item from a sequence. A hash of the key determines the choices."""
     bits = int.from_bytes(hashlib.blake2b(key.encode()).digest(), "little")
 
     def choose(items: Any) -> Any:
@@ -433,7 +436,7 @@ def syllables(choose: Callable[[Any], Any]) -> tuple[str, str]:
 
 @cache
 def rare(kind: str, rank: int) -> str:
-    """Return the rare word that has the given kind and rank."""
+    """Return the rare word of a given kind and rank."""
     choose = chooser(f"{kind} {rank}")
     one, two = syllables(choose)
     stem = choose([one, one, one, two, choose(LISTS["root"]), choose(LISTS["prefix"]) + one])
@@ -481,8 +484,8 @@ class Writer:
         self.next = uniforms().__next__
         self.out: list[str] = []  # the pieces of the title that is being generated
         self.topic = 0
-        self.last = ""  # the preceding word, whose favorites are drawn
-        self.enough = 0.0  # the number of pieces above which no phrase is added
+        self.last = ""  # the preceding word, which determines the favorites
+        self.enough = 0.0  # a title with more pieces than this number gets no further phrase
         self.topic_words: dict[tuple[int, str], list[str]] = {}  # the topic's words by (topic, kind)
         self.words: dict[tuple[int, str], list[str]] = {}  # the lookup tables by (topic, kind)
         self._make_word_tables()
@@ -522,8 +525,8 @@ class Writer:
     def parse(self, pattern: str) -> list[Any]:
         """Split a pattern into parts.
 
-        A literal text becomes a string, and a rule becomes the table of the rule. A word becomes the tuple
-        (kind, ending), and a name becomes the tuple (kind,).
+        Literal text becomes a string. The name of a rule or a list becomes the lookup table of the rule or
+        the list. An inflected word becomes a tuple (kind, ending), and a name becomes a tuple (kind,).
         """
         parts: list[Any] = []
         for i, text in enumerate(re.split(r"\{(\w+)\}", pattern.replace("_", " "))):
@@ -575,7 +578,7 @@ class Writer:
                 out.append(inflect(self.word(part[0]), part[1]))
 
     def title(self) -> str:
-        """Generate the next title, and return the title."""
+        """Generate and return the next title."""
         self.out = []
         self.last = ""
         self.topic = self.draw(self.topics)
@@ -591,7 +594,7 @@ class Writer:
         for i, word in enumerate(words):
             if capital or (title_case and word not in SMALL):
                 start = word[0] in "“‘\"'("
-                if word[start:].islower():  # the case of names and acronyms is not changed
+                if word[start:].islower():  # names and acronyms keep their case
                     words[i] = word[:start] + word[start:].capitalize()
             capital = colon_case and word[-1] == ":"
         return " ".join(words).replace("~", " ")
@@ -605,7 +608,7 @@ def uniforms() -> Iterator[float]:
 
 
 def titles(n: int) -> list[str]:
-    """Return the first n titles of the grammar. All returned titles are distinct."""
+    """Return the first n distinct titles of the grammar."""
     writer = Writer()
     distinct: dict[str, None] = {}
     while len(distinct) < n:

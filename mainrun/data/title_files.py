@@ -1,8 +1,8 @@
 """Read titles from a file: `file:PATH[#COLUMN]`.
 
-The titles of a .csv, .jsonl or .parquet file are in a column, which is called `title` by default. A .csv file
+In a .csv, .jsonl or .parquet file, the titles are in one column, which is `title` by default. A .csv file
 needs a header row. A file of any other type has one title per line. Line breaks inside a title become spaces.
-Blank titles are skipped, and the origin of the corpus contains the number of blank titles.
+Blank titles are skipped and counted.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ def _check_unicode(titles: list[str], path: Path) -> None:
 
 
 def read_bytes(path: Path, allowed: str) -> bytes:
-    """Read a file that the user names. `allowed` describes valid files, for error messages."""
+    """Read a file that the user names. `allowed` describes the valid files in error messages."""
     why = inputs.bad_path(str(path))
     if why:
-        raise CorpusError(f"{inputs.shortened(str(path), 120)} cannot be read, {why}; give {allowed}")
+        raise CorpusError(f"{inputs.shortened(str(path), 120)} cannot be read: {why}; give {allowed}")
     if not path.exists():
         suggestion = ""
         if path.parent.is_dir():
@@ -120,11 +120,11 @@ def decode(data: bytes, path: Path) -> str:
         ) from None
 
 
-# -- readers: each reader returns the raw titles of a file in one format
+# -- a reader for each file format, which returns the raw titles of a file
 
 
 def _lines(data: bytes, path: Path) -> list[str]:
-    # A title may contain U+2028 or a similar character, and splitlines would split the title there.
+    # `splitlines` would also split a title at U+2028 and similar characters.
     lines = decode(data, path).split("\n")
     if not lines[-1]:
         lines.pop()
@@ -148,7 +148,7 @@ def _csv(data: bytes, path: Path, column: str) -> list[str]:
         if "field larger" in str(e):
             limit = f"more than {csv.field_size_limit():,} characters"
             raise CorpusError(f"{where}: a field has {limit}; shorten it, or close its quotes") from None
-        raise CorpusError(f"{where}: not valid CSV ({e}); quote the field") from None
+        raise CorpusError(f"{where}: the line is not valid CSV ({e}); quote the field") from None
     return titles
 
 
@@ -160,16 +160,19 @@ def _jsonl(data: bytes, path: Path, column: str) -> list[str]:
             row = json.loads(line) if line.strip() else {column: None}
         except (ValueError, RecursionError) as e:
             raise CorpusError(
-                f"{where}: not valid JSON ({inputs.parser_message(e)}); write one object per line"
+                f"{where}: the line is not valid JSON ({inputs.parser_message(e)}); write one object per line"
             ) from None
         if not isinstance(row, dict):
             raise CorpusError(
                 f"{where}: got a JSON {type(row).__name__}; write one object with the key {column!r} per line"
             )
         if column not in row:
-            raise CorpusError(f"{where}: no key {column!r}{nearest(column, row)}; write file:{path}#KEY")
+            raise CorpusError(
+                f"{where}: the object has no key {column!r}{nearest(column, row)}; "
+                f"name another key with file:{path}#KEY"
+            )
         if not isinstance(row[column], str | None):
-            raise CorpusError(f"{where}: {column!r} is {inputs.shown(row[column])}; it must be a string")
+            raise CorpusError(f"{where}: {column!r} must be a string, got {inputs.shown(row[column])}")
         titles.append(row[column] or "")
     return titles
 
@@ -179,7 +182,7 @@ def _parquet(data: bytes, path: Path, column: str) -> list[str]:
 
 
 def parquet_column(file: Any, path: Path, column: str) -> Any:
-    """Read a column of strings from a parquet file, as a pyarrow array. `path` is for error messages."""
+    """Return a column of strings in a parquet file as a pyarrow array. Error messages contain `path`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -198,7 +201,7 @@ def parquet_column(file: Any, path: Path, column: str) -> Any:
             f"{path} is not a readable parquet file ({reason}); write it again, or use .txt, .csv or .jsonl"
         ) from None
     if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
-        raise CorpusError(f"{path}: column {column!r} holds {values.type}; it must hold strings")
+        raise CorpusError(f"{path}: column {column!r} contains {values.type}; it must contain strings")
     return values
 
 
@@ -207,7 +210,7 @@ def _check_column(column: str, columns: Sequence[str], path: Path) -> None:
         names = ", ".join(map(repr, columns)) or "none"
         raise CorpusError(
             f"{path} has no column {column!r}{nearest(column, columns)}; its columns are {names}; "
-            f"write file:{path}#COLUMN"
+            f"name one of them with file:{path}#COLUMN"
         )
 
 

@@ -1,4 +1,4 @@
-"""The titles of one source, before a run selects some of these titles."""
+"""The titles of one source, before a run selects a part of them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Titles:
-    """All titles of a source, in the order in which the source provides the titles."""
+    """All titles of a source, in the order of the source."""
 
     count: int
     take: Callable[[np.ndarray], list[str]]  # a function that returns the titles at the given positions
-    origin: dict[str, Any]  # describes the source as JSON; `kind` is the kind of source
+    origin: dict[str, Any]  # a description of the source as JSON values
 
 
 def from_list(titles: list[str], origin: dict[str, Any]) -> Titles:

@@ -1,8 +1,8 @@
 """A cache for the token streams of runs.
 
-A cache entry contains the tokenizer, one memory-mapped array per split, and a checksum. mainrun replaces a
-damaged entry and prints a warning. If the cache is read-only or the disk is full, mainrun keeps the token
-streams in memory and prints a warning.
+A cache entry contains the tokenizer, one memory-mapped array per split, and a checksum. If an entry is
+damaged, mainrun rebuilds the entry and prints a warning. If the cache is read-only or the disk is full,
+mainrun keeps the token streams in memory and prints a warning.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mainrun.files.hashing import compact_json
 
 SPLITS = ("train", "dev", "val")
 PUBLISH_ATTEMPTS = 10  # an attempt fails if another process changes the entry at the same time
-ABANDONED = 86_400  # the age in seconds from which a temporary folder is abandoned
+ABANDONED = 86_400  # a temporary folder counts as abandoned if it is older than this many seconds
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class TokenData:
     """The tokenizer of a run and the token stream of each split."""
 
     tokenizer: Tokenizer
-    splits: dict[str, np.ndarray]  # the token streams of train, val and, unless empty, dev
+    splits: dict[str, np.ndarray]  # the token stream of each split that contains titles
     chars: dict[str, int]  # the number of characters in each split, with "<eos>" after each title
     bytes: dict[str, int]  # the number of UTF-8 bytes in each split, with a newline after each title
     digest: str  # a hash of the tokenizer and all token streams
@@ -49,7 +49,7 @@ class TokenData:
 def prepare(cfg: TrainConfig, corpus: Corpus) -> TokenData:
     """Return the tokenizer and the token streams of a config, from the cache if possible.
 
-    The titles of dev are never used to fit the tokenizer.
+    The tokenizer is never fitted on the titles of dev.
     """
     entry = cache_dir() / "tokens" / _key(cfg, corpus)
     cached = _load(entry)
@@ -101,7 +101,7 @@ def _digest(
 
 def _load(entry: Path, *, warn: bool = True) -> TokenData | None:
     """Return a cache entry, or None if the entry does not exist or is damaged."""
-    # The code checks before reading whether the entry exists. A check after a failed read would be too late,
+    # Check whether the entry exists before reading the entry. A check after a failed read would be too late,
     # because another process could have published an intact entry in the meantime.
     if not os.path.lexists(entry):
         return None
@@ -144,8 +144,8 @@ def _read(entry: Path) -> TokenData:
 def _store(entry: Path, data: TokenData) -> TokenData:
     """Write a cache entry atomically, and return the data in the entry.
 
-    If another process has already written the entry, return the data that the other process has written. Both
-    processes write identical data.
+    If another process has already written the entry, return the data of the existing entry. Both processes
+    write identical data.
     """
     temporary: Path | None = None
     try:
@@ -170,7 +170,7 @@ def _store(entry: Path, data: TokenData) -> TokenData:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove the temporary folders that killed processes have left."""
+    """Remove the temporary folders that killed processes have left behind."""
     for temporary in folder.glob("*.tmp"):
         with suppress(OSError):  # another process may be removing the same folder
             if time.time() - temporary.stat().st_mtime > ABANDONED:
@@ -178,7 +178,7 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 def _publish(fresh: Path, entry: Path) -> TokenData | None:
-    """Move a finished entry to its final path. If this path has an intact entry, return that entry's data."""
+    """Move a finished entry to its final path, or return the data of an intact entry that already exists."""
     for attempt in itertools.count():
         try:
             fresh.rename(entry)

@@ -44,8 +44,8 @@ ESCAPED = re.compile(r"\\x\{([0-9a-f]{1,6})\}")
 class Tokenizer:
     """A fitted tokenizer.
 
-    `model` is the model in the format of the tokenizer's library. A bpe model is JSON text. A unigram model
-    is a serialized sentencepiece model.
+    `model` contains the fitted model in the format of the tokenizer's library. A bpe model is JSON text. A
+    unigram model is a serialized sentencepiece model.
     """
 
     PAD, EOS, UNK = PAD, EOS, UNK
@@ -126,7 +126,7 @@ class Tokenizer:
 
     @cached_property
     def _is_unsafe(self) -> Callable[[str], bool]:
-        """A function that returns whether the model cannot represent a character."""
+        """A function that returns True if the model cannot represent a given character."""
         if self.kind == "unigram":
             return UNIGRAM_UNSAFE.__contains__
         vocab = self._library.get_vocab()
@@ -141,8 +141,8 @@ def fit(kind: str, titles: Sequence[str], vocab_size: int) -> Tokenizer:
     """Fit a tokenizer that has exactly `vocab_size` tokens, including the special tokens and the bytes."""
     if vocab_size < MIN_VOCAB_SIZE:
         raise ConfigError(
-            f"vocab_size={vocab_size:,} has no room for 3 special tokens and 256 bytes; "
-            f"--set vocab_size={MIN_VOCAB_SIZE} or more"
+            f"vocab_size={vocab_size:,} is too small for 3 special tokens and 256 bytes; "
+            f"use --set vocab_size={MIN_VOCAB_SIZE} or more"
         )
     if kind == "bpe":
         return _fit_bpe(titles, vocab_size)
@@ -154,15 +154,15 @@ def _fit_bpe(titles: Sequence[str], vocab_size: int) -> Tokenizer:
     from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
     # Each title gets a leading space, so that a word is encoded as the same token at the start and in the
-    # middle of a title. The decoder removes the leading space. The option add_prefix_space of ByteLevel would
-    # not be lossless. The option adds no space to a title that already starts with a space, and the decoder
-    # does not remove the added space.
+    # middle of a title. The decoder removes the leading space. The option add_prefix_space of ByteLevel is
+    # not suitable, because it adds no space to a title that already starts with a space, and the decoder does
+    # not remove the added space.
     library = Library(models.BPE(unk_token=SPECIALS[UNK]))
     library.normalizer = normalizers.Prepend(" ")
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
-    # As in the public baseline, only bytes that occur in the titles get a token. All other bytes are escaped,
-    # so the alphabet always includes the characters that escapes consist of.
+    # As in the public baseline, only bytes that occur in the titles get a token. All other bytes are written
+    # as escapes, so the alphabet always includes the characters of an escape.
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(SPECIALS),
@@ -202,11 +202,10 @@ def _fit_unigram(titles: Sequence[str], vocab_size: int) -> Tokenizer:
             input_sentence_size=0,  # fit on all titles
             shuffle_input_sentence=False,
             max_sentence_length=2**30,  # sentencepiece silently skips titles that are longer
-            # The number of threads must be the same on every machine. Another number of threads would round
-            # sums differently and could choose other tokens.
+            # The number of threads must be the same on every machine. A different number of threads would
+            # round sums differently and could select different tokens.
             num_threads=16,
-            # With more than ten seed candidates per token, titles would need more tokens, and fitting would
-            # be slower.
+            # More than ten seed candidates per token would make fitting slower and encoded titles longer.
             seed_sentencepiece_size=max(10_000, 10 * vocab_size),
             minloglevel=2,
         )
@@ -216,7 +215,7 @@ def _fit_unigram(titles: Sequence[str], vocab_size: int) -> Tokenizer:
 
 
 def _unigram_error(reason: str, n_titles: int, vocab_size: int) -> Exception:
-    """Turn an error message of sentencepiece's trainer into an error that explains the fix."""
+    """Convert an error message of sentencepiece's trainer to an error that says how to fix the problem."""
     too_large = re.search(r"value <= (\d+)", reason)
     if too_large:
         return _vocabulary_error(vocab_size, int(too_large[1]))
@@ -225,11 +224,11 @@ def _unigram_error(reason: str, n_titles: int, vocab_size: int) -> Exception:
         required = int(too_small[1])
         return ConfigError(
             f"vocab_size={vocab_size:,} is too small for tokenizer=unigram on these titles: special tokens, "
-            f"bytes and characters take {required:,}; use more, like --set vocab_size={required + 100}, "
+            f"bytes and characters take {required:,}; use --set vocab_size={required + 100}, for example, "
             "or --set tokenizer=bpe"
         )
     return CorpusError(
-        f"tokenizer=unigram cannot be fitted on these {n_titles:,} titles ({reason}); give more text"
+        f"tokenizer=unigram cannot be fitted on these {n_titles:,} titles ({reason}); use more titles"
     )
 
 
@@ -238,10 +237,10 @@ def _vocabulary_error(wanted: int, largest: int) -> ConfigError:
         f"vocab_size={wanted:,} is larger than the text allows: these titles give at most {largest:,} tokens"
     )
     if largest >= MIN_VOCAB_SIZE:
-        fix = f"--set vocab_size={largest}, or "
+        fix = f"use --set vocab_size={largest}, or "
     else:
-        fix = f"the minimum is {MIN_VOCAB_SIZE}: "
-    return ConfigError(f"{problem}; {fix}raise num_titles (val_frac and dev_frac take from it)")
+        fix = f"the minimum is {MIN_VOCAB_SIZE}, so "
+    return ConfigError(f"{problem}; {fix}raise num_titles, or lower val_frac or dev_frac")
 
 
 def _load_bpe(model: bytes) -> Any:
@@ -249,7 +248,7 @@ def _load_bpe(model: bytes) -> Any:
 
     try:
         library = Library.from_str(model.decode())
-    except Exception as e:  # the library `tokenizers` raises plain instances of Exception
+    except Exception as e:  # the library `tokenizers` raises plain Exception objects
         raise RunError(f"tokenizer.json contains no BPE model ({e}); {DAMAGED}") from None
     library.encode_special_tokens = True  # encode "<eos>" inside a title as plain text
     return library
@@ -265,7 +264,7 @@ def _load_unigram(model: bytes) -> Any:
 
 
 def _byte_signs() -> list[str]:
-    """Return, for each byte, the printable character that represents it in a byte-level vocabulary."""
+    """Return the printable characters that represent the 256 byte values in a byte-level vocabulary."""
     plain = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     spare = itertools.count(256)
     return [chr(byte if byte in plain else next(spare)) for byte in range(256)]
@@ -277,7 +276,7 @@ def _byte_signs() -> list[str]:
 def _escape(titles: Sequence[str], is_unsafe: Callable[[str], bool]) -> list[str]:
     """Replace unsafe characters with escapes of the form \\x{HEX}.
 
-    If a title contains the characters "\\x{", their backslash is also replaced with an escape.
+    If a title contains the characters "\\x{", the backslash is also replaced with an escape.
     """
     text = "".join(titles)
     chars = set(text)

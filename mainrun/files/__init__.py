@@ -1,1 +1,1 @@
-"""Read and check user files, hash files, and lock files between processes."""
+"""Read and check user files, compute hashes, and lock files."""

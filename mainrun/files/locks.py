@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class Locked(Exception):
-    """Raised when another process holds the lock. The message is the first line of the lock file."""
+    """Raised if another process holds the lock. The message is the first line of the lock file."""
 
 
 class FileLock:
@@ -23,8 +23,8 @@ class FileLock:
         """
         self.path = path
         self.holder = holder
-        # The file is not buffered. If the disk is full, closing a buffered file would fail, because Python
-        # would try to write `holder` again.
+        # The file is opened without a buffer. On a full disk, closing a buffered file would fail, because
+        # Python would try to write `holder` again.
         self._file = path.open("a+b", buffering=0)
         try:
             self._acquire()
@@ -42,7 +42,7 @@ class FileLock:
         self._file.write(self.holder.encode())
 
     def current_holder(self) -> str:
-        """Return the text of the lock file, which names another holder if this process has lost the lock."""
+        """Return the content of the lock file, which names another process if this one has lost the lock."""
         return self.path.read_text(encoding="utf-8", errors="replace")
 
     def release(self) -> None:

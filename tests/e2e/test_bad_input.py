@@ -1,6 +1,6 @@
-"""Bad input of every kind gives exit code 2, one message and no traceback, and changes no file.
+"""Tests that bad input of every kind gives exit code 2 and one message, and changes no file.
 
-Most cases run in this process, which imports torch once. A few run in their own process.
+Most cases run in the test process, which imports torch only once. A few run in their own process.
 """
 
 import fcntl
@@ -32,7 +32,7 @@ def invoke(*args: object) -> Result:
 def train(
     out: Path, *sets: str, preset: object = "baseline", flags: tuple[str, ...] = ("--quiet",)
 ) -> Result:
-    """Train a tiny run with two checkpoints. `sets` override its fields."""
+    """Train a tiny run with two checkpoints. `sets` overrides fields of its config."""
     options: list[str] = []
     for text in sets:
         options += ["--set", text]
@@ -67,7 +67,7 @@ def one_message(stderr: str, *words: str) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run, which tests copy."""
+    """Return the folder of a finished run, which tests copy."""
     out = tmp_path_factory.mktemp("made")
     assert train(out).exit_code == 0
     return out
@@ -200,7 +200,7 @@ def test_a_run_directory_of_another_config(out: Path) -> None:
     content["config"]["lr"] = 0.7
     path.write_text(json.dumps(content), encoding="utf-8")
     refused(out, lambda: train(out), "config.json was changed after the run began", "--fresh")
-    content["digest"] = digest_of(content["config"])  # now the file is valid, but of another config
+    content["digest"] = digest_of(content["config"])  # the file is now valid, but has another config
     path.write_text(json.dumps(content), encoding="utf-8")
     refused(out, lambda: train(out), "another config", "lr=0.7", "0.006", "--fresh")
     (only(out) / "summary.json").unlink()

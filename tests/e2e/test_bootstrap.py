@@ -1,8 +1,8 @@
-"""`./task` and the tasks of Taskfile.yml.
+"""Tests `./task` and the tasks of Taskfile.yml.
 
 Most tests use the real files with a fake Python, whose `-m venv` and `-m pip` only log that they were called.
-Each state of the environment (absent, changed, interrupted, failed, two installations at once) therefore
-takes only milliseconds to test. One slow test creates the real environment.
+They can therefore test each state of the environment within milliseconds: absent, changed, interrupted,
+failed, or installed twice at once. One slow test creates the real environment.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ case "$1 $2" in
 esac
 """
 
-# Prints the current folder and its arguments.
+# This script prints the current folder and its arguments.
 FAKE_MAINRUN = """#!{python}
 import json, os, sys
 print(json.dumps([os.getcwd(), *sys.argv[1:]]))
@@ -70,7 +70,10 @@ sys.exit(int(os.environ.get("FAKE_EXIT", "0")))
 
 
 class Clone:
-    """A copy of `task` and Taskfile.yml in a folder with a space. PATH contains only the tools they need."""
+    """A copy of `task` and Taskfile.yml in a folder with a space in its name.
+
+    PATH has only the needed tools.
+    """
 
     def __init__(self, tmp: Path) -> None:
         self.root = tmp / "my clone"
@@ -100,7 +103,7 @@ class Clone:
         return path
 
     def env(self, **extra: str) -> dict[str, str]:
-        """Return an environment with a user for git, and without the settings of this process."""
+        """Return an environment with a git user and without the variables of this process."""
         return {
             "PATH": str(self.bin),
             "HOME": str(self.bin),
@@ -131,7 +134,7 @@ class Clone:
         )
 
     def calls(self) -> list[str]:
-        """Return what was installed since the last call of this method: venv, setuptools, mainrun."""
+        """Return which of venv, setuptools and mainrun were installed since the last call of this method."""
         calls = []
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         for line in lines:
@@ -276,7 +279,7 @@ def test_two_processes_install_once(clone: Clone) -> None:
     wait = f'while ! [ -e "{gate}" ]; do sleep 0.02; done'
     both = [clone.start(FAKE_PIP=wait) for _ in range(2)]
     wait_until(lambda: clone.log.exists() and "pip" in clone.log.read_text())
-    time.sleep(0.3)  # time for the other process to reach the lock, where it must wait
+    time.sleep(0.3)  # give the other process time to reach the lock, where it must wait
     gate.touch()
     messages = [process.communicate(timeout=30)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], messages
@@ -287,7 +290,7 @@ def test_two_processes_install_once(clone: Clone) -> None:
 
 
 def _install_python(clone: Clone, name: str, patch: str) -> None:
-    """Install a Python on which `patch` runs first."""
+    """Install a fake Python that runs `patch` before any other code."""
     clone.script(
         clone.bin / name,
         f"""#!/bin/sh
@@ -353,11 +356,11 @@ def test_an_environment_that_is_a_link_is_refused(clone: Clone, tmp_path: Path) 
 
 
 def test_an_unwritable_folder_is_refused() -> None:
-    with tempfile.TemporaryDirectory() as name:  # not tmp_path, which only its owner may enter
+    with tempfile.TemporaryDirectory() as name:  # tmp_path does not work, because only its owner may enter it
         for file in ("task", "pyproject.toml", "constraints.txt"):
             shutil.copy(ROOT / file, name)
         Path(name).chmod(0o555)
-        nobody = 65534 if os.geteuid() == 0 else None  # root may write anywhere
+        nobody = 65534 if os.geteuid() == 0 else None  # root could write to the folder anyway
         done = subprocess.run(
             [f"{name}/task"],
             cwd="/",
@@ -412,7 +415,7 @@ def test_calls_from_any_folder_and_through_links(installed: Clone, tmp_path: Pat
         "path": "task",
     }
     path = f"{installed.root}:{installed.bin}" if way == "path" else str(installed.bin)
-    if way == "path":  # found by the shell
+    if way == "path":  # the shell finds `task` on PATH
         command = ["sh", "-c", "task train"]
         done = subprocess.run(
             command, cwd=away, env=installed.env(PATH=path), capture_output=True, text=True, timeout=60
@@ -572,7 +575,7 @@ def test_ci_fails_with_the_tests_and_ends_with_the_summary_of_pytest(
         f"@pytest.mark.slow\ndef test_b():\n    assert {slow}\n"
     )
     env = installed.env(CI="true")
-    del env["NO_COLOR"]  # as in CI, where go-task then prints in colours
+    del env["NO_COLOR"]  # like CI, where go-task prints in colours
     done = subprocess.run(
         [installed.root / ".ci/run"], cwd="/", env=env, capture_output=True, text=True, timeout=120
     )
@@ -590,7 +593,7 @@ def test_ci_fails_with_the_tests_and_ends_with_the_summary_of_pytest(
 
 @pytest.mark.slow
 def test_a_fresh_clone_needs_one_command(tmp_path: Path) -> None:
-    """Only the files of the repository and a Python are there. pip needs its package index."""
+    """The clone has only the files of the repository and a Python. pip needs access to a package index."""
     clone = tmp_path / "fresh clone"
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard", "-z"],

@@ -1,4 +1,4 @@
-"""The command line as a user runs it: processes, signals, files on disk, terminals."""
+"""Tests the command line as a user runs it, with processes, signals, files and terminals."""
 
 import json
 import os
@@ -36,13 +36,13 @@ def train_args(out: Path, **changes: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A run directory that several tests read, and the process that wrote it."""
+    """Return a folder with a run that several tests read, and the process that wrote the run."""
     out = tmp_path_factory.mktemp("runs")
     return out, run(*train_args(out), "--json")
 
 
 def children_seconds() -> float:
-    """Return the processor time of all ended child processes, which hardly depends on the machine's load."""
+    """Return the CPU time of all finished child processes, which hardly depends on the machine's load."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -304,7 +304,7 @@ def test_after_one_signal_the_same_command_resumes_the_run(
 
 
 def test_a_second_ctrl_c_ends_the_run_at_once_with_exit_code_130(start: Callable[..., Running]) -> None:
-    """Both signals are sent during one long step. After the second one, the run does not finish the step."""
+    """Both signals are sent during one long step. The second signal ends the run before the step is done."""
     sizes = {
         "num_titles": 2000,
         "batch_size": 128,
@@ -317,7 +317,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once_with_exit_code_130(start: Callable
     running.wait_for(2)
     time.sleep(0.3)  # the checkpoint of step 2 has been written, and step 3 has started
     running.process.send_signal(signal.SIGINT)
-    time.sleep(0.2)  # Python would see two signals during one torch operation as one
+    time.sleep(0.2)  # without a pause, Python would see two signals during a torch operation as one
     running.process.send_signal(signal.SIGINT)
     code, out, err = running.end()
     assert (code, out) == (130, "")
@@ -398,7 +398,7 @@ def test_a_terminal_shows_one_bar(tmp_path: Path, width: int, env: dict[str, str
     import re
 
     seen = on_a_terminal([*train_args(tmp_path), "--json"], width, env)
-    assert "\x1b[2K" in seen  # the line is overwritten
+    assert "\x1b[2K" in seen  # the progress line is overwritten
     assert bool(re.search(r"\x1b\[(\d+;)*3[0-8]", seen)) is (not env)
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen)
     steps = json.loads((only(tmp_path) / "summary.json").read_text(encoding="utf-8"))["steps"]

@@ -1,4 +1,4 @@
-"""The whole `mainrun demo` in its own repository, at an even smaller scale."""
+"""Tests the whole `mainrun demo` in its own repository, at a reduced scale."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def demo(house: Path, *args: str, code: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def output(house: Path) -> str:
-    """The output of the whole demo."""
+    """Return the output of the whole demo."""
     return demo(house)
 
 
@@ -48,7 +48,7 @@ def output(house: Path) -> str:
 def test_the_demo_can_be_interrupted(house: Path) -> None:
     stopped = start(house)
     end = time.monotonic() + 300
-    while not list(house.glob("runs/demo/demo-*/metrics.jsonl")):  # the first run has started
+    while not list(house.glob("runs/demo/demo-*/metrics.jsonl")):  # wait until the first run has started
         assert time.monotonic() < end and stopped.poll() is None
         time.sleep(0.05)
     stopped.send_signal(signal.SIGINT)
@@ -77,7 +77,7 @@ def test_the_same_command_resumes_the_demo(house: Path, output: str) -> None:
 
 @pytest.mark.slow
 def test_a_second_demo_trains_nothing_and_skips_the_submission_of_changes(house: Path, output: str) -> None:
-    """Rows of metrics.jsonl contain the time of their step, so a step that is trained again changes them."""
+    """Each row of metrics.jsonl contains a time, so training a step again would change its row."""
     before = {path: path.read_bytes() for path in house.glob("runs/demo/**/metrics.jsonl")}
     (house / ZIP).unlink()
     (house / "note.txt").touch()

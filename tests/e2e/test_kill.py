@@ -1,4 +1,4 @@
-"""A run that is killed at any moment and resumed gives the same result as an undisturbed run."""
+"""Tests that a run that is killed at any moment and resumed gives the result of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def rows_without_seconds(run: RunDir) -> list[dict[str, Any]]:
 
 
 def wait_for_rows(process: subprocess.Popen[str], out: Path, rows: int, seconds: float = 600) -> None:
-    """Wait until the process has written so many rows.
+    """Wait until the process has written the given number of rows.
 
-    At its start a run may shorten metrics.jsonl, so this counts how often the file grows.
+    A run may shorten metrics.jsonl at its start, so the function counts how often the file grows.
     """
     size = -1
     written = 0
@@ -70,7 +70,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 
 
 def test_twenty_kills_change_nothing(tmp_path: Path, undisturbed: RunDir) -> None:
-    """Some kills hit the start (imports, data, resuming), the others the training, evaluating and saving."""
+    """Some kills hit the start of the run, and others hit training, evaluation or saving."""
     chance = random.Random(1)
     starting = set(chance.sample(range(1, KILLS), 5))
     total = (undisturbed.summary() or {})["steps"]
@@ -85,7 +85,7 @@ def test_twenty_kills_change_nothing(tmp_path: Path, undisturbed: RunDir) -> Non
         else:
             wait_for_rows(process, tmp_path, 1)
             startup = time.monotonic() - begin
-            # wait for rows, so that a fast machine does not finish early and a slow one makes progress
+            # wait for a number of rows instead of a time, because some machines are faster than others
             wait_for_rows(process, tmp_path, chance.randint(0, 24))
             time.sleep(chance.uniform(0, 0.03))
         assert process.poll() is None, f"the run ended before kill {kill}: {process.communicate()[1]}"

@@ -24,7 +24,7 @@ FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fope
 def library() -> ctypes.CDLL | None:
     """Load the compiled library. If the library is not in the cache, compile it first.
 
-    Return None if no compiler can build the library. In this case, mainrun uses torch's own operations.
+    Return None if the library cannot be compiled, so that mainrun uses torch's own operations instead.
     """
     compiler, problem = cpp_compiler()
     if problem:
@@ -40,7 +40,7 @@ def library() -> ctypes.CDLL | None:
         command = [compiler, *FLAGS, str(SOURCE), "-o", str(built)]
         if subprocess.run(command, capture_output=True).returncode:
             return None
-        with suppress(OSError):  # without a writable cache, each process builds the library in 0.3 s
+        with suppress(OSError):  # without a writable cache, each process compiles the library again (0.3 s)
             cached.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as temporary:
                 temporary.write(built.read_bytes())
@@ -49,7 +49,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def _call(name: str, *args: Tensor | int | float | None) -> None:
-    """Call a function of the compiled library. Each tensor is passed as the address of the tensor's data."""
+    """Call a function of the compiled library. Each tensor is passed as a pointer to its data."""
     loaded = library()
     assert loaded is not None
     types: dict[type, Any] = {int: ctypes.c_int64, float: ctypes.c_double, type(None): ctypes.c_void_p}
@@ -72,7 +72,7 @@ def cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _bias_rows(bias: Tensor, scores: Tensor) -> tuple[Tensor, int]:
-    """Return the bias as contiguous rows, and the number n of these rows.
+    """Return the bias as a contiguous tensor, and the number n of its rows.
 
     Row i % n of the bias is added to row i of the scores.
     """
@@ -100,7 +100,7 @@ def softmax_backward(
 ) -> tuple[Tensor, Tensor]:
     """Convert the gradient of the masked attention weights to the gradient of the scores, in place.
 
-    Return the gradient of the scores and the masked attention weights, which this function computes again.
+    Return the gradient of the scores, and the masked attention weights, which are recomputed.
     """
     dropped = weights if mask is None else torch.empty_like(weights)
     output = None if mask is None else dropped

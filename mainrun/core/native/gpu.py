@@ -1,7 +1,7 @@
 """The cross entropy of bfloat16 logits on a GPU, written in Triton.
 
-The forward pass and the backward pass each read the logits once, and neither pass makes a float32 copy of the
-logits. The elements of a row are summed in a fixed order, so the loss of a row does not depend on other rows.
+The forward pass and the backward pass each read the logits once, without creating a float32 copy of them. The
+elements of a row are summed in a fixed order, so the loss of a row does not depend on other rows.
 """
 
 from __future__ import annotations
