@@ -23,7 +23,10 @@ class Context(NamedTuple):
     masks: Masks | None
 
     def at(self, positions: Tensor) -> Context:
-        """Return the context of the tokens at the positions (B, n), which ascend in each row."""
+        """Return the context of the tokens at the positions (B, n).
+
+        The positions ascend in each row, except for padding at the end of the row.
+        """
         n = positions.size(1)
         bias = self.bias
         if bias is not None and bias.dim() == 2:
@@ -31,6 +34,9 @@ class Context(NamedTuple):
         elif bias is not None:
             index = positions[:, None, :, None]  # (B, 1, n, 1)
             bias = bias.take_along_dim(index, 2).take_along_dim(index.mT, 3)
+            # padding at the end of a row may have an earlier position than the tokens before the padding
+            later = torch.ones(n, n, dtype=torch.bool, device=bias.device).triu(1)
+            bias = bias.masked_fill(later, -torch.inf)
         rope = None
         if self.rope is not None:
             cos, sin = self.rope
