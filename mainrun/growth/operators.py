@@ -24,7 +24,8 @@ from mainrun.train import GPT
 
 # The letters mean: D model width, V vocabulary, T positions, H heads, Q channels of all query heads,
 # K channels of all key heads or all value heads, h channels of one head, F hidden units, E experts,
-# R rank of low-rank terms in attention, S rank of the low-rank term of the embedding.
+# R rank of low-rank terms in attention, S rank of the low-rank term of the embedding, P hidden units of a
+# predictor of surprise, Z the single output of a linear score.
 SPACES = {
     "embed.weight": "VD", "embed.lora_a": "SD", "embed.lora_b": "VS",
     "positions.weight": "TD", "head.weight": "VD",
@@ -36,6 +37,9 @@ SPACES = {
     "mlp.up.weight": "FD", "mlp.up.bias": "F", "mlp.gate.weight": "FD", "mlp.gate.bias": "F",
     "mlp.down.weight": "DF", "mlp.down.bias": "D", "mlp.router.weight": "ED",
     "attn_scale": "D", "mlp_scale": "D",
+    "router.score.weight": "ZD", "router.now.weight": "ZD", "router.before.weight": "ZD", "router.bias": "Z",
+    "router.o_ce": "", "router.m_cu": "", "router.prior_norm.weight": "D",
+    "router.prior.gate.weight": "PD", "router.prior.up.weight": "PD", "router.prior.down.weight": "DP",
     **{f"{norm}.{kind}": "D" for norm in ("norm", "attn_norm", "mlp_norm") for kind in ("weight", "bias")},
 }  # fmt: skip
 

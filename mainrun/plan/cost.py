@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from mainrun.config import TrainConfig
@@ -69,22 +70,63 @@ def size(cfg: TrainConfig) -> Size:
     if cfg.value_residual:  # each layer except the first has one learned ratio
         outside += cfg.n_layer - 1
         frozen += sum(layer > 0 for layer in cfg.frozen)
-    params = cfg.n_layer * block.params + outside
+    routers = [_router_params(cfg, letter) for letter in cfg.letters]
+    frozen += sum(routers[layer] for layer in cfg.frozen)
+    params = cfg.n_layer * block.params + sum(routers) + outside
     trained = params - frozen
-
-    multiplied = cfg.n_layer * block.multiplied + embedding
-    if cfg.tie_head:
-        multiplied += embed_lora
-    flops = 6 * multiplied + 12 * cfg.n_layer * cfg.n_head * cfg.head_width * cfg.block_size
 
     hidden_matrices = (cfg.n_layer - len(cfg.frozen)) * block.hidden_matrices
     return Size(
         params=params,
         active=params - cfg.n_layer * block.unused,
         trained=trained,
-        flops=flops,
+        flops=round(3 * forward_flops(cfg)),
         moments=BYTES * _state_numbers(cfg, trained, hidden_matrices),
     )
+
+
+def _router_params(cfg: TrainConfig, letter: str) -> int:
+    """Return the number of parameters in the router of a block."""
+    if letter == "D":
+        return 0
+    d = cfg.d_model
+    student = 2 * d + 1
+    if letter == "M":
+        return d + student
+    return d + 3 * d * cfg.prior_width + 2 + student
+
+
+def forward_flops(cfg: TrainConfig, shares: Sequence[float] = ()) -> float:
+    """Return the number of FLOPs per token in a forward pass.
+
+    shares: for each routed layer, the share of tokens that the layer selects when the model is scored.
+        Without `shares`, the result is for a forward pass in training.
+    """
+    block = _block(cfg)
+    matrices = 2 * block.multiplied
+    attention = 4 * cfg.n_head * cfg.head_width * cfg.block_size
+    head = cfg.vocab_size + cfg.unused_ids
+    total: float = 2 * head * cfg.d_model
+    if cfg.tie_head:
+        total += 2 * cfg.embed_lora_rank * (head + cfg.d_model)
+    routed = 0
+    for letter in cfg.letters:
+        if letter == "D":
+            total += matrices + attention
+            continue
+        share = shares[routed] if shares else cfg.capacity
+        routed += 1
+        by_student = bool(shares) and (cfg.route == "student" or cfg.route == "auto")
+        total += share * matrices + share**2 * attention
+        if letter == "M":
+            total += 2 * 3 * cfg.d_model
+        elif letter == "T" and by_student:
+            total += 2 * 2 * cfg.d_model
+        else:
+            total += 2 * (2 * cfg.d_model + 3 * cfg.d_model * cfg.prior_width)
+            if letter == "T":  # the router needs the output of the block for all tokens
+                total += matrices + attention
+    return total
 
 
 def _block(cfg: TrainConfig) -> _Block:

@@ -166,6 +166,12 @@ class Config(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def unused_ids(self) -> int: ...
+    @property
+    def block_pattern(self) -> str: ...
+    @property
+    def letters(self) -> str: ...
+    @property
+    def routed_layers(self) -> tuple[int, ...]: ...
 
     def changed(self, **fields: Any) -> Self:
         """Return a copy of the config with changed fields and without a growth schedule.
@@ -221,7 +227,10 @@ def _stack_layers(op: Op, cfg: Config, set_by: SetBy) -> Changes:
         raise ValueError(f"{', '.join(wrong[:5])} out of range; {state}. Use {_layer_range(cfg.n_layer)}")
     # the first copy of a frozen layer stays frozen, and the other copies are trained
     frozen = [i for i, layer in enumerate(sources) if layer in cfg.frozen and layer not in sources[:i]]
-    return {"n_layer": len(sources), "frozen": tuple(frozen)}
+    changes: Changes = {"n_layer": len(sources), "frozen": tuple(frozen)}
+    if cfg.routed_layers:
+        changes["block_pattern"] = "".join(cfg.letters[layer] for layer in sources)
+    return changes
 
 
 def _not_a_layer_list(value: Any, n_layer: int, state: str) -> str:
@@ -242,6 +251,11 @@ def _widen_mlp(op: Op, cfg: Config, set_by: SetBy) -> Changes:
 
 
 def _widen_model(op: Op, cfg: Config, set_by: SetBy) -> Changes:
+    if cfg.routed_layers:
+        raise ValueError(
+            f"a model with routed blocks cannot be widened (layers: {cfg.letters}); "
+            "widen a dense model first, and train the wide model with routed blocks afterwards"
+        )
     factor = _width_factor(op.value, cfg.d_model, _origin(set_by, "d_model"))
     kv_heads = factor * cfg.n_kv_head  # a value of 0 stays 0, which means n_head
     if op.value["kv"] == "keep":
@@ -419,6 +433,15 @@ def _set_field(op: Op, cfg: Config, set_by: SetBy) -> Changes:
     return {OPERATIONS[op.name].field: op.value}
 
 
+def _set_capacity(op: Op, cfg: Config, set_by: SetBy) -> Changes:
+    if not cfg.routed_layers:
+        raise ValueError(
+            f"no block routes (block_pattern={cfg.block_pattern}), so there is no capacity to set; "
+            "remove the op, or set block_pattern to a pattern with M, S or T"
+        )
+    return {"capacity": op.value}
+
+
 def _set_eval_iters(op: Op, cfg: Config, set_by: SetBy) -> Changes:
     raise ValueError(
         "every evaluation scores each token of val exactly once, so there is nothing to set; remove the op"
@@ -458,6 +481,10 @@ def _guarantee_of_stack(op: Op, cfg: Config) -> Guarantee:
         return Guarantee("none", "with a map that drops or reorders layers", instead)
     if op.init == "copy" and len(op.value) > cfg.n_layer:
         return Guarantee("none", "with init=copy", "init=identity")
+    for layer, source in enumerate(op.value):
+        is_first = source not in op.value[:layer]
+        if is_first and cfg.letters[source] == "S" and op.value[layer - 1 : layer] != (source - 1,):
+            return Guarantee("none", "with another layer between an S and its D", "each S right after its D")
     return BITEXACT
 
 
@@ -556,6 +583,7 @@ OPERATIONS: dict[str, Operation] = {
     "set_eval_interval": _training("eval_interval"),
     "set_weight_decay": _training("weight_decay"),
     "set_dropout": _training("dropout"),
+    "set_capacity": Operation(_set_capacity, NumberValue(), "capacity", architecture=False),
     "reset_lr_schedule": Operation(_reset_lr_schedule, NoValue(), architecture=False),
     "stack_layers": Operation(
         _stack_layers,
