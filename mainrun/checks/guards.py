@@ -16,6 +16,7 @@ reports/submission explains how to fix the failure of each guard.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import random
@@ -23,7 +24,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import CodeType
 from typing import Any, Literal, NamedTuple
@@ -355,6 +356,18 @@ def _logits_during_evaluate(e: Evidence, tokens: np.ndarray, n: int) -> list[Ten
 
 def causality(e: Evidence, all: bool) -> Verdict:
     """Detect a model whose predictions depend on later tokens in a row, or on other rows in the batch."""
+    verdict = _causality(e, all)
+    if verdict.status == "pass" or not getattr(e.model, "cfg", e.cfg).routed_layers:
+        return verdict
+    # Rounding can change the order of two scores of a router, and a token then takes another path. In
+    # float64, this does not happen.
+    exact = copy.deepcopy(e.model).double()
+    exact.cfg = e.model.cfg.model_copy(update={"dtype": "float32"})
+    verdict = _causality(replace(e, model=exact, cfg=e.cfg.model_copy(update={"dtype": "float32"})), all)
+    return verdict._replace(detail=f"{verdict.detail}; checked in float64, because routers amplify rounding")
+
+
+def _causality(e: Evidence, all: bool) -> Verdict:
     idx = _windows(e, 1, None if all else 512)  # (1, T)
     T = idx.shape[1]
     cuts = _cuts(T, all)

@@ -439,9 +439,14 @@ class Plan:
             "official_geometry": list(cfg.geometry),
             "d_ff": cfg.ff_width,
             "n_kv_head": cfg.kv_heads,
-            "first_step": self.at(0)._asdict(),
-            "last_step": self.at(self.steps - 1)._asdict(),
+            "first_step": self._shown(0),
+            "last_step": self._shown(self.steps - 1),
         }
+
+    def _shown(self, step: int) -> dict[str, float]:
+        """Return the scheduled values of a step, without the values of routed blocks that no block uses."""
+        values = self.at(step)._asdict()
+        return {name: value for name, value in values.items() if value or name not in ROUTING_INPUTS}
 
 
 def _in_256ths(p: float) -> float:

@@ -106,12 +106,12 @@ class StepProbe:
         """
         for _ in range(count):
             inputs = self.plan.at(min(self.state.step, self.plan.steps - 1))
-            loss_and_norm = self.train_step.gradients(x, y, inputs)
+            numbers = self.train_step.gradients(x, y, inputs)
             self.train_step.update(inputs)
             self.state.step += 1
         if self.device.torch_device.type == "cuda":
             torch.cuda.synchronize()
-        return float(loss_and_norm[0])
+        return float(numbers[0])
 
 
 def probe_time(
@@ -301,7 +301,7 @@ def _segment_memory(cfg: TrainConfig, device: Device, vocab_size: int, store: bo
     with FakeTensorMode(allow_fallback_kernels=False), LiveBytes() as live, device.torch_device:
         state = State(cfg, GPT(cfg, vocab_size))
         model = state.model
-        model.set_dropout(inputs, device.attention)
+        model.set_inputs(inputs, device.attention)
         for p in model.parameters():
             p.grad = torch.empty_like(p) if p.requires_grad else None
         # Allocate the optimizer state first, because it exists during the forward pass of all later steps.
@@ -378,7 +378,10 @@ class LossMemory(torch.autograd.Function):
 def _backward(model: GPT, x: Tensor, inputs: StepInputs, pool: Tensor | None) -> None:
     model.train()
     if inputs.rdrop:
-        loss = compute_loss(model, x, x, inputs, pool)[0]
+        loss = compute_loss(model, x, x, inputs, pool).minimized
+    elif inputs.capacity:
+        logits, routing = model(x, pool, routing_info=True)
+        loss = LossMemory.apply(logits.flatten(0, 1)) + routing.losses.sum()
     else:
         loss = LossMemory.apply(model(x, pool).flatten(0, 1))
     loss.backward()

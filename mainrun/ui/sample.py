@@ -13,6 +13,7 @@ from mainrun.config import TrainConfig
 from mainrun.data.tokenizer import EOS, Tokenizer
 from mainrun.errors import RunError
 from mainrun.growth.state import load_state
+from mainrun.plan.plan import Plan
 from mainrun.plan.seeds import seed_from
 from mainrun.store import checkpoint
 from mainrun.store.rundir import RunDir
@@ -44,6 +45,10 @@ def load_model(run: RunDir) -> tuple[GPT, Tokenizer]:
     state = State(cfg, build(cfg, tokenizer.vocab_size))
     with checkpoint.fit_errors(f"the checkpoint of step {meta['step']} in {run.checkpoints}"):
         load_state(state, tensors, meta["step"], meta["presented"], meta.get("growth"))
+    train_tokens = run.config_file().get("plan", {}).get("train_tokens")
+    if train_tokens:
+        plan = Plan(cfg, train_tokens, (meta.get("growth") or {}).get("fired", ()))
+        state.model.set_inputs(plan.at(max(state.step - 1, 0)), "plain")
     state.average.swap()
     return state.model.eval(), tokenizer
 
