@@ -269,7 +269,7 @@ def test_verify_uses_the_store_next_to_the_run_or_the_given_one(
 
 def test_verify_refuses_an_impossible_file_name() -> None:
     code, _, why = run("verify", "x" * 300)
-    assert code == 2 and "got RUN" in why and "a name of 300 bytes" in why
+    assert code == 2 and "got RUN" in why and "a name has 300 bytes" in why
 
 
 def test_the_help_names_both_commands() -> None:
