@@ -124,7 +124,7 @@ def test_faults_are_printed_one_per_line_and_the_exit_code_is_2() -> None:
     assert (code, text) == (2, "")
     assert message.splitlines() == [
         'error: {"version": 3, "ops": [5]} cannot be applied',
-        "version=3 is unknown; write 2, or a list in the original format.",
+        "version=3 is unknown; write version=2, or a list in the original format.",
         "ops[0]=5 is not an op; write { name, value, trigger }.",
     ]
 
@@ -171,7 +171,7 @@ def test_numbers_that_are_too_small_are_refused(option: str, value: str) -> None
 def test_the_smallest_numbers_are_allowed() -> None:
     assert run("plan", "[]", *SETS, "--train-tokens", "65", "--speed", "1")[0] == 0
     code, _, why = run("plan", "[]", *SETS, "--train-tokens", "1")
-    assert code == 2 and "train has 1 tokens, but one step takes" in why
+    assert code == 2 and "train has 1 tokens, but one step needs" in why
 
 
 def test_the_default_preset_is_optimized() -> None:
