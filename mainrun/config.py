@@ -1,6 +1,6 @@
 """The configuration of a run: a flat, immutable set of fields whose values are checked.
 
-Every field belongs to one of three classes, which say what the field can influence:
+Every field belongs to one of three classes, which define what the field can influence:
 
     static      A static field influences the whole run. Examples are the number of layers and the seed.
     scheduled   Two runs that differ only in scheduled fields may share steps. Examples are lr and dropout.
@@ -34,9 +34,9 @@ from mainrun.files.hashing import sha256_json
 from mainrun.plan.op_files import from_text, read
 from mainrun.plan.ops import Fault, Schedule, walk
 from mainrun.plan.optimizers import OPTIMIZERS
+from mainrun.plan.routing import LETTERS
 
-MIN_COVERAGE = 0.97  # the share of val that an official score must cover to be comparable with other scores
-LETTERS = {"D": "dense", "M": "Mixture-of-Depths", "S": "surprise pairs", "T": "temporal surprise"}
+MIN_COVERAGE = 0.97  # official scores are comparable only if they cover this fraction of val
 # the values that the public task prescribes
 TASK = {"seed": 1337, "epochs": 7, "max_steps": 0, "val_frac": 0.1, "num_titles": 100_000}
 
@@ -68,7 +68,7 @@ else:
 
 
 class TrainConfig(BaseModel):
-    """All settings of a run. The name of a field is also the key for `--set` and in TOML files."""
+    """All settings of a run. The name of a field is also its key in `--set` options and TOML files."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -81,7 +81,7 @@ class TrainConfig(BaseModel):
     dtype: Literal["float32", "bfloat16"] = static(
         "float32", "type of matrix products; with bfloat16 the weights stay in float32"
     )
-    threads: int = static(0, "CPU threads (they change the bits); 0: one per core", ge=0, le=1024)
+    threads: int = static(0, "number of CPU threads, which affects rounding; 0: one per core", ge=0, le=1024)
     compile: Literal["auto", "on", "off"] = static(
         "auto",
         "use torch.compile (on a CPU it needs a C++ compiler); auto: only for runs that are long enough",
@@ -214,7 +214,7 @@ class TrainConfig(BaseModel):
         0, "rank of the low-rank term on the token embedding, and on a tied head; 0: none", ge=0, le=65_536
     )
     lora_alpha: float = static(16.0, "low-rank terms are scaled by lora_alpha / rank", gt=0, le=1e6)
-    frozen: tuple[Layer, ...] = static((), "layers that do not train", strict=False)
+    frozen: tuple[Layer, ...] = static((), "layers whose weights are not trained", strict=False)
     unused_ids: int = static(
         0, "ids at the end of the vocabulary that no text uses yet; their logits are -inf", ge=0, le=1_000_000
     )
@@ -301,7 +301,7 @@ class TrainConfig(BaseModel):
         0, "steps between two evaluations; 0: use eval_per_epoch", ge=0, le=1_000_000_000
     )
     official_geometry: str = inert(
-        "", "size of the spans of the official score as ROWSxTOKENS; empty: batch_size x block_size"
+        "", "batch shape of the official score as ROWSxTOKENS; empty: batch_size x block_size"
     )
     log_every: int = inert(1, "steps between two rows of the training loss", ge=1, le=1_000_000)
     checkpoint_every: int = inert(
@@ -312,13 +312,13 @@ class TrainConfig(BaseModel):
     @field_validator("growth", mode="plain")
     @classmethod
     def _check_growth(cls, value: Any, info: ValidationInfo) -> Schedule:
-        """Read a growth schedule, and report faults in its syntax together with faults in its ops."""
+        """Read a growth schedule. Report syntax errors together with ops that cannot be applied."""
         faults: list[Fault] = []
         schedule = value
         if not isinstance(value, Schedule):
             schedule, faults = read(value)
         fields_before = list(cls.model_fields).index("growth")
-        # if another field is invalid, report that field first
+        # ops cannot be checked if another field of the config is invalid
         if schedule.ops and len(info.data) == fields_before:
             faults = faults + cls._faults_of_ops(schedule, info.data)
         if faults:
@@ -354,11 +354,11 @@ class TrainConfig(BaseModel):
         if self.n_kv_head and self.n_head % self.n_kv_head:
             raise ValueError(
                 f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}; "
-                "set n_kv_head to a divisor, or 0"
+                "set n_kv_head to 0 or to a divisor of n_head"
             )
         if self.position == "rope" and self.head_width % 2:
             if self.head_dim:
-                got = f"head_dim = {self.head_dim}; change it"
+                got = f"head_dim = {self.head_dim}; change head_dim"
             else:
                 got = f"d_model/n_head = {self.head_width}; change d_model or n_head"
             raise ValueError(f"position=rope needs an even head width, got {got}")
@@ -382,7 +382,7 @@ class TrainConfig(BaseModel):
         if list(self.frozen) != allowed:
             raise ValueError(
                 f"frozen={list(self.frozen)} is not allowed with n_layer={self.n_layer}; "
-                f"list layers of 0..{self.n_layer - 1}, each once, in order"
+                f"list different layers of 0..{self.n_layer - 1} in ascending order"
             )
 
     def _check_pattern(self) -> None:
@@ -410,31 +410,31 @@ class TrainConfig(BaseModel):
     def _check_batch(self) -> None:
         if self.max_steps and self.growth.ops:
             raise ValueError(
-                f"max_steps={self.max_steps} cannot be combined with growth; "
-                "set max_steps=0: a growth schedule is laid out over the epochs"
+                f"max_steps={self.max_steps} cannot be combined with a growth schedule, "
+                "because a growth schedule spans all epochs; set max_steps=0"
             )
         if self.batch_size % self.grad_accum:
             raise ValueError(
                 f"grad_accum={self.grad_accum} does not divide batch_size={self.batch_size}; "
-                "set a divisor of batch_size"
+                "set grad_accum to a divisor of batch_size"
             )
 
     def _check_regularisation(self) -> None:
         if self.ema and self.swa:
             raise ValueError(
-                f"ema={self.ema} and swa={self.swa} are both on; "
-                "set one of them to 0: only one average is scored"
+                f"ema={self.ema} and swa={self.swa} are both on, but only one average can be scored; "
+                "set one of them to 0"
             )
         if self.rdrop and not any(self.dropouts):
             raise ValueError(
-                f"rdrop={self.rdrop} without any dropout; set dropout > 0: R-Drop compares two dropout masks"
+                f"rdrop={self.rdrop} needs dropout, because R-Drop compares dropout masks; set dropout > 0"
             )
         for name in ("rdrop", "label_smoothing"):
             value = getattr(self, name)
             if self.unused_ids and value:
                 raise ValueError(
-                    f"unused_ids={self.unused_ids} with {name}={value}; "
-                    "set one of them to 0: unused ids have probability 0, so the loss would be infinite"
+                    f"unused_ids={self.unused_ids} and {name}={value} cannot be combined, because unused "
+                    "ids have probability 0 and the loss would be infinite; set one of them to 0"
                 )
 
     def _check_warmup(self) -> None:
@@ -448,16 +448,16 @@ class TrainConfig(BaseModel):
         rows, length = self.geometry
         if rows < 1 or not 1 <= length <= self.block_size:
             raise ValueError(
-                f"official_geometry={self.official_geometry!r}; "
-                f"write ROWSxTOKENS, like 64x128, tokens at most block_size={self.block_size}"
+                f"official_geometry={self.official_geometry!r} is not allowed; "
+                f"write ROWSxTOKENS, such as 64x128, with at most block_size={self.block_size} tokens"
             )
 
     def _check_corpus(self) -> None:
         if not sources.is_source(self.corpus):
             allowed = ", ".join(sources.syntaxes())
-            raise ValueError(f"corpus={self.corpus!r}; use {allowed} or {sources.MIX}")
+            raise ValueError(f"corpus={self.corpus!r} is not a corpus; use {allowed} or {sources.MIX}")
 
-    # -- values that follow from the fields
+    # -- derived values
     def changed(self, **fields: Any) -> Self:
         """Return a copy of the config with changed fields and without a growth schedule.
 
@@ -520,12 +520,12 @@ class TrainConfig(BaseModel):
 
     @property
     def passes(self) -> int:
-        """The number of times that a step passes each token through the model."""
+        """The number of forward passes that each token makes in a training step."""
         return 2 if self.rdrop else 1
 
     @property
     def geometry(self) -> tuple[int, int]:
-        """The spans of the official score as (rows, tokens), or (0, 0) if the field cannot be parsed."""
+        """The batch shape of the official score: (rows, tokens), or (0, 0) if the field cannot be parsed."""
         if not self.official_geometry:
             return self.batch_size, self.block_size
         rows, _, length = self.official_geometry.partition("x")
@@ -551,13 +551,13 @@ class TrainConfig(BaseModel):
 
 
 def digest_of(fields: dict[str, Any]) -> str:
-    """Return the digest of a config in dict form. The dict may come from another version of mainrun."""
+    """Return the digest of a config that is given as a dict, possibly by another version of mainrun."""
     hashed = {name: value for name, value in fields.items() if name != "preset"}
     return sha256_json(hashed)
 
 
 def from_dict(fields: dict[str, Any]) -> TrainConfig:
-    """Build a config from a dict of fields. Raise ConfigError with one line per fault."""
+    """Build a config from a dict of fields. Raise ConfigError if a field is invalid."""
     fields = fields | {"preset": str(fields.get("preset", "custom"))}
     growth = fields.get("growth")
     if isinstance(growth, str):
@@ -587,7 +587,9 @@ def _explain(error: Any, suggest: bool = True) -> str:
     kind = error["type"]
     if kind == "extra_forbidden":
         suggestion = _suggestion(name) if suggest else ""
-        return f"unknown field {inputs.shown(name, 80)}{suggestion}; `mainrun presets --fields` lists all"
+        return (
+            f"unknown field {inputs.shown(name, 80)}{suggestion}; `mainrun presets --fields` lists all fields"
+        )
     if kind == "value_error":  # the validators of TrainConfig raise complete messages
         return str(error["ctx"]["error"])
     problem = error["msg"].lower()

@@ -21,13 +21,13 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-LONGEST_GUESS = 100  # the maximum number of characters of a name that gets a suggestion
+LONGEST_GUESS = 100  # longer names get no suggestion
 
 
 def nearest(got: str, allowed: Iterable[str]) -> str:
-    """Return a suggestion for a misspelled name, such as " (did you mean 'lr'?)", or an empty text.
+    """Return a suggestion for a misspelled name, such as " (did you mean 'lr'?)".
 
-    The comparison with the valid names ignores case and leading dashes.
+    Return an empty string if no valid name is similar. Case and leading dashes are ignored.
     """
     if len(got) > LONGEST_GUESS:  # comparing long names would be slow
         return ""

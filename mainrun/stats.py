@@ -73,7 +73,7 @@ class Difference:
     b: float
     n_a: int
     n_b: int
-    seeds: tuple[int, ...]  # the common seeds of a paired difference; empty if unpaired
+    seeds: tuple[int, ...]  # the seeds of a paired difference; empty if the difference is unpaired
     error: float | None  # the standard error of the difference, or None if unknown
     df: float
 
@@ -135,14 +135,14 @@ def _unpaired(a: Sequence[float], b: Sequence[float]) -> Difference:
 
 @dataclass(frozen=True)
 class Noise:
-    """The pooled standard deviation of scores that differ only in the seed."""
+    """The pooled standard deviation of scores from runs that differ only in the seed."""
 
     sd: float
     df: int
 
     @property
     def floor(self) -> float:
-        """The difference between two runs of the same recipe is smaller than this number in 95% of cases."""
+        """In 95% of cases, the scores of two runs of the same recipe differ by less than this number."""
         return _half_width(math.sqrt(2) * self.sd, self.df)
 
 
@@ -162,10 +162,10 @@ def noise(groups: Iterable[Sequence[float]]) -> Noise | None:
     return Noise(math.sqrt(squares / df), df)
 
 
-# scipy has no Holm correction. scipy's function false_discovery_control controls another error rate than
-# Holm's method.
+# scipy does not implement Holm's method, which controls the family-wise error rate. The function
+# false_discovery_control in scipy controls the false discovery rate instead.
 def holm(ps: Sequence[float]) -> list[float]:
-    """Adjust p-values with Holm's method. The order of the p-values does not change."""
+    """Adjust p-values with Holm's method. Return them in the same order."""
     ascending = sorted(range(len(ps)), key=lambda i: ps[i])
     adjusted = [0.0] * len(ps)
     highest = 0.0
@@ -176,7 +176,7 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Return Spearman's rank correlation of two samples. Equal values all get the mean of their ranks.
+    """Return Spearman's rank correlation of two samples. Equal values get the mean of their ranks.
 
     If all values of a sample are equal, the correlation is undefined and the function returns None.
     """

@@ -461,7 +461,7 @@ class State:
 
 # the values of a step that the gradients do not depend on, or only through a buffer
 RATES = ("lr", "lr_aux", "lr_prior", "lr_router", "lr_student", "weight_decay")
-OUTSIDE_GRADIENTS = dict.fromkeys((*RATES, "average", "sharpness"), 0.0)
+OUTSIDE_GRADIENTS: dict[str, Any] = dict.fromkeys((*RATES, "average", "sharpness"), 0.0)
 
 
 class TrainStep:

@@ -285,10 +285,10 @@ def test_damage_is_reported_and_does_not_crash(store: Store, tmp_path: Path) -> 
     why = {finding.node.step: finding.why for finding in found}
     assert (
         {finding.status for finding in found if finding.node.step != 27} == {"differs"}
-        and "torn" in why[0]
-        and "state is torn" in why[36]
+        and "incomplete" in why[0]
+        and "state is incomplete" in why[36]
     )
-    assert "rows are torn" in why[18]
+    assert "rows are incomplete" in why[18]
 
 
 # -- segments that cannot be trained on this machine
@@ -434,7 +434,7 @@ def test_bad_arguments_exit_with_2(store: Store, tmp_path: Path) -> None:
     (tmp_path / "folder" / "thesis.txt").write_text("?")
     for command in ("ls", "du", "gc", "verify", "audit"):
         refused(ask(command, "--store", tmp_path / "file"), "is not a folder")
-        refused(ask(command, "--store", tmp_path / "folder"), "thesis.txt", "not a store of mainrun")
+        refused(ask(command, "--store", tmp_path / "folder"), "thesis.txt", "it is not a store")
     result = CliRunner().invoke(
         app, ["train", "--store", str(tmp_path / "file"), "--out", str(tmp_path / "runs")]
     )

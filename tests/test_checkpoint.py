@@ -396,7 +396,7 @@ def test_a_run_falls_back_to_the_checkpoint_before(
     notes = again(*finished, tmp_path, lambda places: flip("state.safetensors", 0.6)(places[0]))
     steps = [int(p.name.split("-")[1]) for p in checkpoint.paths(finished[1].checkpoints)]
     assert notes.first_step == steps[1] + 1
-    assert any(f"step-{steps[0]:08}" in n and "torn or was changed" in n for n in notes.all)
+    assert any(f"step-{steps[0]:08}" in n and "incomplete or was changed" in n for n in notes.all)
 
 
 def test_a_run_without_a_usable_checkpoint_starts_over(

@@ -201,7 +201,7 @@ def test_a_wrong_command_line_gets_one_message_and_exit_code_2(args: list[str], 
 
 @pytest.mark.parametrize("args", [["compare", "a", "b"], ["sample", "a", "--prompt", "x"]])
 def test_the_refusal_of_an_unknown_run_suggests_the_nearest(args: list[str], tmp_path: Path) -> None:
-    refused(invoke(*args, "--out", tmp_path), "'a'", "it has no runs yet")
+    refused(invoke(*args, "--out", tmp_path), "'a'", "contains no runs yet")
     make_run(tmp_path, TrainConfig(preset="apple"))
     misspelt = ["appel-0" if arg == "a" else arg for arg in args]
     refused(invoke(*misspelt, "--out", tmp_path), "'appel-0'", TrainConfig(preset="apple").run_id)
@@ -522,7 +522,7 @@ def test_a_finished_run_is_refused_if_its_titles_have_changed(tmp_path: Path) ->
     write_json(path / "config.json", content | {"fingerprints": load_corpus(cfg).fingerprints})
     assert invoke(*args).exit_code == 0
     titles.write_text(titles.read_text().replace("number 7", "number seven"))
-    refused(invoke(*args), cfg.run_id, "other fingerprints", "restore the corpus", "--fresh")
+    refused(invoke(*args), cfg.run_id, "its fingerprints differ from", "restore the corpus", "--fresh")
     titles.unlink()
     assert invoke(*args).exit_code == 0, "a deleted file is accepted"
 

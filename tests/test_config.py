@@ -250,7 +250,7 @@ def test_a_value_outside_the_bounds_is_refused_by_name(field: str) -> None:
         ({"position": "rope", "head_dim": 33}, ["rope", "even", "head_dim = 33"]),
         ({"experts": 4, "top_k": 5}, ["top_k=5", "experts=4", "lower top_k"]),
         ({"frozen": [6]}, ["frozen=[6]", "n_layer=6", "0..5"]),
-        ({"frozen": [1, 0]}, ["frozen=[1, 0]", "in order"]),
+        ({"frozen": [1, 0]}, ["frozen=[1, 0]", "in ascending order"]),
         ({"grad_accum": 3}, ["grad_accum=3", "batch_size=64", "divisor"]),
         ({"ema": 0.9, "swa": 0.5}, ["ema=0.9", "swa=0.5", "0"]),
         ({"rdrop": 1.0}, ["rdrop=1.0", "dropout > 0"]),
@@ -474,7 +474,7 @@ def test_presets_that_are_bases_of_each_other_are_refused(tmp_path: Path) -> Non
 
 def test_a_base_must_name_one_step_of_a_ladder(tmp_path: Path) -> None:
     ladder = write(tmp_path, "ladder", LADDER)
-    with pytest.raises(ConfigError, match="is a ladder; name one step"):
+    with pytest.raises(ConfigError, match="is a ladder; name one of its steps"):
         load(write(tmp_path, "child", f'base = "{ladder}"'))
 
 
@@ -915,7 +915,7 @@ FAULTY: list[tuple[Any, list[str]]] = [
         "{ version = 2, ops = [...] }"]),
     ({"opps": [GOOD]}, ["growth: unknown key 'opps'", "did you mean 'ops'",
         "allowed: version, seed, defaults, ops"]),
-    ({"version": 1}, ["growth: version=1", "write 2"]),
+    ({"version": 1}, ["growth: version=1", "write version=2"]),
     ({"ops": 3}, ["growth: ops=3", "a list of { name, value, trigger }"]),
     ({"ops": [GOOD, 5]}, ["growth: ops[1]=5", "{ name, value, trigger }"]),
     ({"ops": [{**GOOD, "name": "set_lrr"}]},
@@ -953,7 +953,7 @@ FAULTY: list[tuple[Any, list[str]]] = [
     ({"ops": [op("set_lr", 0.1, budget_frac=math.nan)]}, ["trigger.budget_frac=nan", "above 0 and below 1"]),
     ({"ops": [op("set_lr", 0.1, budget_frac="half")]}, ["trigger.budget_frac='half'", "above 0 and below 1"]),
     ({"ops": [GOOD, op("set_grad_accum", 3, step=9)]},
-        ["ops[1] 'set_grad_accum': grad_accum=3", "batch_size=64", "set a divisor"]),
+        ["ops[1] 'set_grad_accum': grad_accum=3", "batch_size=64", "to a divisor of batch_size"]),
     ({"ops": [op("set_grad_accum", 4, step=5), op("set_batch_size", 2, step=9)]},
         ["ops[1] 'set_batch_size'", "batch_size=2"]),
 ]  # fmt: skip
@@ -974,7 +974,7 @@ def test_an_op_cannot_remove_the_dropout_that_rdrop_needs() -> None:
         default(rdrop=0.5, dropout=0.1, growth={"ops": [GOOD, op("set_dropout", 0.0, step=9)]})
     assert all(
         word in str(e.value)
-        for word in ("growth: ops[1] 'set_dropout'", "rdrop=0.5 without any dropout", "set dropout > 0")
+        for word in ("growth: ops[1] 'set_dropout'", "rdrop=0.5 needs dropout", "set dropout > 0")
     )
 
 

@@ -182,8 +182,8 @@ def test_frozen_layers_must_exist_and_be_in_order(layers: Any, ok: bool) -> None
     assert (not message) == ok
     if not ok:
         assert (
-            f"frozen={list(layers)} is not allowed with n_layer=6; list layers of 0..5, each once, in order"
-            == message
+            f"frozen={list(layers)} is not allowed with n_layer=6; "
+            "list different layers of 0..5 in ascending order" == message
         )
 
 
@@ -219,12 +219,12 @@ PAIRS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ),
     (
         {"n_kv_head": 3},
-        "n_kv_head=3 does not divide n_head=8; set n_kv_head to a divisor, or 0",
+        "n_kv_head=3 does not divide n_head=8; set n_kv_head to 0 or to a divisor of n_head",
         {"n_kv_head": 8},
     ),
     (
         {"n_kv_head": 16},
-        "n_kv_head=16 does not divide n_head=8; set n_kv_head to a divisor, or 0",
+        "n_kv_head=16 does not divide n_head=8; set n_kv_head to 0 or to a divisor of n_head",
         {"n_kv_head": 1},
     ),
     (
@@ -239,7 +239,7 @@ PAIRS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ),
     (
         {"position": "rope", "head_dim": 33},
-        "position=rope needs an even head width, got head_dim = 33; change it",
+        "position=rope needs an even head width, got head_dim = 33; change head_dim",
         {"position": "rope", "head_dim": 34},
     ),
     (
@@ -254,35 +254,35 @@ PAIRS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ),
     (
         {"max_steps": 1, "growth": OPS},
-        "max_steps=1 cannot be combined with growth; "
-        "set max_steps=0: a growth schedule is laid out over the epochs",
+        "max_steps=1 cannot be combined with a growth schedule, "
+        "because a growth schedule spans all epochs; set max_steps=0",
         {"growth": OPS},
     ),
     (
         {"grad_accum": 3},
-        "grad_accum=3 does not divide batch_size=64; set a divisor of batch_size",
+        "grad_accum=3 does not divide batch_size=64; set grad_accum to a divisor of batch_size",
         {"grad_accum": 64},
     ),
     (
         {"ema": 0.5, "swa": 0.25},
-        "ema=0.5 and swa=0.25 are both on; set one of them to 0: only one average is scored",
+        "ema=0.5 and swa=0.25 are both on, but only one average can be scored; set one of them to 0",
         {"swa": 0.25},
     ),
     (
         {"rdrop": 0.5},
-        "rdrop=0.5 without any dropout; set dropout > 0: R-Drop compares two dropout masks",
+        "rdrop=0.5 needs dropout, because R-Drop compares dropout masks; set dropout > 0",
         {"rdrop": 0.5, "dropout": 0.1},
     ),
     (
         {"rdrop": 0.5, "dropout": 0.1, "attn_dropout": 0.0, "resid_dropout": 0.0, "unused_ids": 1},
-        "unused_ids=1 with rdrop=0.5; "
-        "set one of them to 0: unused ids have probability 0, so the loss would be infinite",
+        "unused_ids=1 and rdrop=0.5 cannot be combined, because unused "
+        "ids have probability 0 and the loss would be infinite; set one of them to 0",
         {"rdrop": 0.5, "attn_dropout": 0.1},
     ),
     (
         {"label_smoothing": 0.1, "unused_ids": 1},
-        "unused_ids=1 with label_smoothing=0.1; "
-        "set one of them to 0: unused ids have probability 0, so the loss would be infinite",
+        "unused_ids=1 and label_smoothing=0.1 cannot be combined, because unused "
+        "ids have probability 0 and the loss would be infinite; set one of them to 0",
         {"unused_ids": 1},
     ),
     (
@@ -301,9 +301,13 @@ PAIRS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         {"warmup_frac": 1.0},
     ),
 ]
-GEOMETRY = "write ROWSxTOKENS, like 64x128, tokens at most block_size=128"
+GEOMETRY = "write ROWSxTOKENS, such as 64x128, with at most block_size=128 tokens"
 PAIRS += [
-    ({"official_geometry": text}, f"official_geometry={text!r}; {GEOMETRY}", {"official_geometry": good})
+    (
+        {"official_geometry": text},
+        f"official_geometry={text!r} is not allowed; {GEOMETRY}",
+        {"official_geometry": good},
+    )
     for text, good in [
         ("0x8", "1x8"),
         ("8x0", "8x1"),
@@ -316,7 +320,7 @@ PAIRS += [
 ]
 CORPORA = "use synthetic, hn, hn-2025, file:PATH[#COLUMN] or mix:PATH.toml"
 PAIRS += [
-    ({"corpus": text}, f"corpus={text!r}; {CORPORA}", {"corpus": good})
+    ({"corpus": text}, f"corpus={text!r} is not a corpus; {CORPORA}", {"corpus": good})
     for text, good in [
         ("wiki", "synthetic"), ("file", "file:a"), ("file:", "file:a#b"), ("mix:", "mix:a.toml"),
         ("mix", "mix:a.toml"),
@@ -558,11 +562,11 @@ def test_train_must_have_enough_tokens_for_one_step() -> None:
     with pytest.raises(ConfigError) as e:
         make_plan(8)
     assert str(e.value) == (
-        "train has 8 tokens, but one step takes batch_size*block_size+1 = 9; "
+        "train has 8 tokens, but one step needs batch_size*block_size+1 = 9; "
         "lower batch_size or block_size, or raise num_titles"
     )
     with pytest.raises(
-        ConfigError, match=r"train has 1,024 tokens, but one step takes batch_size\*block_size\+1 = 1,025;"
+        ConfigError, match=r"train has 1,024 tokens, but one step needs batch_size\*block_size\+1 = 1,025;"
     ):
         make_plan(1024, growth={"ops": [op("set_batch_size", 256, step=5)]})
 
@@ -733,8 +737,8 @@ def test_an_op_that_would_fire_too_late_is_refused() -> None:
     with pytest.raises(ConfigError) as e:
         plan_with(op("set_lr", 0.25, step=5), op("set_lr", 0.125, step=100))
     assert str(e.value) == (
-        "growth: ops[1] 'set_lr' would fire after step 100, with less than a step left to train "
-        "(without it the run has 100 steps); give it an earlier trigger"
+        "growth: ops[1] 'set_lr' would fire after step 100, but less than one step would then be left "
+        "(without this op, the run has 100 steps); give the op an earlier trigger"
     )
     with pytest.raises(ConfigError, match=r"'set_batch_size' would fire after step 99,.*has 100 steps"):
         plan_with(op("set_batch_size", 4, step=99))
@@ -923,26 +927,27 @@ def test_scale_also_overrides_a_preset_without_steps(tmp_path: Path) -> None:
         ("steps = []", "{}", "steps = [] in mine.toml" + NO_LIST),
         ("steps = [1]", "{}", "steps = [1] in mine.toml" + NO_LIST),
         ("scale = 3", "{}", "scale = 3 in mine.toml is not a table; "
-                            "write [scale] and a field = value in each line below it"),
-        ("preset = 'x'", "{}", "preset = 'x' in mine.toml has no effect: a preset is named after its "
-                               "file; remove it"),
-        ("[scale]\npreset = 'x'", "{}", "preset = 'x' in mine.toml has no effect: a preset is named after "
-                                        "its file; remove it"),
+                            "write [scale], and below it lines of the form field = value"),
+        ("preset = 'x'", "{}", "preset = 'x' in mine.toml has no effect, because a preset is named after its "
+                               "file; remove the line"),
+        ("[scale]\npreset = 'x'", "{}", "preset = 'x' in mine.toml has no effect, because a preset is named "
+                                        "after its file; remove the line"),
         ("[[steps]]\n[[steps]]\npreset = 'x'", "{}",
-            "preset = 'x' in mine.toml has no effect: a preset is named after its file; remove it"),
+            "preset = 'x' in mine.toml has no effect, "
+            "because a preset is named after its file; remove the line"),
         (LADDER, "{}:c", "preset 'mine' has no step 'c'; its steps: 0, b"),
         ("lr = 0.5", "{}:b", "preset 'mine' has no steps, got '{}:b'; write --preset {}"),
-        (LADDER, "{}:", "preset '{}:' names no step; write {}:STEP, or {} for all of it"),
+        (LADDER, "{}:", "preset '{}:' names no step; write {}:STEP, or {} for all steps"),
         (
             LADDER.replace('"b"', '"0"'),
             "{}",
-            "two steps of mine.toml are called '0'; give each its own name",
+            "two steps of mine.toml are called '0'; give the steps different names",
         ),
         (
             LADDER.replace('"b"', '"/"'),
             "{}",
-            "step 2 of mine.toml is called '/'; "
-            "write at most 80 letters, digits and . + - _ or blanks, a letter or digit first",
+            "step 2 of mine.toml has the invalid name '/'; "
+            "use at most 80 letters, digits, spaces and . + - _, and begin with a letter or digit",
         ),
     ],
 )  # fmt: skip
@@ -969,18 +974,22 @@ def test_the_name_of_a_step(tmp_path: Path, name: str, ok: bool) -> None:
     if ok:
         assert load(path)[0].preset == f"mine:{name}"
     else:
-        assert f"step 1 of mine.toml is called {name!r}" in refusal(path)
+        assert f"step 1 of mine.toml has the invalid name {name!r}" in refusal(path)
 
 
 def test_a_file_name_that_cannot_be_a_directory_name_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, "lr = 0.5", "-mine")
-    assert refusal(path).startswith(f"preset file {path} is called '-mine'; write at most 80 letters")
+    assert refusal(path).startswith(
+        f"preset file {path} has the invalid name '-mine'; use at most 80 letters"
+    )
 
 
 def test_a_base_must_be_one_config(tmp_path: Path) -> None:
     ladder = write(tmp_path, LADDER, "ladder")
     path = write(tmp_path, f'base = "{ladder}"')
-    assert refusal(path) == f"base = '{ladder}' in mine.toml is a ladder; name one step, like {ladder}:0"
+    assert (
+        refusal(path) == f"base = '{ladder}' in mine.toml is a ladder; name one of its steps, like {ladder}:0"
+    )
     one = write(tmp_path, '[[steps]]\nname = "only"\nlr = 0.25\n', "one")
     assert load(write(tmp_path, f'base = "{one}"'))[0].lr == 0.25
     me = write(tmp_path, f'base = "{tmp_path / "mine.toml"}"')
@@ -1008,7 +1017,8 @@ def test_a_step_continues_from_the_step_before_unless_it_has_a_base(tmp_path: Pa
 def test_set_preset_is_refused(tmp_path: Path) -> None:
     assert (
         refusal("baseline", "preset=x")
-        == "--set preset=x: choose a preset with --preset; it is named after its file"
+        == "--set preset=x has no effect, because a preset is named after its file; "
+        "choose a preset with --preset"
     )
 
 
@@ -1097,7 +1107,7 @@ def test_set_without_a_key_or_an_equals_sign(text: str) -> None:
     assert str(e.value) == f"--set got {text!r}; write key=value, like --set lr=0.01"
 
 
-ALL_FIELDS = "; `mainrun presets --fields` lists all"
+ALL_FIELDS = "; `mainrun presets --fields` lists all fields"
 
 
 @pytest.mark.parametrize(

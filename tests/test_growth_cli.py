@@ -124,7 +124,7 @@ def test_faults_are_printed_one_per_line_and_the_exit_code_is_2() -> None:
     assert (code, text) == (2, "")
     assert message.splitlines() == [
         'error: {"version": 3, "ops": [5]} cannot be applied',
-        "version=3 is unknown; write 2, or a list in the original format.",
+        "version=3 is unknown; write version=2, or a list in the original format.",
         "ops[0]=5 is not an op; write { name, value, trigger }.",
     ]
 
@@ -171,7 +171,7 @@ def test_numbers_that_are_too_small_are_refused(option: str, value: str) -> None
 def test_the_smallest_numbers_are_allowed() -> None:
     assert run("plan", "[]", *SETS, "--train-tokens", "65", "--speed", "1")[0] == 0
     code, _, why = run("plan", "[]", *SETS, "--train-tokens", "1")
-    assert code == 2 and "train has 1 tokens, but one step takes" in why
+    assert code == 2 and "train has 1 tokens, but one step needs" in why
 
 
 def test_the_default_preset_is_optimized() -> None:
@@ -269,7 +269,7 @@ def test_verify_uses_the_store_next_to_the_run_or_the_given_one(
 
 def test_verify_refuses_an_impossible_file_name() -> None:
     code, _, why = run("verify", "x" * 300)
-    assert code == 2 and "got RUN" in why and "a name of 300 bytes" in why
+    assert code == 2 and "got RUN" in why and "a name has 300 bytes" in why
 
 
 def test_the_help_names_both_commands() -> None:

@@ -367,7 +367,7 @@ def test_a_broken_op_ends_the_run_and_changes_nothing(
         patch.setitem(operators.OPS, "widen_mlp", broken_widen_mlp)
         with pytest.raises(
             MainrunError,
-            match=r"ops\[0\] 'widen_mlp' did not keep its promise at step 14: function: max \|delta logits\|",
+            match=r"ops\[0\] 'widen_mlp' failed a check at step 14: function: max \|delta logits\|",
         ):
             train(cfg, tmp_path)
     run = tmp_path / cfg.run_id
@@ -657,7 +657,7 @@ def test_each_check_of_the_staged_preset_can_fail(
         results = list(repeat_ops(RunDir(staged), store))
         assert [result.name for result in results if result.check == check and not result.ok] == [name]
     else:
-        with pytest.raises(MainrunError, match=rf"{name!r} did not keep its promise.*{check}: "):
+        with pytest.raises(MainrunError, match=rf"{name!r} failed a check.*{check}: "):
             list(repeat_ops(RunDir(staged), store))
 
 
@@ -671,7 +671,7 @@ def test_a_changed_rotary_table_fails(staged: Path, monkeypatch: pytest.MonkeyPa
         return new, moved
 
     monkeypatch.setattr(controller, "grow", turned)
-    with pytest.raises(MainrunError, match=r"'upcycle_moe' did not keep its promise.*rope: "):
+    with pytest.raises(MainrunError, match=r"'upcycle_moe' failed a check.*rope: "):
         list(repeat_ops(RunDir(staged), Store(staged.parent / ".store")))
 
 

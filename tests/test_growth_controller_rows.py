@@ -449,11 +449,11 @@ def test_a_broken_op_aborts_and_changes_nothing(broken_widen_mlp: None) -> None:
         run.act()
     text = str(e.value)
     assert text.startswith(
-        "growth: ops[0] 'widen_mlp' did not keep its promise at step 10: function: max |delta logits| "
+        "growth: ops[0] 'widen_mlp' failed a check at step 10: function: max |delta logits| "
     )
     assert (
-        "; the state before the operation is kept. Lower preserve or optimizer.min_coverage, "
-        "or write on_fail=skip" in text
+        "; the operation did not change the model. Lower preserve or optimizer.min_coverage, "
+        "or set on_fail=skip" in text
     )
     assert run.state.cfg is cfg and run.growth.applied == 0 and run.scored == []
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(run).items())
@@ -502,7 +502,7 @@ def test_a_skipped_op_does_not_change_earlier_ops(broken_widen_mlp: None) -> Non
 def test_an_abort_keeps_the_ops_before_it(broken_widen_mlp: None) -> None:
     run = Run(config(op("add_heads", 4, {"step": 10}), op("widen_mlp", 20, {"step": 10}, **INITIAL)))
     run.go(10)
-    with pytest.raises(UsageError, match=r"ops\[1\] 'widen_mlp' did not keep its promise"):
+    with pytest.raises(UsageError, match=r"ops\[1\] 'widen_mlp' failed a check"):
         run.act()
     assert run.state.growth_state["applied"] == 1 and run.state.growth_state["config"]["n_head"] == 4
 

@@ -290,7 +290,7 @@ def test_trap_state_looked_up_by_position_or_identity() -> None:
     for wrong in (by_position, by_identity, {"optimizer/blocks.0.mlp.up.weight/exp_max": torch.zeros(12, 8)}):
         with pytest.raises(ValueError, match="belongs to no parameter of the model before the operation"):
             transfer(wrong, moved)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"has shape \(3,\); its parameter has \(12, 8\)"):
+    with pytest.raises(ValueError, match=r"has shape \(3,\), but its parameter has shape \(12, 8\)"):
         transfer({"optimizer/blocks.0.mlp.up.weight/exp_avg": torch.zeros(3)}, moved)
 
 

@@ -369,7 +369,7 @@ def test_the_minimum_coverage(least: float, passes: bool) -> None:
         with pytest.raises(
             ValueError,
             match=rf"50\.0% of the optimiser's state was transferred, but min_coverage={least:g} requires "
-            "more; lower it",
+            "more; lower min_coverage",
         ):
             transfer(ADAM, half, min_coverage=least)
     assert transfer(ADAM, half, "reset", min_coverage=least) == ({}, 0.0)
@@ -404,14 +404,14 @@ def test_there_are_five_modes() -> None:
             "name it optimizer/<parameter>/<key>",
         ),
         ("optimizer/v/exp_avg", W, "state 'optimizer/v/exp_avg' belongs to no parameter"),
-        ("optimizer/w/max_exp_avg_sq", W, "with one of the keys exp_avg, exp_avg_sq, momentum_buffer, step"),
+        ("optimizer/w/max_exp_avg_sq", W, "where <key> is one of exp_avg, exp_avg_sq, momentum_buffer, step"),
         ("optimizer/exp_avg", W, "state 'optimizer/exp_avg' belongs to no parameter"),
         (
             "optimizer/w/exp_avg",
             W.T,
-            "state 'optimizer/w/exp_avg' has shape (3, 2); its parameter has (2, 3)",
+            "state 'optimizer/w/exp_avg' has shape (3, 2), but its parameter has shape (2, 3)",
         ),
-        ("optimizer/w/momentum_buffer", W[0], "has shape (3,); its parameter has (2, 3)"),
+        ("optimizer/w/momentum_buffer", W[0], "has shape (3,), but its parameter has shape (2, 3)"),
     ],
 )
 def test_state_that_fits_no_parameter_is_refused(name: str, value: Tensor, message: str) -> None:

@@ -216,7 +216,9 @@ def test_the_pieces_of_new_hidden_units() -> None:
 
 def test_a_narrower_mlp_is_refused() -> None:
     model = shaken(config())
-    with pytest.raises(ValueError, match="11 < current hidden 12; give an integer > 12"):
+    with pytest.raises(
+        ValueError, match="hidden width 11 is below the current hidden width 12; give an integer above 12"
+    ):
         grow(op("widen_mlp", 11), model.cfg, model.cfg.changed(d_ff=11), model, 1)
     grow(op("widen_mlp", 12), model.cfg, model.cfg, model, 1)
 
@@ -354,19 +356,20 @@ def test_new_heads_are_at_the_end_of_their_group() -> None:
     [
         (
             {"n_head": 1, "head_dim": 4},
-            "1 heads of width 4 over 1 key/value heads do not contain the old 2 of width 4 over 2; keep",
+            "1 heads of width 4 over 1 key/value heads cannot contain the old 2 heads of width 4 over 2; "
+            "keep",
         ),
         (
             {"n_head": 4},
-            "4 heads of width 2 over 4 key/value heads do not contain the old 2 of width 4 over 2",
+            "4 heads of width 2 over 4 key/value heads cannot contain the old 2 heads of width 4 over 2",
         ),
         (
             {"n_head": 2, "head_dim": 6},
-            "2 heads of width 6 over 2 key/value heads do not contain the old 2 of width 4 over 2",
+            "2 heads of width 6 over 2 key/value heads cannot contain the old 2 heads of width 4 over 2",
         ),
         (
             {"n_head": 4, "head_dim": 4, "n_kv_head": 1},
-            "4 heads of width 4 over 1 key/value heads do not contain the old 2 of width 4 over 2",
+            "4 heads of width 4 over 1 key/value heads cannot contain the old 2 heads of width 4 over 2",
         ),
         ({"n_head": 4, "head_dim": 4, "n_kv_head": 4}, ""),
         ({"n_head": 4, "head_dim": 4, "n_kv_head": 2}, ""),
@@ -388,7 +391,7 @@ def test_fewer_query_heads_per_group_are_refused() -> None:
     model = shaken(config(n_head=4, n_kv_head=2))
     with pytest.raises(
         ValueError,
-        match=r"4 heads of width 2 over 4 .* the old 4 of width 2 over 2; .* and 2 or more queries to each",
+        match=r"4 heads of width 2 over 4 .* the old 4 heads of width 2 over 2; .* with 2 query heads each",
     ):
         grow(op("add_heads", 9), model.cfg, model.cfg.changed(n_kv_head=4), model, 1)
 
@@ -558,7 +561,7 @@ def test_the_noise_of_experts_has_the_given_size() -> None:
         (
             {"experts": 4, "top_k": 2, "noise_snr_db": 3.0},
             {"experts": 4, "top_k": 2},
-            "noise_snr_db with router=random changes the function",
+            "noise_snr_db changes the output of a model with router=random",
         ),
         ({"experts": 4, "top_k": 2, "shards": 2}, {"experts": 4, "top_k": 2, "d_ff": 6}, ""),
     ],
@@ -619,7 +622,7 @@ def test_the_minimum_rank_is_one() -> None:
     grown(model, op("set_attn_lora_rank", 1))
     with pytest.raises(
         ValueError,
-        match="rank 0 is not allowed; give 1 or more, or use merge_lora_weights to remove the term",
+        match="rank 0 is not allowed; give at least 1, or remove the term with merge_lora_weights",
     ):
         grow(op("set_attn_lora_rank", 0), model.cfg, model.cfg.changed(attn_lora_rank=0), model, 1)
 

@@ -86,13 +86,14 @@ def test_the_faults_of_the_example_in_the_specification() -> None:
     entries = json.loads(LIST)
     entries[4]["value"] = [1, 1, 4, 3]
     assert simulate(start(), entries).faults == [
-        "ops[4] 'stack_layers': value[2]=4 out of range; "
+        "ops[4] 'stack_layers': layers out of range: value[2]=4; "
         "at this point the model has 4 layers (after ops[1]). Use 0..3."
     ]
     entries[4]["value"], entries[1]["value"] = [1, 1, 2, 3], 2
     assert simulate(start(), entries).faults == [
-        "ops[1] 'stack_layers': value 2 is the old \"double\" form; for 2 layers write [0,1,0,1].",
-        "ops[4] 'stack_layers': value[2]=2, value[3]=3 out of range; "
+        "ops[1] 'stack_layers': value 2 is the old \"double\" form; "
+        "the model has 2 layers, so write [0,1,0,1].",
+        "ops[4] 'stack_layers': layers out of range: value[2]=2, value[3]=3; "
         "at this point the model has 2 layers. Use 0..1.",
     ]
 
@@ -240,9 +241,9 @@ def test_a_static_op_that_is_too_late_is_a_fault_if_the_tokens_are_known() -> No
     assert simulate(start(), ops).faults == []
     (fault,) = simulate(start(), ops, 102_401).faults
     assert fault == (
-        "ops[0] 'set_lr' would fire after step 1000000, with less than a step left to train (without it "
-        "the run has 700 steps); "
-        "give it an earlier trigger."
+        "ops[0] 'set_lr' would fire after step 1000000, but less than one step would then be left "
+        "(without this op, the run has 700 steps); "
+        "give the op an earlier trigger."
     )
 
 
@@ -263,8 +264,8 @@ def wait(name: str, value: Any, **trigger: Any) -> dict[str, Any]:
         ([wait("set_lr", 0.1, loss_below=0)], None,
             ["ops[0] 'set_lr': loss_below=0 is never reached; a loss is always above 0."]),
         ([wait("set_lr", 0.1, step=50), wait("set_lr", 0.2, step=40)], None,
-         ["ops[1] 'set_lr': step 40 is earlier than the op can fire; "
-          "the op fires with the previous op, not before step 50."]),
+         ["ops[1] 'set_lr': the op cannot fire at step 40; "
+          "it fires together with the previous op, at step 50 or later."]),
         ([wait("set_lr", 0.1, wait_iters=2)], 102_401,
          ["ops[0] 'set_lr': a wait of 2 is shorter than the 33 steps between evaluations; "
           "the op fires at the next evaluation."]),
@@ -366,8 +367,8 @@ def test_each_fault_has_its_own_line_and_the_exit_code_is_2(tmp_path: Path) -> N
     first, *faults = done.stderr.splitlines()
     assert first == f"error: {path} cannot be applied" and len(faults) == 4
     assert (
-        faults[-1]
-        == "ops[1] 'stack_layers': value 2 is the old \"double\" form; for 2 layers write [0,1,0,1]."
+        faults[-1] == "ops[1] 'stack_layers': value 2 is the old \"double\" form; "
+        "the model has 2 layers, so write [0,1,0,1]."
     )
 
 

@@ -188,9 +188,9 @@ REFUSED: dict[str, tuple[str, list[Any]]] = {
     "wait_iters": ("a whole number, 0 or more", [-1, 0.5, LARGEST, math.nan, math.inf, False, "0", None]),
     "step": ("a whole number, 1 or more", [0, 0.9, 1.5, True, LARGEST, [5]]),
     "tokens": ("a whole number, 1 or more", [0, 2.5]),
-    "budget_frac": ("a share of the run's tokens, above 0 and below 1", [0, 0.0, 1, 1.0, -0.1, 1.1, True]),
+    "budget_frac": ("a fraction of the run's tokens, above 0 and below 1", [0, 0.0, 1, 1.0, -0.1, 1.1, True]),
     "plateau": (
-        "{ evals = N, rel = R }, N 1 or more, R above 0 and below 1",
+        "{ evals = N, rel = R } with N of at least 1, and R above 0 and below 1",
         [
             {"evals": 1},
             {"rel": 0.5},
@@ -235,7 +235,7 @@ PARTS: list[tuple[str, str, str, list[tuple[Any, Any]], str, list[Any]]] = [
         "optimizer",
         "min_coverage",
         [(0, 0.0), (1, 1.0), (0.5, 0.5)],
-        "a share, 0 to 1",
+        "a number from 0 to 1",
         [-1e-9, 1.000001, True, "1", None],
     ),
     ("widen_mlp", "lr", "rewarm_iters", [(0, 0), (5.0, 5)], "a whole number, 0 or more", [-1, 0.5, True]),
@@ -507,7 +507,7 @@ def test_the_fields_that_an_op_changes(
 
 @pytest.mark.parametrize("name", ["widen_mlp", "add_heads", "resize_vocabulary"])
 def test_a_size_that_is_not_a_number_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=r"value='wide' is not allowed; give an integer > \d+, the "):
+    with pytest.raises(ValueError, match=r"value='wide' is not allowed; give an integer above \d+, the "):
         after(Op(name, "wide", Trigger(step=1)), config())
 
 
@@ -610,8 +610,8 @@ NOT_A_SCHEDULE = (
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"version": True}, "version=True is unknown; write 2, or a list in the original format."),
-        ({"version": "2"}, "version='2' is unknown; write 2, or a list in the original format."),
+        ({"version": True}, "version=True is unknown; write version=2, or a list in the original format."),
+        ({"version": "2"}, "version='2' is unknown; write version=2, or a list in the original format."),
         ({"version": 2.0}, None),
         ({"seed": True}, "seed=True is not allowed; write a whole number, 0 or more."),
         ({"seed": 1.5}, "seed=1.5 is not allowed; write a whole number, 0 or more."),
@@ -749,23 +749,23 @@ OP_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "init of an operation without it": (
         op("widen_model", 32, init="copy"),
-        "ops[0] 'widen_model': init is only for stack_layers and widen_mlp; remove it.",
+        "ops[0] 'widen_model': only stack_layers and widen_mlp have the key init; remove the key.",
     ),
     "init of a training op": (
         op("set_lr", 0.1, init="copy"),
-        "ops[0] 'set_lr': init is only for ops that change the weights; remove it.",
+        "ops[0] 'set_lr': only ops that change the weights have the key init; remove the key.",
     ),
     "preserve of a training op": (
         op("set_lr", 0.1, preserve="none"),
-        "ops[0] 'set_lr': preserve is only for ops that change the weights",
+        "ops[0] 'set_lr': only ops that change the weights have the key preserve",
     ),
     "lr of a training op": (
         op("set_lr", 0.1, lr={}),
-        "ops[0] 'set_lr': lr is only for ops that change the weights; remove it.",
+        "ops[0] 'set_lr': only ops that change the weights have the key lr; remove the key.",
     ),
     "on_fail of a training op": (
         op("set_lr", 0.1, on_fail="skip"),
-        "ops[0] 'set_lr': on_fail is only for ops that change the weights",
+        "ops[0] 'set_lr': only ops that change the weights have the key on_fail",
     ),
     "a blank id": (op("set_lr", 0.1, id="  "), "ops[0] 'set_lr': id='  ' is not allowed; write a string."),
     "a number as an id": (op("set_lr", 0.1, id=3), "ops[0] 'set_lr': id=3 is not allowed; write a string."),
@@ -807,39 +807,39 @@ OP_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "two conditions": (
         op("set_lr", 0.1, {"step": 1, "tokens": 2}),
-        "trigger has exactly one condition, got step and tokens; write { step = N }",
+        "trigger must have exactly one condition, got step and tokens; write { step = N }",
     ),
     "any next to another condition": (
         op("set_lr", 0.1, {"any": [{"step": 1}], "step": 2}),
-        "write any = [...] alone, with one condition in each table.",
+        "write any = [...] as the only key, with one condition in each table.",
     ),
     "an empty any": (
         op("set_lr", 0.1, {"any": []}),
-        "trigger={'any': []} is not allowed; write any = [...] alone",
+        "trigger={'any': []} is not allowed; write any = [...] as the only key",
     ),
     "any as a table": (
         op("set_lr", 0.1, {"any": {"step": 1}}),
-        "trigger={'any': {'step': 1}} is not allowed; write any = [...] alone",
+        "trigger={'any': {'step': 1}} is not allowed; write any = [...] as the only key",
     ),
     "any of numbers": (
         op("set_lr", 0.1, {"any": [1]}),
-        "trigger={'any': [1]} is not allowed; write any = [...] alone",
+        "trigger={'any': [1]} is not allowed; write any = [...] as the only key",
     ),
     "any with two conditions in one table": (
         op("set_lr", 0.1, {"any": [{"step": 1}, {"step": 2, "tokens": 3}]}),
-        "write any = [...] alone",
+        "write any = [...] as the only key",
     ),
     "any as a number": (
         op("set_lr", 0.1, {"any": 5}),
-        "trigger={'any': 5} is not allowed; write any = [...] alone",
+        "trigger={'any': 5} is not allowed; write any = [...] as the only key",
     ),
     "any with two repeated conditions": (
         op("set_lr", 0.1, {"any": [{"tokens": 1}, {"step": 2}, {"tokens": 3}, {"step": 4}]}),
-        "trigger.any has step twice; keep the one that is met first.",
+        "trigger.any has the condition step twice; keep the one that is met first.",
     ),
     "any with a repeated condition": (
         op("set_lr", 0.1, {"any": [{"step": 1}, {"tokens": 2}, {"step": 3}]}),
-        "trigger.any has step twice; keep the one that",
+        "trigger.any has the condition step twice; keep the one that",
     ),
     "an unknown condition": (
         op("set_lr", 0.1, {"stop": 1}),
@@ -909,8 +909,8 @@ def test_ids_must_be_unique() -> None:
     schedule, faults = read({"ops": ops})
     assert [o.id for o in schedule.ops] == ["a", "1-set_lr"]
     assert [text for _, text in faults] == [
-        "ops[2] 'set_lr': id='a' is already used by ops[0]; give each op its own id.",
-        "ops[3] 'set_lr': id='1-set_lr' is already used by ops[1]; give each op its own id.",
+        "ops[2] 'set_lr': id='a' is already used by ops[0]; give each op a different id.",
+        "ops[3] 'set_lr': id='1-set_lr' is already used by ops[1]; give each op a different id.",
     ]
 
 
@@ -945,14 +945,14 @@ MODEL: dict[
         "stack_layers",
         [1],
         {"value": [0]},
-        "value[0]=1 out of range; at this point the model has 1 layer. Use 0.",
+        "layers out of range: value[0]=1; at this point the model has 1 layer. Use 0.",
     ),
     "an old triple": (
         {},
         "stack_layers",
         3,
         {},
-        'value 3 is the old "triple" form; for 2 layers write [0,1,0,1,0,1]',
+        'value 3 is the old "triple" form; the model has 2 layers, so write [0,1,0,1,0,1]',
     ),
     "as many layers as 1,024": (
         {},
@@ -966,14 +966,14 @@ MODEL: dict[
         "stack_layers",
         512,
         {},
-        'value 512 is the old "512-fold" form; for 2 layers write [0,1,0,1,',
+        'value 512 is the old "512-fold" form; the model has 2 layers, so write [0,1,0,1,',
     ),
     "an old double of one layer": (
         {"n_layer": 1},
         "stack_layers",
         2,
         {},
-        'value 2 is the old "double" form; for 1 layer write [0,0]',
+        'value 2 is the old "double" form; the model has 1 layer, so write [0,0]',
     ),
     "one is no factor of one layer": (
         {"n_layer": 1},
@@ -987,79 +987,91 @@ MODEL: dict[
         "stack_layers",
         1,
         {},
-        'value 1 is the old "1-fold" form; for 2 layers write [0,1]',
+        'value 1 is the old "1-fold" form; the model has 2 layers, so write [0,1]',
     ),
     "a layer that is the last but one": (
         {},
         "stack_layers",
         [0, 1, 2],
         {"value": [0, 1, 1]},
-        "value[2]=2 out of range; at this point the model has 2 layers. Use 0..1",
+        "layers out of range: value[2]=2; at this point the model has 2 layers. Use 0..1",
     ),
     "a layer below 0": (
         {},
         "stack_layers",
         [-1],
         {"value": [0]},
-        "value[0]=-1 out of range; at this point the model has 2 layers. Use 0..1",
+        "layers out of range: value[0]=-1; at this point the model has 2 layers. Use 0..1",
     ),
     "five layers of six": (
         {},
         "stack_layers",
         [9] * 6,
         {},
-        "value[0]=9, value[1]=9, value[2]=9, value[3]=9, value[4]=9 out of range",
+        "layers out of range: value[0]=9, value[1]=9, value[2]=9, value[3]=9, value[4]=9",
     ),
     "the same hidden width": (
         {},
         "widen_mlp",
         64,
         {"value": 65},
-        "64 <= current hidden 64; give an integer > 64",
+        "value 64 is not above the current hidden width 64; give an integer above 64",
     ),
     "an old hidden factor": (
         {},
         "widen_mlp",
         1.5,
         {},
-        "value 1.5 is the old relative form; for hidden 64 write 96",
+        "value 1.5 is in the old relative form; hidden width is 64, so write 96",
     ),
     "an old width factor": (
         {},
         "widen_model",
         1.5,
         {},
-        "value 1.5 is the old relative form; for width 16 write 24",
+        "value 1.5 is in the old relative form; the width is 16, so write 24",
     ),
     "no multiple": (
         {},
         "widen_model",
         33,
         {"value": 32},
-        "d_model=33 is not a multiple of the width 16; give 32, 48, ...",
+        "d_model=33 is not a multiple of the current width 16; give 32, 48, ...",
     ),
     "no whole factor": (
         {},
         "widen_model",
         {"factor": 2.5},
         {"value": {"factor": 2}},
-        "factor=2.5 is not a whole number; the width is 16, give 2, 3, ...",
+        "factor=2.5 is not a whole number; give 2, 3, ... for the width 16",
     ),
-    "the same width": ({}, "widen_model", 16, {"value": 48}, "16 <= current width 16; give 32, 48, ..."),
-    "as many heads": ({}, "add_heads", 2, {"value": 3}, "2 <= current n_head 2; give an integer > 2"),
+    "the same width": (
+        {},
+        "widen_model",
+        16,
+        {"value": 48},
+        "d_model=16 is not above the current width 16; give 32, 48, ...",
+    ),
+    "as many heads": (
+        {},
+        "add_heads",
+        2,
+        {"value": 3},
+        "value 2 is not above the current n_head 2; give an integer above 2",
+    ),
     "heads that do not share": (
         {"n_head": 4, "n_kv_head": 2},
         "add_heads",
         7,
         {"value": 8},
-        "7 heads cannot share 2 key/value heads evenly; give a multiple, like 8",
+        "7 heads cannot share 2 key/value heads evenly; give a multiple, such as 8",
     ),
     "experts again": (
         {"experts": 4},
         "upcycle_moe",
         {"experts": 8},
         {},
-        "the model already has 4 experts; only a dense model can be upcycled. Remove this op",
+        "the model already has 4 experts; remove this op, because only a dense model can be upcycled",
     ),
     "a number of experts": (
         {},
@@ -1080,21 +1092,21 @@ MODEL: dict[
         "upcycle_moe",
         {"experts": 8, "top_k": 4, "shards": 4},
         {"value": {"experts": 8, "top_k": 4, "shards": 2}},
-        "shards=4 does not divide hidden=62; use a divisor of hidden, experts and top_k",
+        "shards=4 does not divide hidden=62; use a common divisor of hidden, experts and top_k",
     ),
     "shards of the experts": (
         {},
         "upcycle_moe",
         {"experts": 6, "top_k": 4, "shards": 4},
         {"value": {"experts": 8, "top_k": 4, "shards": 4}},
-        "shards=4 does not divide experts=6; use a divisor of hidden, experts and top_k",
+        "shards=4 does not divide experts=6; use a common divisor of hidden, experts and top_k",
     ),
     "shards of the chosen": (
         {},
         "upcycle_moe",
         {"experts": 8, "top_k": 2, "shards": 4},
         {"value": {"experts": 8, "top_k": 2, "shards": 2}},
-        "shards=4 does not divide top_k=2; use a divisor of hidden, experts and top_k",
+        "shards=4 does not divide top_k=2; use a common divisor of hidden, experts and top_k",
     ),
     "one renormalised weight": (
         {},
@@ -1109,8 +1121,8 @@ MODEL: dict[
         "upcycle_moe",
         {"experts": 4, "router": "zero"},
         {"optimizer": "asymmetric"},
-        "router=zero locks: every tie is won by the same experts; "
-        "use router=random, or break the tie with noise_snr_db or",
+        "router=zero would always choose the same experts, because all experts get equal scores; "
+        "use router=random, or make the experts differ with noise_snr_db or",
     ),
     "a zero router with keep": (
         {},
@@ -1124,21 +1136,21 @@ MODEL: dict[
         "upcycle_moe",
         {"experts": 4, "router": "zero", "router_std": 0.5, "noise_snr_db": 9},
         {},
-        "router_std=0.5 has no effect with router=zero; leave it out, or use router=random",
+        "router_std=0.5 has no effect with router=zero; remove router_std, or use router=random",
     ),
     "noise with a random router": (
         {},
         "upcycle_moe",
         {"experts": 4, "noise_snr_db": 9},
         {"value": {"experts": 4}},
-        "noise_snr_db with router=random changes the function",
+        "noise_snr_db changes the output of a model with router=random",
     ),
     "rank 0": (
         {},
         "set_attn_lora_rank",
         0,
         {"value": 1},
-        "value=0 is not allowed; give a rank, 1 or more",
+        "value=0 is not allowed; give a rank of at least 1",
     ),
     "rank -1, with a rank": (
         {"attn_lora_rank": 2},
@@ -1146,105 +1158,106 @@ MODEL: dict[
         -1,
         {"value": 1},
         "value=-1 is not allowed; "
-        "give a rank, 1 or more, or remove the low-rank weights with merge_lora_weights",
+        "give a rank of at least 1, or remove the low-rank weights with merge_lora_weights",
     ),
     "an old rank factor": (
         {"embed_lora_rank": 4},
         "set_embedding_lora_rank",
         1.5,
         {},
-        "value 1.5 is the old relative form; the rank is 4, write 6",
+        "value 1.5 is in the old relative form; the rank is 4, so write 6",
     ),
     "an old rank factor of none": (
         {},
         "set_attn_lora_rank",
         1.5,
         {},
-        "value 1.5 is the old relative form; the rank is 0, give the rank, like 8",
+        "value 1.5 is in the old relative form; the rank is 0, so write a rank such as 8",
     ),
     "nothing to merge": (
         {},
         "merge_lora_weights",
         None,
         {},
-        "there are no low-rank weights to merge; move this op behind a set_attn_lora_rank, or remove it",
+        "there are no low-rank weights to merge; "
+        "move this op after an op that sets a rank, or remove this op",
     ),
     "a layer to freeze that does not exist": (
         {},
         "freeze_layer",
         2,
         {"value": 1},
-        "layer 2 out of range; at this point the model has 2 layers. Use 0..1",
+        "layer 2 is out of range; at this point the model has 2 layers. Use 0..1",
     ),
     "a layer below 0 to freeze": (
         {},
         "freeze_layer",
         [0, -1],
         {"value": [0]},
-        "layer -1 out of range; at this point the model has 2 layers. Use 0..1",
+        "layer -1 is out of range; at this point the model has 2 layers. Use 0..1",
     ),
     "no layer to freeze": (
         {},
         "freeze_layer",
         [],
         {},
-        "value=[] is not a layer; give one of 0..1, or a list of them",
+        "value=[] is not a layer; give a layer of 0..1, or a list of layers",
     ),
     "half a layer": (
         {},
         "freeze_layer",
         0.5,
         {},
-        "value=0.5 is not a layer; give one of 0..1, or a list of them",
+        "value=0.5 is not a layer; give a layer of 0..1, or a list of layers",
     ),
     "frozen already": (
         {"frozen": [0, 1]},
         "freeze_layer",
         1,
         {},
-        "layer 1 is already frozen; frozen at this point: 0, 1. Leave it out",
+        "layer 1 is already frozen; frozen layers at this point: 0, 1. Remove it from the op",
     ),
     "not frozen": (
         {},
         "unfreeze_layer",
         1,
         {},
-        "layer 1 is not frozen; frozen at this point: none. Leave it out",
+        "layer 1 is not frozen; frozen layers at this point: none. Remove it from the op",
     ),
     "as many ids": (
         {"unused_ids": 5},
         "resize_vocabulary",
         305,
         {"value": 306},
-        "305 <= current vocabulary 305; give an integer > 305",
+        "value 305 is not above the current vocabulary size 305; give an integer above 305",
     ),
     "an old factor of the ids": (
         {},
         "resize_vocabulary",
         1.5,
         {},
-        "value 1.5 is the old relative form; for vocabulary 300 write 450",
+        "value 1.5 is in the old relative form; vocabulary size is 300, so write 450",
     ),
     "no evaluations to set": (
         {},
         "set_eval_iters",
         200,
         {},
-        "every evaluation scores each token of val exactly once, so there is nothing to set; remove the op",
+        "every evaluation scores each token of val exactly once, so its length cannot be set; remove the op",
     ),
     "an old factor of the rate": (
         {},
         "change_lr",
         1.234567891,
         {},
-        'this is the old relative form; lr is 0.01, write "set_lr" and the value 0.0123457',
+        'this op has the old relative form; lr is 0.01, so write "set_lr" and the value 0.0123457',
     ),
     "an old factor of the batch": (
         {},
         "change_batch_size",
         1.3,
         {},
-        'this is the old relative form; batch_size is 2, write "set_batch_size" and the value 3',
+        'this op has the old relative form; batch_size is 2, so write "set_batch_size" and the value 3',
     ),
 }
 
@@ -1279,29 +1292,37 @@ BEFORE: dict[str, tuple[dict[str, Any], list[tuple[str, Any]], str]] = {
     "hidden": (
         {},
         [("widen_mlp", 128), ("widen_mlp", 128)],
-        "128 <= current hidden 128 (set by ops[0]); give an integer > 128",
+        "value 128 is not above the current hidden width 128 (set by ops[0]); give an integer above 128",
     ),
-    "hidden, old": ({}, [("widen_mlp", 128), ("widen_mlp", 2.0)], "for hidden 128 (set by ops[0]) write 256"),
+    "hidden, old": (
+        {},
+        [("widen_mlp", 128), ("widen_mlp", 2.0)],
+        "hidden width is 128 (set by ops[0]), so write 256",
+    ),
     "width": (
         {},
         [("widen_model", 32), ("widen_model", 32)],
-        "32 <= current width 32 (set by ops[0]); give 64, 96, ...",
+        "d_model=32 is not above the current width 32 (set by ops[0]); give 64, 96, ...",
     ),
-    "width, old": ({}, [("widen_model", 32), ("widen_model", 2.0)], "for width 32 (set by ops[0]) write 64"),
+    "width, old": (
+        {},
+        [("widen_model", 32), ("widen_model", 2.0)],
+        "the width is 32 (set by ops[0]), so write 64",
+    ),
     "width, no multiple": (
         {},
         [("widen_model", 32), ("widen_model", 48)],
-        "not a multiple of the width 32 (set by ops[0]); give 64, 96, ...",
+        "not a multiple of the current width 32 (set by ops[0]); give 64, 96, ...",
     ),
     "width, factor": (
         {},
         [("widen_model", 32), ("widen_model", {"factor": 1.5})],
-        "the width is 32 (set by ops[0]), give 2, 3, ...",
+        "give 2, 3, ... for the width 32 (set by ops[0])",
     ),
     "heads": (
         {},
         [("add_heads", 4), ("add_heads", 3)],
-        "3 <= current n_head 4 (set by ops[0]); give an integer > 4",
+        "value 3 is not above the current n_head 4 (set by ops[0]); give an integer above 4",
     ),
     "experts": (
         {},
@@ -1311,27 +1332,27 @@ BEFORE: dict[str, tuple[dict[str, Any], list[tuple[str, Any]], str]] = {
     "rank": (
         {},
         [("set_attn_lora_rank", 4), ("set_attn_lora_rank", 2.0)],
-        "the rank is 4 (set by ops[0]), write 8",
+        "the rank is 4 (set by ops[0]), so write 8",
     ),
     "merge": (
         {"attn_lora_rank": 2},
         [("merge_lora_weights", None)] * 2,
-        "there are no low-rank weights to merge (after ops[0]); move this op behind",
+        "there are no low-rank weights to merge (after ops[0]); move this op after",
     ),
     "frozen": (
         {},
         [("freeze_layer", 1), ("freeze_layer", 1)],
-        "frozen at this point: 1 (after ops[0]). Leave it out",
+        "frozen layers at this point: 1 (after ops[0]). Remove it from the op",
     ),
     "ids": (
         {},
         [("resize_vocabulary", 310), ("resize_vocabulary", 305)],
-        "305 <= current vocabulary 310 (set by ops[0]); give an integer > 310",
+        "value 305 is not above the current vocabulary size 310 (set by ops[0]); give an integer above 310",
     ),
     "rate": (
         {},
         [("set_lr", 0.5), ("change_lr", 0.5)],
-        'lr is 0.5 (set by ops[0]), write "set_lr" and the value 0.25',
+        'lr is 0.5 (set by ops[0]), so write "set_lr" and the value 0.25',
     ),
     "the last op that set it": (
         {},
@@ -1341,7 +1362,7 @@ BEFORE: dict[str, tuple[dict[str, Any], list[tuple[str, Any]], str]] = {
     "an op without an effect is not named": (
         {},
         [("set_lr", 0.01), ("change_lr", 0.5)],
-        'lr is 0.01, write "set_lr"',
+        'lr is 0.01, so write "set_lr"',
     ),
 }
 
@@ -1534,9 +1555,9 @@ def test_a_long_text_is_shortened_in_the_message() -> None:
         with pytest.raises(ConfigError) as e:
             from_text(text)
         assert (
-            text in str(e.value)
-        ) is whole and "write { ops = [{ name, value, trigger }, ...] }, or give the name of a file" in str(
-            e.value
+            (text in str(e.value)) is whole
+            and "write { ops = [{ name, value, trigger }, ...] }, or give the name of a schedule file"
+            in str(e.value)
         )
     for count, whole in ((120, True), (121, False)):
         text = "x" * count

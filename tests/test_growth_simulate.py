@@ -177,7 +177,9 @@ def test_with_faults_the_segments_are_those_of_the_other_ops() -> None:
     ops = [op("widen_mlp", 32, {"step": 5}), op("set_lr", 0.02, {"step": 6}), op("shrink", 1, {"step": 7})]
     forecast = simulate(config(), {"version": 3, "ops": ops}, 641)
     assert [text.split(";")[0] for text in forecast.faults] == [
-        "version=3 is unknown", "ops[0] 'widen_mlp': 32 <= current hidden 64", "ops[2] 'shrink': unknown op",
+        "version=3 is unknown",
+        "ops[0] 'widen_mlp': value 32 is not above the current hidden width 64",
+        "ops[2] 'shrink': unknown op",
     ]  # fmt: skip
     assert [s.op for s in forecast.segments] == ["", "set_lr 0.02"]
     assert [s.steps for s in forecast.segments] == [None, None], "a schedule with faults has no plan"
@@ -185,7 +187,7 @@ def test_with_faults_the_segments_are_those_of_the_other_ops() -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "message"),
-    [(65, None), (64, "train has 64 tokens, but one step takes batch_size*block_size+1 = 65")],
+    [(65, None), (64, "train has 64 tokens, but one step needs batch_size*block_size+1 = 65")],
 )
 def test_too_few_tokens_are_a_fault(tokens: int, message: str | None) -> None:
     faults = simulate(config(), [], tokens).faults
@@ -270,10 +272,10 @@ WARNINGS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], int | None, list
     "steps that go back, after the largest": (
         {}, [op("set_lr", 0.1, {"step": 50}), op("set_lr", 0.2, {"step": 40}),
             op("set_lr", 0.3, {"step": 45})], None,
-        ["ops[1] 'set_lr': step 40 is earlier than the op can fire; "
-         "the op fires with the previous op, not before step 50.",
-         "ops[2] 'set_lr': step 45 is earlier than the op can fire; "
-         "the op fires with the previous op, not before step 50."],
+        ["ops[1] 'set_lr': the op cannot fire at step 40; "
+         "it fires together with the previous op, at step 50 or later.",
+         "ops[2] 'set_lr': the op cannot fire at step 45; "
+         "it fires together with the previous op, at step 50 or later."],
     ),
     "a step next to a loss is not static": (
         {}, [op("set_lr", 0.1, {"any": [{"step": 50}, {"loss_below": 3}]}), op("set_lr", 0.2, {"step": 40})],

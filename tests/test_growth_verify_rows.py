@@ -493,7 +493,7 @@ def test_a_router_that_always_chooses_the_same_experts_is_locked() -> None:
 
 def test_one_renormalised_expert_is_reported_with_a_fix() -> None:
     problems = locked_routers(routed(top_k=1, router_weights="renormalised"), IDX)
-    rest = "the one renormalised weight of a token is always 1, so the router has no gradient; "
+    rest = "with one expert per token, the renormalised weight is always 1, so the router gets no gradient; "
     rest += "use top_k=2 or softmax weights"
     assert problems == [f"blocks.{i}.mlp: {rest}" for i in (0, 1)]
     assert not [text for text in locked_routers(routed(top_k=2), IDX) if "gradient" in text]

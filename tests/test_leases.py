@@ -258,7 +258,10 @@ def test_a_stopped_holder_is_replaced_after_ttl_and_is_fenced(files: Folder) -> 
         holder.signal(signal.SIGCONT)
         time.sleep(TTL)  # the old holder's heartbeats resume, but in an outdated file
         said = holder.ask("check")
-        assert said == "another process has taken over these steps (token 2, this process has 1)"
+        assert (
+            said
+            == "another process has taken over these steps (the lease has token 2, this process has token 1)"
+        )
         assert holder.ask("finish") == "fine"
         assert Leases(files).tokens() == {KEY: [2]}, "what is another's stays when the late one lets go"
     assert issubclass(Fenced, Refused)
@@ -320,7 +323,7 @@ def test_every_takeover_increments_the_token(files: Folder) -> None:
     assert (late.token, new.token) == (5, 6)
     late.release(unfinished=True)
     assert leases.tokens() == {KEY: [6]}, "a late one leaves no mark on another's lease"
-    with pytest.raises(Fenced, match="token 6, this process has 5"):
+    with pytest.raises(Fenced, match="token 6, this process has token 5"):
         late.check()
     new.check()
     new.release()
@@ -333,7 +336,7 @@ def test_an_unfinished_lease_is_free_at_once(files: Folder) -> None:
         assert leases.acquire(KEY) is None
         assert holder.ask("leave") == "fine"
         assert acquired(leases).token == 2
-        assert "token 2, this process has 1" in holder.ask("check")
+        assert "token 2, this process has token 1" in holder.ask("check")
 
 
 def test_an_outdated_listing_gives_no_old_token(files: Folder) -> None:

@@ -54,5 +54,5 @@ def test_the_bytes_of_the_plan_are_those_of_the_state(name: str) -> None:
 
 def test_two_rows_that_disagree_about_a_tensor_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(optimizers.OPTIMIZERS, "odd", OptimizerSpec({"exp_avg": 2}))
-    with pytest.raises(ValueError, match="two rows of OPTIMIZERS give 'exp_avg' different powers"):
+    with pytest.raises(ValueError, match="two rows of OPTIMIZERS give 'exp_avg' different exponents"):
         optimizers.state_powers()

@@ -100,7 +100,7 @@ def test_a_writer_whose_lock_was_lost_is_fenced(tmp_path: Path) -> None:
         lambda: checkpoint.save(old.checkpoints, 1, {}, {}, old.check),
     ):
         with pytest.raises(
-            RunError, match=f"was taken over by process {os.getpid()} on .*writes nothing more"
+            RunError, match=f"was taken over by process {os.getpid()} on .*has stopped writing files"
         ):
             write()
     assert {path: path.read_bytes() for path in new.path.rglob("*") if path.is_file()} == before
@@ -162,8 +162,8 @@ def test_foreign_files_are_refused_and_kept(tmp_path: Path, config: str, fresh: 
         open_run(tmp_path, cfg, fresh=fresh)
     if fresh or not config:
         assert (
-            str(refused.value)
-            == f"{path} holds thesis.txt but no run of mainrun; move it away, or give another --out"
+            str(refused.value) == f"{path} contains thesis.txt but no run of mainrun; "
+            "move the folder away, or give another --out"
         )
     assert (path / "thesis.txt").read_text() == "years of work"
     assert not config or (path / "config.json").read_text() == config
@@ -294,7 +294,7 @@ def test_a_complete_id_wins_over_longer_ones(tmp_path: Path) -> None:
 
 
 def test_an_unknown_run_is_refused_with_similar_ids(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"no run 'x' in .*it has no runs yet"):
+    with pytest.raises(RunError, match=r"no run 'x' in .*contains no runs yet"):
         find("x", tmp_path)
     run = made(tmp_path, TrainConfig(preset="baseline"))
     with pytest.raises(RunError, match=run.path.name):

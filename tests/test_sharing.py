@@ -473,7 +473,7 @@ def test_fresh_reports_a_store_with_other_bits(tmp_path: Path, alone: Any, fille
     node_file(store, 27).unlink()
     store.save(entry, wrong)
     train(cfg, tmp_path, store=store, fresh=True, progress=watch)
-    assert watch.noted("the store has other bits for step 27") and watch.noted("mainrun store audit")
+    assert watch.noted("the store has a different state for step 27") and watch.noted("mainrun store audit")
     assert outcome(tmp_path / cfg.run_id) == alone(cfg) and active_leases(store) == {}
 
 
@@ -947,26 +947,27 @@ def replace_file_by_folder(path: Path) -> None:
 Damage = Callable[[Store, Path], object]
 DAMAGE: dict[str, tuple[Damage, str, int]] = {
     "a bit of a state": (lambda s, p: flip_bit(state_file(s, 37)),
-        "of step 37 .* its state is torn or was changed", 36),
+        "of step 37 .* the state is incomplete or was changed", 36),
     "a bit of every state": (lambda s, p: [flip_bit(state_file(s, n)) for n in (18, 27, 36, 37)],
-        "of step 18 .* its state is torn", 0),
+        "of step 18 .* the state is incomplete", 0),
     "half of a state": (lambda s, p: os.truncate(state_file(s, 37), 5000),
-        "of step 37 .* its state is torn or was changed", 36),
+        "of step 37 .* the state is incomplete or was changed", 36),
     "a state without a byte": (lambda s, p: os.truncate(state_file(s, 37), 0),
-        "of step 37 .* its state is torn", 36),
+        "of step 37 .* the state is incomplete", 36),
     "a node in the middle": (lambda s, p: node_file(s, 18).unlink(),
         "of step 27 .* the rows before step 18 are lost", 19),
     "a foreign file for a node": (lambda s, p: node_file(s, 27).write_bytes(b"\0hello\xff" * 99),
-        "step 27 .* torn, or not a node", 19),
+        "step 27 .* incomplete, or is not a node", 19),
     "a folder for a node": (lambda s, p: replace_file_by_folder(node_file(s, 37)),
-        "of step 37 .* it is a folder", 36),
+        "of step 37 .* the file is a folder", 36),
     "a changed head": (lambda s, p: flip_bit(node_file(s, 27), 200),
-        "step 27 .* (changed after it was written|torn)", 28),
-    "changed rows": (lambda s, p: flip_bit(node_file(s, 27)), "step 27 .* rows are torn or were changed", 28),
+        "step 27 .* (changed after it was written|incomplete)", 28),
+    "changed rows": (lambda s, p: flip_bit(node_file(s, 27)),
+        "step 27 .* rows are incomplete or were changed", 28),
     "half of the rows": (lambda s, p: os.truncate(node_file(s, 27), node_file(s, 27).stat().st_size - 999),
-        "rows are torn", 28),
+        "rows are incomplete", 28),
     "another node's name": (lambda s, p: shutil.copy(node_file(s, 18), node_file(s, 27)),
-        "is the node .* under another name", 28),
+        "contains a different node, ", 28),
     "a foreign file beside them": (lambda s,
         p: [(p / f / "readme").write_text("?") for f in ("nodes", "states", "leases")], "", 37),
     "a file for all nodes": (lambda s, p: replace_folder_by_file(p / "nodes"),

@@ -336,7 +336,8 @@ def test_every_error_of_fsspec_becomes_an_os_error(moody: Store) -> None:
     with pytest.raises(OSError, match="RuntimeError: the network is down"):
         moody.files.read("store.json")
     with pytest.raises(
-        ConfigError, match=r"moody://store cannot be read \(RuntimeError: the network is down\); give another"
+        ConfigError,
+        match=r"moody://store cannot be read \(RuntimeError: the network is down\); choose another",
     ):
         Store("moody://store")
 
@@ -349,7 +350,7 @@ def test_gc_keeps_what_cannot_be_read_now(moody: Store) -> None:
     moody.files.remove(f"states/{nodes[0].state}.safetensors")
     Moody.withheld = f"nodes/{key(20)}"
     assert usable(moody) == set()
-    assert any(re.search(rf"node {key(20)[:12]}: it cannot be read", line) for line in moody.verify())
+    assert any(re.search(rf"node {key(20)[:12]}: the file cannot be read", line) for line in moody.verify())
     with pytest.raises(Refused, match="cannot be read"):
         save(moody, 20)
     assert not any(moody.gc().values())
@@ -431,7 +432,7 @@ def test_nothing_is_created_before_the_first_node(tmp_path: Path, place: str) ->
         and not any(store.gc().values())
         and store.evict() == []
     )
-    with pytest.raises(Damaged, match="it does not exist"):
+    with pytest.raises(Damaged, match="the file does not exist"):
         store.node(key(10))
     assert list(tmp_path.iterdir()) == [] and not store.files.exists("")
 
@@ -457,7 +458,7 @@ def test_equal_states_of_two_nodes_are_one_file(store: Store) -> None:
 def test_other_bits_under_the_same_key_are_refused(place: str) -> None:
     store = Store(place)
     save(store, 10)
-    with pytest.raises(Refused, match=r"other bits for step 10 \(by run ü\).*audit"):
+    with pytest.raises(Refused, match=r"a different state for step 10 \(by run ü\).*audit"):
         store.save(node(10), tensors(11))
     assert (
         same(store.load(store.node(key(10))), tensors(10))
@@ -523,7 +524,7 @@ def test_saving_again_restores_a_damaged_state(store: Store, damage: str) -> Non
 def test_a_node_bigger_than_the_budget_is_refused(place: str) -> None:
     store = Store(place, size=100)
     with pytest.raises(
-        Refused, match=r"its \d+ bytes are more than the store may hold \(100\); raise --store-size"
+        Refused, match=r"the state has \d+ bytes, but the store may hold at most 100; raise --store-size"
     ):
         save(store, 10)
     assert store.node_keys() == set() and store.states() == {} and store.files.names("new") == set()
@@ -546,7 +547,7 @@ def test_a_history_with_a_missing_node_names_it(store: Store) -> None:
     nodes = save(store, *STEPS)
     store.files.remove(f"nodes/{key(20)}")
     with pytest.raises(
-        Damaged, match=rf"the rows before step 20 are lost: node {key(20)[:12]}: it does not exist"
+        Damaged, match=rf"the rows before step 20 are lost: node {key(20)[:12]}: the file does not exist"
     ):
         list(store.history(nodes[2]))
     assert [part.step for part in store.history(nodes[2], 20)] == [30], "who is there already needs no more"
@@ -637,7 +638,7 @@ def folder_instead(path: Path) -> None:
 
 
 LOST = rf"node {key(30)[:12]} \(step 30\): the rows before step 20 are lost with {key(20)[:12]}"
-TORN = r"state [0-9a-f]{12} \(step 20 of run ü\): torn or changed after it was written"
+TORN = r"state [0-9a-f]{12} \(step 20 of run ü\): incomplete or changed after it was written"
 NODE = rf"node {key(20)[:12]}: "
 UNROOTED = rf"the file of its root {ROOT[:12]} is lost"
 # (damage, what verify reports, steps that stay usable, what gc removes, what verify reports after gc)
@@ -675,7 +676,7 @@ DAMAGES: dict[str, Damage] = {
     **{
         f"node line flipped at {at}": (
             lambda s, at=at: flip(node_of(s, 20), at * header(node_of(s, 20))),
-            NODE + "(its first line|it is torn)",
+            NODE + "(the first line|the file is incomplete)",
             {10},
             {"node"},
             LOST,
@@ -684,14 +685,14 @@ DAMAGES: dict[str, Damage] = {
     },
     "node rows flipped": (
         lambda s: flip(node_of(s, 20), 0.9),
-        NODE + "its rows are torn or were changed",
+        NODE + "the rows are incomplete or were changed",
         {10},
         {"node"},
         LOST,
     ),
     "node flipped at its end": (
         lambda s: flip(node_of(s, 20), 1.0),
-        NODE + "its rows are torn or were changed",
+        NODE + "the rows are incomplete or were changed",
         {10},
         {"node"},
         LOST,
@@ -699,7 +700,7 @@ DAMAGES: dict[str, Damage] = {
     **{
         f"node cut at {at}": (
             lambda s, at=at: cut(node_of(s, 20), at),
-            NODE + "(it is torn|its rows are torn)",
+            NODE + "(the file is incomplete|the rows are incomplete)",
             {10},
             {"node"},
             LOST,
@@ -708,7 +709,7 @@ DAMAGES: dict[str, Damage] = {
     },
     "node of another key": (
         lambda s: shutil.copy(node_of(s, 10), node_of(s, 20)),
-        NODE + f"it is the node {key(10)[:12]} under another name",
+        NODE + f"the file contains a different node, {key(10)[:12]}",
         {10},
         {"node"},
         LOST,
@@ -716,35 +717,35 @@ DAMAGES: dict[str, Damage] = {
     "node deleted": (lambda s: node_of(s, 20).unlink(), LOST, {10}, set(), LOST),
     "node is a list": (
         lambda s: node_of(s, 20).write_text("[]\n"),
-        NODE + "it is torn, or not a node",
+        NODE + "the file is incomplete, or is not a node",
         {10},
         {"node"},
         LOST,
     ),
     "node is not text": (
         lambda s: node_of(s, 20).write_bytes(b"\xff\xfe\0"),
-        NODE + "it is torn, or not a node",
+        NODE + "the file is incomplete, or is not a node",
         {10},
         {"node"},
         LOST,
     ),
     "a folder for a node": (
         lambda s: folder_instead(node_of(s, 20)),
-        NODE + "it is a folder",
+        NODE + "the file is a folder",
         {10},
         {"node"},
         LOST,
     ),
     "parent of another step": (
         lambda s: rewrite(s, 20, parent=key(30)),
-        rf"\(step 20\): node {key(30)[:12]} cannot be its parent",
+        rf"\(step 20\): node {key(30)[:12]} cannot be the parent",
         {10},
         {"node"},
         LOST,
     ),
     "step of another node": (
         lambda s: rewrite(s, 20, begins=5),
-        rf"\(step 20\): node {key(10)[:12]} cannot be its parent",
+        rf"\(step 20\): node {key(10)[:12]} cannot be the parent",
         {10},
         {"node"},
         LOST,
@@ -758,14 +759,14 @@ DAMAGES: dict[str, Damage] = {
     ),
     "root torn": (
         lambda s: cut(root_of(s), 0.5),
-        f"root {ROOT[:12]}: torn or changed",
+        f"root {ROOT[:12]}: incomplete or changed",
         {10, 20, 30},
         {"root"},
         UNROOTED,
     ),
     "root edited": (
         lambda s: root_of(s).write_text(json.dumps(BEGUN | {"data": {}})),
-        f"root {ROOT[:12]}: torn or changed",
+        f"root {ROOT[:12]}: incomplete or changed",
         {10, 20, 30},
         {"root"},
         UNROOTED,
@@ -773,14 +774,14 @@ DAMAGES: dict[str, Damage] = {
     "root deleted": (lambda s: root_of(s).unlink(), UNROOTED, {10, 20, 30}, set(), UNROOTED),
     "pin torn": (
         lambda s: s.files.write("pins/mine", b'["0123'),
-        "pin mine: torn",
+        "pin mine: not a valid pin",
         {10, 20, 30},
         {"pin"},
         None,
     ),
     "pin is a number": (
         lambda s: s.files.write("pins/mine", b"3"),
-        "pin mine: torn",
+        "pin mine: not a valid pin",
         {10, 20, 30},
         {"pin"},
         None,
@@ -856,9 +857,9 @@ def test_the_first_line_alone_is_verified_too(store: Store) -> None:
     save(store, 10)
     path = node_of(store, 10)
     path.write_bytes(path.read_bytes().replace(b'"step": 10', b'"step": 11', 1))
-    with pytest.raises(Damaged, match="its first line was changed"):
+    with pytest.raises(Damaged, match="the first line was changed"):
         store.node(key(10), rows=False)
-    assert store.summary() == ([], [(key(10), "its first line was changed after it was written")])
+    assert store.summary() == ([], [(key(10), "the first line was changed after it was written")])
 
 
 FOREIGN = [
@@ -901,7 +902,7 @@ def test_foreign_files_are_reported_and_kept(store: Store) -> None:
         ('{"form', "store.json is damaged"),
         ("[]", "store.json is damaged"),
         ("7", "store.json is damaged"),
-        ('{"format": 2}', "has format 2, this version reads 1"),
+        ('{"format": 2}', "has format 2, but this version reads format 1"),
         ("{}", "has format None"),
     ],
 )
@@ -917,17 +918,17 @@ def test_a_store_of_another_format_is_not_opened(store: Store, text: str, named:
 def test_a_store_without_store_json_is_not_opened(store: Store) -> None:
     save(store, 10)
     (Path(str(store)) / "store.json").unlink()
-    with pytest.raises(ConfigError, match=r"holds .*nodes.* but no store.json"):
+    with pytest.raises(ConfigError, match=r"contains .*nodes.* but no store.json"):
         Store(str(store))
 
 
 def test_a_foreign_file_or_folder_is_not_opened(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ConfigError, match=r"file is not a folder; give another place for the store"):
+    with pytest.raises(ConfigError, match=r"file is not a folder; choose another location for the store"):
         Store(tmp_path / "file")
     (tmp_path / "thesis.doc").write_text("x")
     with pytest.raises(
-        ConfigError, match=r"holds file, thesis.doc but no store.json, so it is not a store of mainrun"
+        ConfigError, match=r"contains file, thesis.doc but no store.json, so it is not a store"
     ):
         Store(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "thesis.doc"]
@@ -1111,7 +1112,7 @@ def test_rows_are_kept_after_their_states_are_evicted(place: str) -> None:
     store.size = nodes[0].size
     assert len(store.evict({nodes[2].key})) == 2
     assert usable(store) == {30} and len(store.summary()[0]) == 3 and store.verify() == []
-    with pytest.raises(Damaged, match="its state does not exist"):
+    with pytest.raises(Damaged, match="the state does not exist"):
         store.load(nodes[0])
 
 

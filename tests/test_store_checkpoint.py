@@ -212,16 +212,19 @@ def spaced(place: Path) -> None:
     text_of(place, json.dumps(json.loads((place / "meta.json").read_text())))
 
 
-TORN = "meta.json is torn or was changed after it was written"
+TORN = "meta.json is incomplete or was changed after it was written"
 CHANGED = "meta.json was changed after it was written"
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "another format": (lambda place: written(place, format=2), "format 2, this version reads 1"),
+    "another format": (
+        lambda place: written(place, format=2),
+        "meta.json has format 2, but this version reads format 1",
+    ),
     "another step": (
         lambda place: text_of(place, (place / "meta.json").read_text().replace('"step": 7', '"step": 8')),
         CHANGED,
     ),
     "other spaces": (spaced, CHANGED),
-    "other tensors": (other_bytes, "state.safetensors is torn or was changed after it was written"),
+    "other tensors": (other_bytes, "state.safetensors is incomplete or was changed after it was written"),
     "no tensors": (
         lambda place: (place / "state.safetensors").unlink(),
         "state.safetensors cannot be read (No such file or directory)",
@@ -238,7 +241,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a list": (lambda place: text_of(place, "[]"), TORN),
     "a word": (lambda place: text_of(place, '"format"'), TORN),
     "deep lists": (lambda place: text_of(place, "[" * 100 * sys.getrecursionlimit()), TORN),
-    "junk that its checksum fits": (not_safetensors, "state.safetensors is not a safetensors file ("),
+    "junk that its checksum fits": (not_safetensors, "state.safetensors is not a valid safetensors file ("),
 }
 
 

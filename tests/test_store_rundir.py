@@ -196,7 +196,7 @@ def test_a_run_directory_has_its_paths(tmp_path: Path) -> None:
         ('{"config": {"lr": 1}}', "was changed after the run began; fetch it again"),
         (
             json.dumps({"config": {"lr": "a"}, "digest": rundir.digest_of({"lr": "a"})}),
-            "config of this version: .*lr.*; fetch it again",
+            "a config that this version accepts: .*lr.*; fetch it again",
         ),
     ],
 )
@@ -340,7 +340,7 @@ def test_fresh_refuses_a_foreign_folder(tmp_path: Path, begun: Any) -> None:
     for name in "dbca":
         (run.path / name).touch()
     (run.path / "config.json").write_text("{" if begun is None else json.dumps(begun))
-    with pytest.raises(RunError, match="holds a, b, c but "):
+    with pytest.raises(RunError, match="contains a, b, c but "):
         open_run(tmp_path, CONFIG, fresh=True)
     assert names(run.path) == {*"abcd", "config.json", ".lock"}
 
@@ -425,7 +425,9 @@ def test_a_run_resumes_only_with_the_same_data(
     if not refused:
         rundir.check_same_data(run, {"titles": "a"})
         return
-    with pytest.raises(RunError, match=f"{tmp_path} began with other titles .*--fresh"):
+    with pytest.raises(
+        RunError, match=f"the corpus of {tmp_path} has changed: its titles differ from config.json; .*--fresh"
+    ):
         rundir.check_same_data(run, {"titles": "a"})
 
 
@@ -434,7 +436,7 @@ def test_a_folder_without_a_config_must_be_empty(tmp_path: Path) -> None:
     check_same_config(RunDir(tmp_path), CONFIG)
     for name in "dbca":
         (tmp_path / name).touch()
-    with pytest.raises(RunError, match="holds a, b, c but "):
+    with pytest.raises(RunError, match="contains a, b, c but "):
         check_same_config(RunDir(tmp_path), CONFIG)
 
 
@@ -466,11 +468,11 @@ def test_a_run_is_found_by_its_id_or_a_beginning_of_it(
     ("name", "ids", "words"),
     [
         ("a", ["a6", "a5", "a4", "a3", "a2", "a1"], "not unique in .*: a1, a2, a3, a4, a5; "),
-        ("zz", ["a1", "a2", "a3", "a4"], "runs in it: a2, a3, a4$"),
-        ("base-9", ["base-1", "base-2", "base-3", "base-4"], "runs in it: base-., base-., base-.$"),
-        ("abcxxx", ["abcyyyyy", "q1"], "runs in it: abcyyyyy$"),
-        ("abcxxx", ["abyyyyyy", "q1"], "runs in it: abyyyyyy, q1$"),
-        ("a", [], "it has no runs yet; `mainrun train` makes one"),
+        ("zz", ["a1", "a2", "a3", "a4"], "runs in .*: a2, a3, a4$"),
+        ("base-9", ["base-1", "base-2", "base-3", "base-4"], "runs in .*: base-., base-., base-.$"),
+        ("abcxxx", ["abcyyyyy", "q1"], "runs in .*: abcyyyyy$"),
+        ("abcxxx", ["abyyyyyy", "q1"], "runs in .*: abyyyyyy, q1$"),
+        ("a", [], "contains no runs yet; `mainrun train` creates one"),
     ],
 )
 def test_an_unknown_name_is_refused_with_similar_ids(

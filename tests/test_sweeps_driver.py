@@ -524,7 +524,7 @@ def test_a_run_of_another_config_in_its_place_is_refused(tmp_path: Path) -> None
     search.ask()
     other = search.base.model_copy(update={"lr": 0.5})
     write_run(search.runs_dir / search.base.run_id, other, 10, lambda cfg, step: 1.0)
-    with pytest.raises(RunError, match=r"holds a run of another config: lr=0\.5"):
+    with pytest.raises(RunError, match=r"contains a run with another config: lr=0\.5"):
         search.train(search.base)
 
 

@@ -300,7 +300,7 @@ def test_values_that_conflict_with_another_field_are_not_faults() -> None:
     drops = {"rdrop": 1.0, "dropout": 0.0, "attn_dropout": 0.1}
     assert list_faults({"attn_dropout": {"values": [0.0, 0.1]}}, **drops) == []
     (text,) = list_faults({"rdrop": {"values": [0.0, 1.0]}}, dropout=0.0)
-    assert text.startswith("space.rdrop: 1.0 is not allowed: rdrop=1.0 without any dropout")
+    assert text.startswith("space.rdrop: 1.0 is not allowed: rdrop=1.0 needs dropout")
     (text,) = list_faults({"ema": {"values": [0.0, 0.9]}}, swa=0.5)
     assert text.startswith("space.ema: 0.9 is not allowed: ema=0.9 and swa=0.5 are both on")
 

@@ -180,7 +180,10 @@ def test_a_model_that_the_library_cannot_load_is_refused(kind: str, what: str) -
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 @pytest.mark.parametrize("size", [0, 299])
 def test_the_minimum_vocabulary_size(kind: str, size: int) -> None:
-    with pytest.raises(ConfigError, match=f"vocab_size={size} has no room .*--set vocab_size=300 or more"):
+    with pytest.raises(
+        ConfigError,
+        match=f"vocab_size={size} is too small for 3 special tokens .*use --set vocab_size=300 or more",
+    ):
         fit(kind, TITLES, size)
     assert fit(kind, TITLES, 300).vocab_size == 300
     assert tokens.MIN_VOCAB_SIZE == 300
@@ -223,7 +226,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch, reason: str) -> list[dict[str, Any
             ConfigError,
             ["take 1,571", "vocab_size=1671", "tokenizer=bpe"],
         ),
-        ("input is empty", CorpusError, ["2 titles", "input is empty", "more text"]),
+        ("input is empty", CorpusError, ["2 titles", "input is empty", "more titles"]),
     ],
 )
 def test_errors_of_the_unigram_trainer_are_explained(

@@ -961,7 +961,7 @@ def test_a_corpus_that_changed_under_an_interrupted_run_is_refused(tmp_path: Pat
         train(cfg, tmp_path / "runs", progress=Watch({5: lambda: os.kill(os.getpid(), signal.SIGTERM)}))
     before = (tmp_path / "runs" / cfg.run_id / "metrics.jsonl").read_bytes()
     titles.write_text(titles.read_text().replace("number 7 ", "numero 7 "))
-    with pytest.raises(RunError, match="began with other fingerprints"):
+    with pytest.raises(RunError, match=r"its fingerprints differ from config\.json"):
         train(cfg, tmp_path / "runs")
     assert (tmp_path / "runs" / cfg.run_id / "metrics.jsonl").read_bytes() == before
 

@@ -357,12 +357,13 @@ def _logits_during_evaluate(e: Evidence, tokens: np.ndarray, n: int) -> list[Ten
 def causality(e: Evidence, all: bool) -> Verdict:
     """Detect a model whose predictions depend on later tokens in a row, or on other rows in the batch."""
     verdict = _causality(e, all)
-    if verdict.status == "pass" or not getattr(e.model, "cfg", e.cfg).routed_layers:
+    cfg = getattr(e.model, "cfg", None)
+    if verdict.status == "pass" or not isinstance(cfg, TrainConfig) or not cfg.routed_layers:
         return verdict
     # Rounding can change the order of two scores of a router, and a token then takes another path. In
     # float64, this does not happen.
-    exact = copy.deepcopy(e.model).double()
-    exact.cfg = e.model.cfg.model_copy(update={"dtype": "float32"})
+    exact: Any = copy.deepcopy(e.model).double()
+    exact.cfg = cfg.model_copy(update={"dtype": "float32"})
     verdict = _causality(replace(e, model=exact, cfg=e.cfg.model_copy(update={"dtype": "float32"})), all)
     return verdict._replace(detail=f"{verdict.detail}; checked in float64, because routers amplify rounding")
 

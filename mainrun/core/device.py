@@ -55,7 +55,7 @@ class Device(ProcessGroup):
             self.triton, self.note = triton_works(self.torch_device)
         self.machine_class = self._facts(cfg)
         if self.compile:
-            self.note = "compiling may take some minutes; the run can be stopped only after compiling"
+            self.note = "compiling may take some minutes; a stop takes effect afterwards"
             self.machine_class |= self._compiler_facts()
 
     def _check(self, cfg: TrainConfig, name: str) -> None:
@@ -108,8 +108,7 @@ class Device(ProcessGroup):
             return
         self.machine_class |= self._compiler_facts()
         gain = f"takes about {costs:.0f} s and saves about {saves:.0f} s"
-        off = "--set compile=off trains without compiling"
-        self.note = f"compiling {gain}; the run can be stopped only after compiling; {off}"
+        self.note = f"compiling {gain}; a stop takes effect afterwards; --set compile=off skips compiling"
 
     @property
     def native(self) -> bool:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mainrun.config import TrainConfig
-from mainrun.plan.plan import StepInputs, selected_tokens
+from mainrun.plan.plan import StepInputs
+from mainrun.plan.routing import selected_tokens
 
 Site = tuple[int, float]  # the number of elements and the dropout rate of one dropout layer
 

@@ -358,8 +358,8 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Return two numbers: the loss to minimize, and the cross entropy without label smoothing.
 
-    If `use_native` is True, a C++ kernel (on a CPU) or a Triton kernel (on a GPU) computes both numbers. The
-    kernels support only bfloat16 logits without label smoothing.
+    If `use_native` is True, the C++ kernel (on a CPU) or the Triton kernel (on a GPU) processes the logits
+    that it supports. Both kernels support only bfloat16 logits without label smoothing.
     """
     use_native = use_native and logits.dtype == torch.bfloat16 and not smoothing
     if use_native and logits.is_cuda and logits.size(-1) <= TRITON_MAX_VOCAB:

@@ -28,12 +28,8 @@ from torch._subclasses.fake_tensor import FakeTensor  # `import torch` has alrea
 
 from mainrun.config import TrainConfig
 from mainrun.core.layers import Context, Linear, RMSNorm
-from mainrun.plan.plan import selected_tokens
+from mainrun.plan.routing import LOSSES, STATS, selected_tokens
 
-LOSSES = ("prior", "student", "router", "z")
-STATS = ("g", "selected", "student_accuracy", "score", "S_CE", "S_CU", "D_st", "D_ch")
-# the letters whose blocks have each loss
-LETTERS_OF = {"prior": "ST", "student": "MST", "router": "M", "z": "M"}
 WINDOW = 100  # the number of tokens in the moving average of the surprise
 SLICE = 1024  # the number of tokens whose ranks are counted at once
 MIN_O_CE = 1e-3  # log(o_ce) is computed for at least this value
@@ -329,7 +325,7 @@ def combine(infos: list[RouterInfo], like: Tensor) -> RoutingInfo:
     if not infos:
         return RoutingInfo(like.new_zeros(len(LOSSES)), like.new_zeros(0, len(STATS)))
     totals = torch.stack([info.losses for info in infos]).sum(0)
-    shares = [1 / max(1, sum(info.letter in LETTERS_OF[name] for info in infos)) for name in LOSSES]
+    shares = [1 / max(1, sum(info.letter in letters for info in infos)) for letters in LOSSES.values()]
     losses = torch.stack([total * share for total, share in zip(totals, shares, strict=True)])
     return RoutingInfo(losses, torch.stack([info.stats for info in infos]))
 

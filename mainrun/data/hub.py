@@ -180,7 +180,7 @@ def _look_up(name: str, revision: str) -> HubFile:
         info = HfApi(endpoint=_endpoint()).dataset_info(
             HUB_REPO, revision=revision, files_metadata=True, timeout=10
         )
-    # The exceptions of the hub library, the HTTP client and the JSON parser have no common base class.
+    # The hub library, the HTTP client and the JSON parser raise exceptions without a common base class.
     except Exception as e:
         raise _explained(name, revision, e) from e
     files = [f for f in info.siblings or [] if f.rfilename.endswith(".parquet")]

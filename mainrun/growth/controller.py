@@ -1,9 +1,9 @@
 """The growth controller fires the operations of a run, carries out each operation and checks the result.
 
-An operation that fires after a step changes the state after that step. Checkpoints and nodes of the store
-contain the state before the operation. A run that continues from a checkpoint or a node therefore repeats the
-decision and the operation. The repetition gives the same bits, because decisions and operations depend only
-on the config and the previous scores.
+An operation fires after a training step and changes the state of the run. A checkpoint or a store node of
+this step contains the state before the operation. A run that continues from a checkpoint or a node therefore
+repeats the decision and the operation. The result is bit-identical, because decisions and operations depend
+only on the config and the previous scores.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ from mainrun.plan.triggers import Facts, due
 from mainrun.store.rundir import RowLog
 from mainrun.train import GPT, State
 
-SETTLES = 10  # number of steps after which copies should differ and a router should distribute tokens
-ROWS = 4  # number of rows in the batch with which operations are checked
+SETTLES = 10  # after this number of steps, copies should differ and a router should use several experts
+ROWS = 4  # number of rows in the batch that is used to check operations
 PREFIX = "OPERATION_"  # prefix of the event names in growth.jsonl
 
 
 class Recent(NamedTuple):
-    """A recent operation whose copies have not been checked yet."""
+    """A recent operation whose copied weights have not been checked yet."""
 
     op: Op
     step: int
@@ -124,7 +124,7 @@ class Growth:
     def restore(self) -> None:
         """Adapt the controller to a state that was just built or loaded.
 
-        Operations that are due have not changed this state yet.
+        Operations that are due have not been applied to this state yet.
         """
         saved = self.state.growth_state
         if saved:
@@ -134,7 +134,7 @@ class Growth:
         self._store_state()
 
     def _recall(self) -> list[Recent]:
-        """Return the operations of this and earlier sessions whose copies have not been checked yet."""
+        """Return the operations of all sessions whose copied weights have not been checked yet."""
         recent: list[Recent] = []
         for last, segment in pairwise(self.plan.segments[: self.applied + 1]):
             op = segment.op
@@ -182,7 +182,7 @@ class Growth:
     # -- when an operation is due
 
     def decide(self) -> bool:
-        """Fire each operation whose trigger the latest evaluation meets. Return True if the plan changed."""
+        """Fire the operations whose triggers are met. Return True if the plan changed."""
         changed = False
         while self._may_decide():
             op = self.plan.undecided
@@ -301,7 +301,8 @@ class Growth:
     ) -> float | None:
         """Score the state again after an operation.
 
-        Return the new loss. A process that does not score returns the previous loss, or None for a new model.
+        Return the new loss. A process that computes no scores returns the previous loss, or None if the
+        operation changed the model.
         """
         rows = evaluate()
         if not rows:
@@ -313,7 +314,7 @@ class Growth:
         return after
 
     def _look_before(self, op: Op) -> None:
-        """Check the copies from earlier operations now if this operation renames the copied tensors."""
+        """Check the copies in all tensors that the operation is about to rename."""
         kept = self._surviving(op, self._recent)
         for recent in self._recent:
             if recent not in kept and recent.step < self.state.step:
@@ -326,7 +327,7 @@ class Growth:
         state.model.zero_grad(set_to_none=True)
         try:
             grown = self._make(op, before, after)
-        except Exception as e:  # any error fails the operation, for example an out-of-memory error
+        except Exception as e:  # every error, such as a lack of memory, makes the operation fail
             return [PromiseCheck("op", False, f"{type(e).__name__}: {e}")], {}
         if all(check.ok for check in grown.checks):
             old_moments = state.optimizers.state()
@@ -377,13 +378,13 @@ class Growth:
         self.log_event({"event": f"{PREFIX}ERROR", **event, "checks": checks, "on_fail": op.on_fail})
         if op.on_fail == "abort":
             self._store_state()
-            at = f"growth: ops[{op.place}] {op.name!r} did not keep its promise at step {self.state.step}"
-            fix = "Lower preserve or optimizer.min_coverage, or write on_fail=skip"
-            raise UsageError(f"{at}: {why}; the state before the operation is kept. {fix}")
+            at = f"growth: ops[{op.place}] {op.name!r} failed a check at step {self.state.step}"
+            fix = "Lower preserve or optimizer.min_coverage, or set on_fail=skip"
+            raise UsageError(f"{at}: {why}; the operation did not change the model. {fix}")
         self.plan = self.plan.decided(Decision(self.state.step, skipped=True), op.place)
 
     def _probe(self) -> Tensor:
-        """Return the batch of token ids with which operations are checked."""
+        """Return the batch of token ids that is used to check operations."""
         model = self.state.model
         length = min(model.cfg.block_size, 128)
         return probe(self.vocab_size, length, self.cfg.seed, ROWS).to(model.embed.weight.device)
@@ -399,7 +400,7 @@ class Growth:
             self.log_event(row | {"seconds": seconds})
 
     def look_back(self) -> list[str]:
-        """Return messages for the user about new operations, copies that stay equal, and stuck routers."""
+        """Return messages for the user about new operations, equal copies, and routers that are stuck."""
         settled = [recent for recent in self._recent if self.state.step >= recent.step + SETTLES]
         for recent in settled:
             self._recent.remove(recent)

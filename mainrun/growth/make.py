@@ -27,7 +27,7 @@ def make_controller(
 
     journal: the log to which the controller writes growth events.
     on_event: a function that is called with each event.
-    clock: a context manager that measures the time of an activity.
+    clock: a function that returns a context manager, which measures the time of a named activity.
     """
     if not cfg.growth.ops:
         return NoGrowth(plan, state)

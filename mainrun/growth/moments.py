@@ -1,8 +1,8 @@
 """Map the elements of a grown model to elements of the old model, and transfer the optimiser state.
 
-The gradient of a copied weight is a known multiple of the gradient of the source weight. The momentum is
-multiplied by this factor, and the second moment is multiplied by the square of this factor. The function
-`state_powers` in mainrun/plan/optimizers.py returns the exponent for each state tensor.
+The gradient of a copied weight is the gradient of the source weight times a known factor. The momentum is
+multiplied by the same factor, and the second moment is multiplied by the square of the factor. The function
+`state_powers` in mainrun/plan/optimizers.py returns the exponent of the factor for each state tensor.
 
 A completely new tensor starts with an empty optimiser state. A tensor with some new elements keeps its step
 count. At a large step count, a second moment of zero would make the first update of a new element too large.
@@ -57,11 +57,11 @@ class Piece:
     """The formula for a tensor of the new model: source[index] * weight + plus."""
 
     source: str | None  # the name of a tensor in the old model, or None if all elements are new
-    # For each dimension, a tensor with the source index of each new index. The index -1 marks a new element.
+    # Each tensor maps the new indices of one dimension to source indices. The index -1 marks a new element.
     # A dimension whose entry is None or missing is copied unchanged.
     index: tuple[Tensor | None, ...] = ()
     weight: Factor = 1.0
-    grad: Factor | None = 1.0  # new gradient / source gradient; None: the optimiser state starts empty
+    grad: Factor | None = 1.0  # new gradient / source gradient, or None if the optimiser state starts empty
     plus: Tensor | None = None  # values to add, for example noise or random new elements
 
     def take(self, source: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class Piece:
 class Copies(NamedTuple):
     """Rows of the tensor `name` that started as copies.
 
-    The row rows[i] started as a copy of the row first_rows[i] in the tensor `first`.
+    Row rows[i] started as a copy of row first_rows[i] in the tensor `first`.
     """
 
     name: str
@@ -112,7 +112,7 @@ class IndexMap:
     pieces: dict[str, Piece]
     old: dict[str, torch.Size]
     new: dict[str, torch.Size]
-    # Maps each module whose low-rank term was truncated to the share of the term's norm that was lost.
+    # Maps the name of each module to the share of the norm that its low-rank term lost by truncation.
     truncated: dict[str, float] = field(default_factory=dict)
 
     def copies(self) -> Iterator[Copies]:
@@ -123,7 +123,8 @@ class IndexMap:
                 continue
             source = name
             if ".experts." in name:
-                # only copies in experts are compared across tensors: stacked layers get different inputs
+                # Only copies in experts are compared across tensors. Stacked copies of a layer get different
+                # inputs, so they diverge anyway.
                 source = piece.source
             pairs: dict[str, list[tuple[int, int]]] = {}
             for row, source_row in enumerate(self._source_rows(name)):
@@ -157,7 +158,7 @@ class WidthFactors(NamedTuple):
 
 
 def width_factors(moved: IndexMap) -> dict[str, WidthFactors]:
-    """Return the width factors of all parameters whose elements were all scaled by the same number.
+    """Return the width factors of each parameter whose elements were scaled by a single number.
 
     If a weight was divided by n, the learning rate is divided by n. The weight decay is multiplied by n, so
     that the relative decay per step does not change. AdamW adds eps to the root mean square of the gradients,
@@ -266,7 +267,7 @@ def transfer(
     coverage = kept / total if state and total else 1.0
     if mode != "reset" and coverage < min_coverage:
         got = f"{coverage:.1%} of the optimiser's state was transferred"
-        raise ValueError(f"{got}, but min_coverage={min_coverage:g} requires more; lower it")
+        raise ValueError(f"{got}, but min_coverage={min_coverage:g} requires more; lower min_coverage")
     return new_state, coverage
 
 
@@ -275,7 +276,7 @@ def _scaled_state(
 ) -> StateTensors:
     """Return the optimiser state of a parameter, moved to the new positions and scaled.
 
-    A dry run leaves the momentum as it is.
+    A dry run returns the momentum unchanged.
     """
     result = dict(tensors)
     for key, value in tensors.items():
@@ -320,11 +321,11 @@ def by_parameter(state: Mapping[str, Tensor], old: Mapping[str, torch.Size]) -> 
         if kind != "optimizer" or name not in old or key not in keys:
             got = f"state {full_name!r} belongs to no parameter of the model before the operation"
             raise ValueError(
-                f"{got}; name it optimizer/<parameter>/<key> with one of the keys {', '.join(keys)}"
+                f"{got}; name it optimizer/<parameter>/<key>, where <key> is one of {', '.join(keys)}"
             )
         if key != STEP and value.shape != old[name]:
             got = f"state {full_name!r} has shape {tuple(value.shape)}"
-            raise ValueError(f"{got}; its parameter has {tuple(old[name])}")
+            raise ValueError(f"{got}, but its parameter has shape {tuple(old[name])}")
         grouped.setdefault(name, {})[key] = value
     return grouped
 

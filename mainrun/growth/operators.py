@@ -22,10 +22,10 @@ from mainrun.growth.moments import IndexMap, Piece, along
 from mainrun.plan.ops import Op
 from mainrun.train import GPT
 
-# The letters mean: D model width, V vocabulary, T positions, H heads, Q channels of all query heads,
-# K channels of all key heads or all value heads, h channels of one head, F hidden units, E experts,
-# R rank of low-rank terms in attention, S rank of the low-rank term of the embedding, P hidden units of a
-# predictor of surprise, Z the single output of a linear score.
+# Each letter names a space: D = model width, V = vocabulary, T = positions, H = heads, F = hidden units,
+# h = channels of one head, Q = channels of all query heads, K = channels of all key or all value heads,
+# E = experts, R = rank of low-rank terms in attention, S = rank of the low-rank term of the embedding,
+# P = hidden units of a predictor of surprise, Z = the single output of a linear score.
 SPACES = {
     "embed.weight": "VD", "embed.lora_a": "SD", "embed.lora_b": "VS",
     "positions.weight": "TD", "head.weight": "VD",
@@ -71,9 +71,9 @@ class Change:
     before: TrainConfig
     after: TrainConfig
     old: dict[str, nn.Parameter]
-    new: dict[str, nn.Parameter]  # parameters whose shapes are known but whose values are not read
+    new: dict[str, nn.Parameter]  # the new parameters, of which only the shapes are used
     generator: torch.Generator
-    truncated: dict[str, float] = field(default_factory=dict)  # lost shares of norms; see IndexMap.truncated
+    truncated: dict[str, float] = field(default_factory=dict)  # see IndexMap.truncated
 
     def normal(self, shape: torch.Size | tuple[int, ...], std: float) -> Tensor:
         return torch.randn(shape, generator=self.generator) * std
@@ -173,16 +173,16 @@ def empty_model(model: GPT, cfg: TrainConfig) -> GPT:
 
 # -- depth
 
-# the parameters in the last layers of a block's two residual branches
+# the output parameters of the two residual branches of a block
 BRANCH_ENDS = ("attn.o.weight", "attn.o.bias", "attn.o.lora_b", "mlp.down.weight", "mlp.down.bias")
 
 
 def stack_layers(change: Change) -> Pieces:
     """Copy each new layer from its source layer.
 
-    With init=identity, the last layers of both branches are zero in a second copy, so that the copy at first
-    returns its input unchanged. The first layer of a model has no `first_share`, so the `first_share` of its
-    copies starts at zero.
+    With init=identity, all copies of a layer except the first return their input unchanged at the start,
+    because the output weights of their branches are zero. The first layer of a model has no `first_share`, so
+    the `first_share` of its copies starts at zero.
     """
     sources = change.op.value
     pieces: Pieces = {}
@@ -197,7 +197,8 @@ def stack_layers(change: Change) -> Pieces:
         if source not in change.old or (inserted and part(name) in BRANCH_ENDS):
             pieces[name] = Piece(None)
         elif inserted:
-            # at first, zeros in later weights make the gradient zero, so the source's momentum would be wrong
+            # The output weights of the branch are zero, so the gradient is zero at first. The momentum of the
+            # source would be wrong.
             pieces[name] = Piece(source, grad=None)
         else:
             pieces[name] = Piece(source)
@@ -210,13 +211,15 @@ def stack_layers(change: Change) -> Pieces:
 def widen_mlp(change: Change) -> Pieces:
     """Add hidden units to each MLP.
 
-    With init=copy, the new units are copies of random units. With init=identity, the new units have random
-    input weights and output weights of zero.
+    With init=copy, the new units are copies of random units. With init=identity, the input weights of new
+    units are random, and the output weights of new units are zero.
     """
     old = change.before.ff_width
     new = change.after.ff_width
     if new < old:
-        raise ValueError(f"{new} < current hidden {old}; give an integer > {old}")
+        raise ValueError(
+            f"hidden width {new} is below the current hidden width {old}; give an integer above {old}"
+        )
     pieces = change.by_space()
     for name in change.new:
         if part(name) != "mlp.up.weight":
@@ -241,8 +244,8 @@ def widen_mlp(change: Change) -> Pieces:
 def _copied_units(old: int, new: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return the source of each hidden unit, and the unit's share of the source's output.
 
-    The source of a new unit is random. Copies of a unit get unequal shares. With equal shares, copies would
-    get equal gradients and stay equal.
+    The source of a new unit is random. Copies of a unit get unequal shares, because copies with equal shares
+    would get equal gradients and stay equal.
     """
     units = torch.cat([torch.arange(old), torch.randint(old, (new - old,), generator=generator)])
     share = torch.rand(new, generator=generator, dtype=torch.float64) + 0.5
@@ -260,13 +263,13 @@ def channels(heads: Tensor, width: int) -> Tensor:
 
 
 def widen_model(change: Change) -> Pieces:
-    """Copy each channel n times, as in HyperCloning. Weights that multiply n copies are divided by n."""
+    """Copy each channel n times, as in HyperCloning. Weights whose inputs are copied are divided by n."""
     before = change.before
     after = change.after
     if after.head_width != before.head_width:
-        got = f"a head would become {after.head_width} wide"
+        got = f"the head width would change from {before.head_width} to {after.head_width}"
         raise ValueError(
-            f"{got}; keep its {before.head_width}: rotary positions and attention scores depend on it"
+            f"{got}; keep the head width, because rotary positions and attention scores depend on it"
         )
     n = after.d_model // before.d_model
     snr_db = change.op.value.get("noise_snr_db")
@@ -325,16 +328,16 @@ def _paired_noise(change: Change, name: str, columns: Tensor, n: int, snr_db: fl
 
 
 def add_heads(change: Change) -> Pieces:
-    """Add random heads with output weights of zero. New query heads are at the end of their groups."""
+    """Add heads with random input weights and zero output weights, at the end of each query group."""
     before = change.before
     after = change.after
     old = before.n_head // before.kv_heads  # number of query heads per group in the old model
     new = after.n_head // after.kv_heads
     if new < old or after.kv_heads < before.kv_heads or after.head_width != before.head_width:
         got = f"{after.n_head} heads of width {after.head_width} over {after.kv_heads} key/value heads"
-        needed = f"{before.n_head} of width {before.head_width} over {before.kv_heads}"
-        fix = f"keep the width, {before.kv_heads} or more key/value heads, and {old} or more queries to each"
-        raise ValueError(f"{got} do not contain the old {needed}; {fix}")
+        needed = f"{before.n_head} heads of width {before.head_width} over {before.kv_heads}"
+        fix = f"keep the width, and at least {before.kv_heads} key/value heads with {old} query heads each"
+        raise ValueError(f"{got} cannot contain the old {needed}; {fix}")
     group = torch.arange(after.n_head) // new
     place = torch.arange(after.n_head) % new
     is_old = (group < before.kv_heads) & (place < old)
@@ -348,7 +351,7 @@ def add_heads(change: Change) -> Pieces:
 
 
 def _extended(old: int, new: int) -> Tensor:
-    """Return the index of a space with new elements at its end: 0, 1, ..., old - 1, then -1, ..., -1."""
+    """Return the index of a space that is extended at its end: 0, 1, ..., old - 1, -1, ..., -1."""
     index = torch.arange(new)
     return index.where(index < old, torch.tensor(-1))
 
@@ -394,12 +397,12 @@ def _check_experts(change: Change) -> None:
     k = change.after.top_k
     if change.after.ff_width * shards != hidden or experts % shards or k % shards:
         got = f"shards={shards} must divide hidden={hidden}, experts={experts} and top_k={k}"
-        raise ValueError(f"{got}; use a divisor of all three")
+        raise ValueError(f"{got}; use a common divisor of hidden, experts and top_k")
     has_noise = change.op.value.get("noise_snr_db") is not None
     if has_noise and not _has_zero_router(change):
         raise ValueError(
-            "noise_snr_db with router=random changes the function, and these experts diverge without it; "
-            "leave it out, or use router=zero"
+            "noise_snr_db changes the output of a model with router=random, whose experts diverge without "
+            "noise; remove noise_snr_db, or use router=zero"
         )
 
 
@@ -482,12 +485,12 @@ def set_embedding_lora_rank(change: Change) -> Pieces:
 def _set_rank(change: Change, prefix: str, old: int, new: int) -> Pieces:
     """Set the rank of the low-rank terms (lora_alpha / rank) B A.
 
-    A new term has a random A and B = 0. A higher rank adds random rows to A, adds zero columns to B, and
-    multiplies B by new / old. A lower rank uses the best approximation of B A with this rank.
+    A new term has a random A and a zero B. A higher rank adds random rows to A, adds zero columns to B, and
+    multiplies B by new / old. A lower rank replaces B A with its best approximation of this rank.
     """
     if new < 1:
         raise ValueError(
-            f"rank {new} is not allowed; give 1 or more, or use merge_lora_weights to remove the term"
+            f"rank {new} is not allowed; give at least 1, or remove the term with merge_lora_weights"
         )
     pieces = change.by_space()
     for name in change.new:

@@ -83,7 +83,7 @@ class Controller(Protocol):
         """Remember the scores that trigger operations."""
 
     def decide(self) -> bool:
-        """Fire each operation whose trigger the latest score meets. Return True if the plan changed."""
+        """Fire the operations whose triggers are met. Return True if the plan changed."""
 
     def act(self, evaluate: Callable[[], list[Row]]) -> bool:
         """Carry out all operations that are due. Return True if the model was replaced."""

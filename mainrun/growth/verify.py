@@ -18,7 +18,7 @@ from mainrun.core.optimizers import Optimizers
 from mainrun.growth.moments import IndexMap
 from mainrun.train import GPT
 
-EXACT = {torch.float64: 1e-10, torch.float32: 1e-5}  # the largest change of a logit due to rounding
+EXACT = {torch.float64: 1e-10, torch.float32: 1e-5}  # the largest change in a logit that rounding may cause
 EQUAL = 1e-5  # the largest relative difference between equal copies that rounding may cause
 
 
@@ -60,7 +60,7 @@ def eval_mode(*models: GPT, full: bool = False) -> Iterator[None]:
 
 
 def logit_change(old: GPT, new: GPT, idx: Tensor, full: bool = False) -> tuple[float, float]:
-    """Return the largest change of a logit, and the largest absolute logit before the change.
+    """Return the largest change in any logit, and the largest absolute logit before the change.
 
     The change is infinite if a new token id has a logit above -inf, because this changes all probabilities.
     """
@@ -79,7 +79,7 @@ def logit_change(old: GPT, new: GPT, idx: Tensor, full: bool = False) -> tuple[f
 
 
 def check_function(promise: str, old: GPT, new: GPT, idx: Tensor) -> PromiseCheck:
-    """Check that the logits changed by no more than the promised guarantee allows.
+    """Check that the logits did not change by more than the guarantee allows.
 
     "bitexact" allows no change. "exact" allows rounding errors, which are larger for larger logits. "approx"
     and "none" allow any change, but the logits must be finite.
@@ -145,7 +145,7 @@ def check_rope(old: GPT, new: GPT) -> PromiseCheck:
 
 
 def check_router_scale(old: GPT, new: GPT, idx: Tensor, tolerance: float = 0.01) -> PromiseCheck:
-    """Check that the spread of the scores did not change in any router.
+    """Check that the spread of the expert scores did not change in any router.
 
     If a model becomes n times wider but its router weights are not divided by n, the spread becomes n times
     larger. If the old model had no routers, the check only requires finite scores.
@@ -229,7 +229,7 @@ def equal_copies(moved: IndexMap, new: nn.Module, tolerance: float = EQUAL) -> l
 
 
 def _without_share(moved: IndexMap, tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """Divide a tensor by the factors that an operation gave to the copies, so that copies are comparable."""
+    """Undo the scaling that an operation applied to copied weights, so that copies can be compared."""
     weight = moved.pieces[name].weight
     x = tensors[name].detach().double()
     if isinstance(weight, Tensor):
@@ -247,8 +247,8 @@ def locked_routers(model: GPT, idx: Tensor) -> list[str]:
             used = int(moe.route(x)[0].unique().numel())
         if moe.k == 1 and moe.renormalised:
             problems.append(
-                f"{name}: the one renormalised weight of a token is always 1, so the router has no gradient; "
-                "use top_k=2 or softmax weights"
+                f"{name}: with one expert per token, the renormalised weight is always 1, so the router gets "
+                "no gradient; use top_k=2 or softmax weights"
             )
         elif used <= moe.k < len(moe.experts):
             problems.append(f"{name}: all tokens go to the same {used} of {len(moe.experts)} experts")
@@ -259,7 +259,7 @@ def locked_routers(model: GPT, idx: Tensor) -> list[str]:
 
 
 def moe_layers(model: GPT) -> dict[str, MoE]:
-    """Return all layers with experts, in a dict from names to layers."""
+    """Return a dict that maps the name of each layer with experts to the layer."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
 
 

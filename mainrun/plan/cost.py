@@ -16,7 +16,7 @@ class Size(NamedTuple):
     """The size of the model that a config describes."""
 
     params: int
-    active: int  # number of parameters that take part in processing one token
+    active: int  # number of parameters that process one token
     trained: int  # number of parameters that are not frozen
     flops: int  # number of FLOPs per token in the forward and the backward pass
     moments: int  # size of the optimiser state in bytes
@@ -44,7 +44,7 @@ class _Block(NamedTuple):
 
     @property
     def multiplied(self) -> int:
-        """The number of parameters in the matrices that a token is multiplied with."""
+        """The number of parameters in the matrices that process a given token."""
         return self.attention + self.router + self.used * self.expert
 
     @property
@@ -54,7 +54,7 @@ class _Block(NamedTuple):
 
 
 def size(cfg: TrainConfig) -> Size:
-    """Return the size of a config's model, for the largest vocabulary that the config allows."""
+    """Return the size of the model, assuming the largest vocabulary that the config allows."""
     d = cfg.d_model
     block = _block(cfg)
     vocab = cfg.vocab_size + cfg.unused_ids

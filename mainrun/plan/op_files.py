@@ -60,7 +60,7 @@ LIST_KEYS: tuple[str, ...] = ("name", "desc", "value", "trigger_loss", "max_wait
 OP_KEYS: tuple[str, ...] = (
     "id", "name", "desc", "value", "trigger", "reevaluate", "init", "preserve", "optimizer", "lr", "on_fail",
 )  # fmt: skip
-WEIGHT_KEYS = ("init", "preserve", "optimizer", "lr", "on_fail")  # keys only for ops that change the model
+WEIGHT_KEYS = ("init", "preserve", "optimizer", "lr", "on_fail")  # keys of ops that change the model
 DEFAULT_KEYS = ("reevaluate", "preserve", "optimizer", "lr", "on_fail")  # keys of the table `defaults`
 
 
@@ -90,7 +90,7 @@ KEYS: dict[str, Rule] = {
 }
 TRANSFER: dict[str, Rule] = {
     "mode": choice("auto", "keep", "scale", "reset", "asymmetric"),
-    "min_coverage": number("a share, 0 to 1", low=0, high=1, closed=True),
+    "min_coverage": number("a number from 0 to 1", low=0, high=1, closed=True),
 }
 RATES: dict[str, Rule] = {
     "rewarm_iters": whole_number(0),
@@ -102,8 +102,8 @@ CONDITIONS: dict[str, Rule] = {
     "wait_iters": whole_number(0),
     "step": whole_number(1),
     "tokens": whole_number(1),
-    "budget_frac": number("a share of the run's tokens, above 0 and below 1", low=0, high=1),
-    "plateau": Rule(_keep_plateau, "{ evals = N, rel = R }, N 1 or more, R above 0 and below 1"),
+    "budget_frac": number("a fraction of the run's tokens, above 0 and below 1", low=0, high=1),
+    "plateau": Rule(_keep_plateau, "{ evals = N, rel = R } with N of at least 1, and R above 0 and below 1"),
 }
 
 
@@ -134,7 +134,9 @@ def _read_table(data: dict[Any, Any]) -> tuple[Schedule, list[Fault]]:
     wrong = unknown_keys("", data, SCHEDULE_KEYS)
     version = data.get("version", 2)
     if version != 2 or isinstance(version, bool):
-        wrong.append(f"version={shown(version)} is unknown; write 2, or a list in the original format")
+        wrong.append(
+            f"version={shown(version)} is unknown; write version=2, or a list in the original format"
+        )
     seed = _read_seed(data.get("seed", 0), wrong)
     entries = _read_entries(data.get("ops", []), wrong)
     defaults = _read_defaults(data.get("defaults", {}), wrong)
@@ -210,7 +212,9 @@ class _OpReader:
             wrong: list[str] = []
             op = self._op(place, entry, wrong)
             if op and op.id in owners:
-                wrong.append(f"id={op.id!r} is already used by ops[{owners[op.id]}]; give each op its own id")
+                wrong.append(
+                    f"id={op.id!r} is already used by ops[{owners[op.id]}]; give each op a different id"
+                )
             self.faults += [fault_of(place, entry.get("name"), text) for text in wrong]
             if op and not wrong:
                 ops.append(op)
@@ -237,7 +241,7 @@ class _OpReader:
         return LIST_KEYS if self.list_format else OP_KEYS
 
     def _unknown_keys(self, entry: dict[Any, Any]) -> list[str]:
-        """Return one fault for each key that does not exist in the format."""
+        """Return error messages about the keys that the format does not allow."""
         other_format = "the list format; write a trigger"
         if self.list_format:
             other_format = "version 2; write { version = 2, ops = [...] } around the list"
@@ -263,16 +267,16 @@ class _OpReader:
             if key not in entry or key not in self._allowed:
                 continue
             if key in WEIGHT_KEYS and name in TRAINING:
-                wrong.append(f"{key} is only for ops that change the weights; remove it")
+                wrong.append(f"only ops that change the weights have the key {key}; remove the key")
             elif key == "init" and not keys["init"]:
-                wrong.append("init is only for stack_layers and widen_mlp; remove it")
+                wrong.append("only stack_layers and widen_mlp have the key init; remove the key")
             else:
                 keys[key] = _read_key(key, entry[key], wrong)
         return keys
 
 
 def _read_name(entry: dict[Any, Any], wrong: list[str]) -> str | None:
-    """Return the name of an op, or None if the name is unknown. Old names, like change_lr, are known."""
+    """Return the name of an op, or None if the name is unknown. Old names such as change_lr are accepted."""
     if "name" not in entry:
         wrong.append(f"the name is missing; write one of {', '.join(NAMES)}")
         return None
@@ -330,7 +334,7 @@ def _read_trigger(entry: dict[Any, Any], wrong: list[str]) -> Trigger | None:
             return None
     elif len(trigger) != 1:
         got = " and ".join(map(shown_key, trigger)) or "none"
-        wrong.append(f"trigger has exactly one condition, got {got}; write {TRIGGER_SHAPE}")
+        wrong.append(f"trigger must have exactly one condition, got {got}; write {TRIGGER_SHAPE}")
         return None
     return read_table("trigger", trigger, CONDITIONS, wrong, Trigger)
 
@@ -341,13 +345,13 @@ def _read_any(trigger: dict[Any, Any], wrong: list[str]) -> dict[Any, Any] | Non
     if len(trigger) > 1 or not _are_conditions(tables):
         wrong.append(
             f"trigger={shown(trigger)} is not allowed; "
-            "write any = [...] alone, with one condition in each table"
+            "write any = [...] as the only key, with one condition in each table"
         )
         return None
     counts = Counter(name for table in tables for name in table)
     twice = sorted(name for name, count in counts.items() if count > 1)
     if twice:
-        wrong.append(f"trigger.any has {twice[0]} twice; keep the one that is met first")
+        wrong.append(f"trigger.any has the condition {twice[0]} twice; keep the one that is met first")
         return None
     return {name: value for table in tables for name, value in table.items()}
 
@@ -386,12 +390,12 @@ def _parse_file(text: str) -> Any:
     if suffix not in PARSERS:
         raise ConfigError(
             f"growth={got!r} is not a schedule; "
-            "give a file ending in .json, .yaml, .yml or .toml, or { ops = [...] }"
+            "give a file ending in .json, .yaml, .yml or .toml, or write { ops = [...] }"
         )
     why = inputs.not_a_file(path)
     if why:
         why = why.replace("does not exist", "No such file or directory")
-        raise ConfigError(f"growth={got}: the file cannot be read ({why}); give the path of a schedule")
+        raise ConfigError(f"growth={got}: the file cannot be read ({why}); give the path of a schedule file")
     kind, parse = PARSERS[suffix]
     try:
         content = inputs.read_text(path)
@@ -400,7 +404,7 @@ def _parse_file(text: str) -> Any:
     try:
         return parse(content)
     except inputs.BadInput as e:
-        raise ConfigError(f"growth={got}: not valid {kind} ({e}); fix the file") from None
+        raise ConfigError(f"growth={got}: the file is not valid {kind} ({e}); fix the file") from None
 
 
 def _parse_inline(text: str) -> Any:
@@ -415,5 +419,5 @@ def _parse_inline(text: str) -> Any:
             why = e
     raise ConfigError(
         f"growth={inputs.shortened(text, 200)} is neither TOML, JSON nor YAML ({why}); "
-        f"write {SHAPE}, or give the name of a file"
+        f"write {SHAPE}, or give the name of a schedule file"
     )

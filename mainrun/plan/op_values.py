@@ -33,11 +33,11 @@ def shown_key(key: Any) -> str:
 
 
 class Rule(NamedTuple):
-    """A rule that says which values a key may have."""
+    """A rule that defines the allowed values of a key."""
 
     keep: Callable[[Any], Any]  # a function that returns the parsed value, or None for a forbidden value
     allowed: str  # a description of the allowed values for error messages
-    choices: tuple[str, ...] = ()  # the allowed texts; error messages suggest the nearest text
+    choices: tuple[str, ...] = ()  # the allowed strings; error messages suggest the most similar one
 
 
 def is_number(value: Any) -> bool:
@@ -63,7 +63,7 @@ def number(allowed: str, low: float = -math.inf, high: float = math.inf, closed:
 
 
 def whole_number(low: int) -> Rule:
-    """Allow whole numbers of at least `low`, including floats such as 2e8 that are whole numbers."""
+    """Allow integers of at least `low`. Floats with an integer value, such as 2e8, are also allowed."""
 
     def keep(value: Any) -> int | None:
         if not is_number(value) or not low <= value < 2**63 or value != int(value):
@@ -97,7 +97,7 @@ def refusal(name: str, value: Any, rule: Rule) -> str:
 
 
 def unknown_keys(prefix: str, keys: Iterable[Any], allowed: Collection[str]) -> list[str]:
-    """Return one fault for each of the first ten unknown keys, and one fault that counts all others."""
+    """Return a message for each of the first ten unknown keys, and one that counts the other keys."""
     unknown = [key for key in keys if key not in allowed]
     faults = []
     show = shown_key if prefix else shown
@@ -154,7 +154,7 @@ class NoValue:
     def read(self, value: Any, faults: list[str]) -> None:
         if value is not None:
             faults.append(
-                f"value={shown(value)} is not allowed: this op takes no value; write null, or leave it out"
+                f"value={shown(value)} is not allowed: this op takes no value; write null, or omit the value"
             )
 
 
@@ -171,7 +171,7 @@ class NumberValue:
 
 @dataclass(frozen=True)
 class LayersValue:
-    """A list of layers. A single number is also accepted, and the operation decides what it means."""
+    """A list of layers. The meaning of a single number depends on the operation."""
 
     wanted: str
     required: bool = True

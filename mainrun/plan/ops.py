@@ -35,7 +35,7 @@ GUARANTEES = (
     "approx",
     "exact",
     "bitexact",
-)  # guarantees that an op preserves the function of the model, from the weakest to the strongest
+)  # how closely an op preserves the function of the model, from weakest to strongest
 
 
 # -- a schedule
@@ -66,7 +66,7 @@ class Op:
     value: Any  # int, float, tuple of ints, dict, or None for an operation without a value
     trigger: Trigger
     place: int = 0  # index of the op in the schedule
-    seed: int = 0  # random seed, derived from the seed of the schedule and the place of the op
+    seed: int = 0  # random seed, derived from the seed of the schedule and the index of the op
     id: str = ""
     desc: str = ""
     reevaluate: bool = True  # whether the model is evaluated again immediately after the op
@@ -92,7 +92,7 @@ class Op:
         return data
 
     def effect(self) -> dict[str, Any]:
-        """Return all settings that affect the state after the op, without the trigger and the texts."""
+        """Return all settings that affect the training state after the op. The trigger is not included."""
         data = self.data()
         for key in ("trigger", "id", "desc", "reevaluate", "on_fail"):
             data.pop(key, None)
@@ -122,7 +122,7 @@ class Schedule:
         return data
 
     def __str__(self) -> str:
-        """Return the schedule as a text that `--set growth=` accepts."""
+        """Return the schedule as a string that `--set growth=` accepts."""
         return json.dumps(self.data(), separators=(",", ":"))
 
 
@@ -186,7 +186,7 @@ SetBy = Mapping[str, int]  # maps each config field to the place of the op that 
 
 
 def _origin(set_by: SetBy, field: str, how: str = "set by") -> str:
-    """Return a remark that names the op which set a field. Return an empty text if no op set the field."""
+    """Return a phrase that names the op that set a field, or an empty string if no op set the field."""
     if field in set_by:
         return f" ({how} ops[{set_by[field]}])"
     return ""
@@ -196,16 +196,20 @@ def _origin(set_by: SetBy, field: str, how: str = "set by") -> str:
 
 
 def _grown_size(op: Op, what: str, now: int, origin: str) -> int:
-    """Return the new size that an op sets. Raise ValueError unless the new size is larger."""
+    """Return the new size that an op sets. Raise ValueError if it is not larger than `now`."""
     if isinstance(op.value, float):
         new = round(now * op.value)
-        raise ValueError(f"value {op.value:g} is the old relative form; for {what} {now}{origin} write {new}")
+        raise ValueError(
+            f"value {op.value:g} is in the old relative form; {what} is {now}{origin}, so write {new}"
+        )
     if not isinstance(op.value, int):
         raise ValueError(
-            f"value={shown(op.value)} is not allowed; give an integer > {now}, the current {what}{origin}"
+            f"value={shown(op.value)} is not allowed; give an integer above {now}, the current {what}{origin}"
         )
     if op.value <= now:
-        raise ValueError(f"{op.value} <= current {what} {now}{origin}; give an integer > {now}")
+        raise ValueError(
+            f"value {op.value} is not above the current {what} {now}{origin}; give an integer above {now}"
+        )
     return op.value
 
 
@@ -224,7 +228,9 @@ def _stack_layers(op: Op, cfg: Config, set_by: SetBy) -> Changes:
         raise ValueError(_not_a_layer_list(sources, cfg.n_layer, state))
     wrong = [f"value[{i}]={layer}" for i, layer in enumerate(sources) if not 0 <= layer < cfg.n_layer]
     if wrong:
-        raise ValueError(f"{', '.join(wrong[:5])} out of range; {state}. Use {_layer_range(cfg.n_layer)}")
+        raise ValueError(
+            f"layers out of range: {', '.join(wrong[:5])}; {state}. Use {_layer_range(cfg.n_layer)}"
+        )
     # the first copy of a frozen layer stays frozen, and the other copies are trained
     frozen = [i for i, layer in enumerate(sources) if layer in cfg.frozen and layer not in sources[:i]]
     changes: Changes = {"n_layer": len(sources), "frozen": tuple(frozen)}
@@ -239,15 +245,15 @@ def _not_a_layer_list(value: Any, n_layer: int, state: str) -> str:
     if is_factor and 2 <= value * n_layer <= 1024:
         form = {2: "double", 3: "triple"}.get(int(value), f"{int(value)}-fold")
         new = _compact(old * int(value))
-        return f'value {value:g} is the old "{form}" form; for {_layers(n_layer)} write {new}'
+        return f'value {value:g} is the old "{form}" form; the model has {_layers(n_layer)}, so write {new}'
     return (
-        f"value={shown(value)} is not a list of layers; {state}, write the source of each new layer, "
-        f"like {_compact(old)}"
+        f"value={shown(value)} is not a list of layers; {state}, so write the source of each new layer, "
+        f"such as {_compact(old)}"
     )
 
 
 def _widen_mlp(op: Op, cfg: Config, set_by: SetBy) -> Changes:
-    return {"d_ff": _grown_size(op, "hidden", cfg.ff_width, _origin(set_by, "d_ff"))}
+    return {"d_ff": _grown_size(op, "hidden width", cfg.ff_width, _origin(set_by, "d_ff"))}
 
 
 def _widen_model(op: Op, cfg: Config, set_by: SetBy) -> Changes:
@@ -257,7 +263,7 @@ def _widen_model(op: Op, cfg: Config, set_by: SetBy) -> Changes:
             "widen a dense model first, and train the wide model with routed blocks afterwards"
         )
     factor = _width_factor(op.value, cfg.d_model, _origin(set_by, "d_model"))
-    kv_heads = factor * cfg.n_kv_head  # a value of 0 stays 0, which means n_head
+    kv_heads = factor * cfg.n_kv_head  # 0 stays 0, which means one per query head
     if op.value["kv"] == "keep":
         kv_heads = cfg.kv_heads
     return {  # the width of a head does not change
@@ -271,20 +277,24 @@ def _widen_model(op: Op, cfg: Config, set_by: SetBy) -> Changes:
 def _width_factor(value: Any, width: int, origin: str) -> int:
     if not isinstance(value, dict):
         new = round(width * value)
-        raise ValueError(f"value {value:g} is the old relative form; for width {width}{origin} write {new}")
+        raise ValueError(
+            f"value {value:g} is in the old relative form; the width is {width}{origin}, so write {new}"
+        )
     multiples = f"give {2 * width}, {3 * width}, ..."
     factor = value.get("factor")
     if factor is not None:
         if factor != int(factor):
             raise ValueError(
-                f"factor={factor:g} is not a whole number; the width is {width}{origin}, give 2, 3, ..."
+                f"factor={factor:g} is not a whole number; give 2, 3, ... for the width {width}{origin}"
             )
         return int(factor)
     d_model = int(value["d_model"])
     if d_model % width:
-        raise ValueError(f"d_model={d_model} is not a multiple of the width {width}{origin}; {multiples}")
+        raise ValueError(
+            f"d_model={d_model} is not a multiple of the current width {width}{origin}; {multiples}"
+        )
     if d_model < 2 * width:
-        raise ValueError(f"{d_model} <= current width {width}{origin}; {multiples}")
+        raise ValueError(f"d_model={d_model} is not above the current width {width}{origin}; {multiples}")
     return d_model // width
 
 
@@ -295,7 +305,8 @@ def _add_heads(op: Op, cfg: Config, set_by: SetBy) -> Changes:
     if heads % cfg.kv_heads:
         near = -(-heads // cfg.kv_heads) * cfg.kv_heads
         raise ValueError(
-            f"{heads} heads cannot share {cfg.kv_heads} key/value heads evenly; give a multiple, like {near}"
+            f"{heads} heads cannot share {cfg.kv_heads} key/value heads evenly; "
+            f"give a multiple, such as {near}"
         )
     return {"n_head": heads, "head_dim": cfg.head_width, "n_kv_head": cfg.kv_heads}
 
@@ -304,7 +315,7 @@ def _upcycle_moe(op: Op, cfg: Config, set_by: SetBy) -> Changes:
     if cfg.experts:
         raise ValueError(
             f"the model already has {cfg.experts} experts{_origin(set_by, 'experts')}; "
-            "only a dense model can be upcycled. Remove this op"
+            "remove this op, because only a dense model can be upcycled"
         )
     if not isinstance(op.value, dict):
         raise ValueError(f"value={shown(op.value)} is not allowed; write {OPERATIONS[op.name].value.wanted}")
@@ -326,7 +337,8 @@ def _check_experts(value: dict[str, Any], hidden: int, weights: str) -> None:
     for name, size in (("hidden", hidden), ("experts", experts), ("top_k", top_k)):
         if size % shards:
             raise ValueError(
-                f"shards={shards} does not divide {name}={size}; use a divisor of hidden, experts and top_k"
+                f"shards={shards} does not divide {name}={size}; "
+                "use a common divisor of hidden, experts and top_k"
             )
     if top_k == 1 and weights == "renormalised":
         raise ValueError(
@@ -340,19 +352,19 @@ def _check_router(op: Op) -> None:
     if value["router"] != "zero":
         if "noise_snr_db" in value:
             raise ValueError(
-                "noise_snr_db with router=random changes the function; "
-                "leave it out, because the experts soon differ without it, or use router=zero"
+                "noise_snr_db changes the output of a model with router=random, "
+                "whose experts diverge without noise; remove noise_snr_db, or use router=zero"
             )
         return
     if "router_std" in value:
         raise ValueError(
             f"router_std={value['router_std']:g} has no effect with router=zero; "
-            "leave it out, or use router=random"
+            "remove router_std, or use router=random"
         )
     if "noise_snr_db" not in value and op.optimizer.mode != "asymmetric":
         raise ValueError(
-            "router=zero locks: every tie is won by the same experts; "
-            "use router=random, or break the tie with noise_snr_db or optimizer.mode=asymmetric"
+            "router=zero would always choose the same experts, because all experts get equal scores; "
+            "use router=random, or make the experts differ with noise_snr_db or optimizer.mode=asymmetric"
         )
 
 
@@ -360,12 +372,13 @@ def _set_rank(op: Op, cfg: Config, set_by: SetBy) -> Changes:
     field = OPERATIONS[op.name].field
     now = getattr(cfg, field)
     if isinstance(op.value, float):
-        fix = f"write {round(now * op.value)}" if now else "give the rank, like 8"
+        fix = f"write {round(now * op.value)}" if now else "write a rank such as 8"
         raise ValueError(
-            f"value {op.value:g} is the old relative form; the rank is {now}{_origin(set_by, field)}, {fix}"
+            f"value {op.value:g} is in the old relative form; "
+            f"the rank is {now}{_origin(set_by, field)}, so {fix}"
         )
     if op.value < 1:
-        fix = "give a rank, 1 or more"
+        fix = "give a rank of at least 1"
         if now:
             fix += ", or remove the low-rank weights with merge_lora_weights"
         raise ValueError(f"value={op.value} is not allowed; {fix}")
@@ -377,7 +390,7 @@ def _merge_lora_weights(op: Op, cfg: Config, set_by: SetBy) -> Changes:
         origin = _origin(set_by, "attn_lora_rank", "after")
         raise ValueError(
             f"there are no low-rank weights to merge{origin}; "
-            "move this op behind a set_attn_lora_rank, or remove it"
+            "move this op after an op that sets a rank, or remove this op"
         )
     return {"attn_lora_rank": 0, "embed_lora_rank": 0}
 
@@ -386,7 +399,9 @@ def _freeze_layer(op: Op, cfg: Config, set_by: SetBy) -> Changes:
     layers = _layers_of(op, cfg, set_by)
     twice = [layer for layer in layers if layer in cfg.frozen]
     if twice:
-        raise ValueError(f"layer {twice[0]} is already frozen; {_frozen_layers(cfg, set_by)}. Leave it out")
+        raise ValueError(
+            f"layer {twice[0]} is already frozen; {_frozen_layers(cfg, set_by)}. Remove it from the op"
+        )
     return {"frozen": tuple(sorted({*cfg.frozen, *layers}))}
 
 
@@ -394,7 +409,9 @@ def _unfreeze_layer(op: Op, cfg: Config, set_by: SetBy) -> Changes:
     layers = _layers_of(op, cfg, set_by)
     trained = [layer for layer in layers if layer not in cfg.frozen]
     if trained:
-        raise ValueError(f"layer {trained[0]} is not frozen; {_frozen_layers(cfg, set_by)}. Leave it out")
+        raise ValueError(
+            f"layer {trained[0]} is not frozen; {_frozen_layers(cfg, set_by)}. Remove it from the op"
+        )
     return {"frozen": tuple(sorted(set(cfg.frozen) - set(layers)))}
 
 
@@ -406,12 +423,12 @@ def _layers_of(op: Op, cfg: Config, set_by: SetBy) -> tuple[int, ...]:
     if not isinstance(layers, tuple) or not layers:
         raise ValueError(
             f"value={shown(op.value)} is not a layer; "
-            f"give one of {_layer_range(cfg.n_layer)}, or a list of them"
+            f"give a layer of {_layer_range(cfg.n_layer)}, or a list of layers"
         )
     wrong = [layer for layer in layers if not 0 <= layer < cfg.n_layer]
     if wrong:
         raise ValueError(
-            f"layer {wrong[0]} out of range; at this point the model has {_layers(cfg.n_layer)}"
+            f"layer {wrong[0]} is out of range; at this point the model has {_layers(cfg.n_layer)}"
             f"{_origin(set_by, 'n_layer', 'after')}. Use {_layer_range(cfg.n_layer)}"
         )
     return layers
@@ -419,12 +436,12 @@ def _layers_of(op: Op, cfg: Config, set_by: SetBy) -> tuple[int, ...]:
 
 def _frozen_layers(cfg: Config, set_by: SetBy) -> str:
     layers = ", ".join(map(str, cfg.frozen)) or "none"
-    return f"frozen at this point: {layers}{_origin(set_by, 'frozen', 'after')}"
+    return f"frozen layers at this point: {layers}{_origin(set_by, 'frozen', 'after')}"
 
 
 def _resize_vocabulary(op: Op, cfg: Config, set_by: SetBy) -> Changes:
     now = cfg.vocab_size + cfg.unused_ids
-    ids = _grown_size(op, "vocabulary", now, _origin(set_by, "unused_ids"))
+    ids = _grown_size(op, "vocabulary size", now, _origin(set_by, "unused_ids"))
     # vocab_size does not change, because the tokenizer depends on vocab_size
     return {"unused_ids": ids - cfg.vocab_size}
 
@@ -444,7 +461,7 @@ def _set_capacity(op: Op, cfg: Config, set_by: SetBy) -> Changes:
 
 def _set_eval_iters(op: Op, cfg: Config, set_by: SetBy) -> Changes:
     raise ValueError(
-        "every evaluation scores each token of val exactly once, so there is nothing to set; remove the op"
+        "every evaluation scores each token of val exactly once, so its length cannot be set; remove the op"
     )
 
 
@@ -459,7 +476,7 @@ class Guarantee(NamedTuple):
     """The strongest guarantee that an op can give."""
 
     level: str  # one of GUARANTEES
-    why: str = ""  # why no stronger guarantee is possible, as the end of an error message
+    why: str = ""  # why no stronger guarantee is possible, as a phrase in an error message
     instead: str = ""  # the setting that makes a stronger guarantee possible
 
 
@@ -611,7 +628,7 @@ RELATIVE = {name.replace("set_", "change_"): name for name in TRAINING if OPERAT
 
 
 def default_keys(name: str, place: int) -> dict[str, Any]:
-    """Return the default values of an op's keys, for keys whose default depends on the operation."""
+    """Return the default values of the keys whose defaults depend on the operation."""
     operation = operation_of(name)
     return {
         "id": f"{place}-{name}",
@@ -622,7 +639,7 @@ def default_keys(name: str, place: int) -> dict[str, Any]:
 
 
 def operation_of(name: str) -> Operation:
-    """Return the row of an operation. An old relative operation, like change_lr, uses the row of set_lr."""
+    """Return the row of an operation. The old name change_lr, for example, refers to the row of set_lr."""
     return OPERATIONS[RELATIVE.get(name, name)]
 
 
@@ -630,7 +647,7 @@ def operation_of(name: str) -> Operation:
 
 
 class AppliedOp(NamedTuple, Generic[C]):
-    """An op whose guarantee is set in `preserve`, and the config after the op."""
+    """An op and the config after the op. The field `preserve` of the op contains its guarantee."""
 
     op: Op
     cfg: C
@@ -677,8 +694,8 @@ def _old_relative_form(op: Op, cfg: Config, set_by: SetBy) -> str:
     value = now * op.value
     value = round(value) if isinstance(now, int) else float(f"{value:.6g}")
     return (
-        f"this is the old relative form; {field} is {_compact(now)}{_origin(set_by, field)}, "
-        f'write "{new}" and the value {value}'
+        f"this op has the old relative form; {field} is {_compact(now)}{_origin(set_by, field)}, "
+        f'so write "{new}" and the value {value}'
     )
 
 

@@ -8,10 +8,11 @@ from typing import NamedTuple
 class OptimizerSpec(NamedTuple):
     """The properties of an optimiser that mainrun needs before torch is imported."""
 
-    # The names of the state tensors of a parameter. Each name is mapped to a power: the tensor is
-    # proportional to this power of the gradient. Growth scales the tensors together with the gradient.
+    # Maps the name of each state tensor to an exponent. The tensor is proportional to the gradient raised to
+    # this exponent. Growth operations use the exponent to scale the tensor together with the gradient.
     state: dict[str, int]
-    # The name of a second optimiser for all parameters except the matrices inside blocks; "" for none.
+    # The optimiser that trains all parameters except the matrices inside blocks. If the name is empty, one
+    # optimiser trains all parameters.
     others: str = ""
 
 
@@ -23,13 +24,13 @@ OPTIMIZERS = {
 
 
 def state_powers() -> dict[str, int]:
-    """Return the names of all state tensors. Each name is mapped to a power of the gradient."""
+    """Return a dict that maps the name of each state tensor to its exponent; see `OptimizerSpec`."""
     powers: dict[str, int] = {}
     for spec in OPTIMIZERS.values():
         for name, power in spec.state.items():
             if powers.setdefault(name, power) != power:
                 raise ValueError(
-                    f"two rows of OPTIMIZERS give {name!r} different powers; rename one of the tensors"
+                    f"two rows of OPTIMIZERS give {name!r} different exponents; rename one of the tensors"
                 )
     return powers
 

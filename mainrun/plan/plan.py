@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from mainrun.config import TrainConfig
 from mainrun.errors import ConfigError
+from mainrun.plan import routing
 from mainrun.plan.ops import ARCHITECTURE, AppliedOp, Op, walk
 
 
@@ -43,26 +44,6 @@ class StepInputs(NamedTuple):
     lr_student: float
 
 
-# the values of `StepInputs` for routed blocks, and the letters of the blocks that use each value
-ROUTING_INPUTS = {
-    "capacity": "MST",
-    "sharpness": "ST",
-    "prior_loss": "ST",
-    "student_loss": "MST",
-    "router_loss": "M",
-    "router_z_loss": "M",
-    "lr_router": "MST",
-    "lr_prior": "ST",
-    "lr_student": "MST",
-}
-
-
-def selected_tokens(capacity: float, tokens: int) -> int:
-    """Return the number of tokens that a routed block selects from a row of `tokens` tokens."""
-    # without 1e-9, rounding would make 0.29 * 100 smaller than 29
-    return max(1, math.floor(capacity * tokens + 1e-9))
-
-
 class Decision(NamedTuple):
     """The decision that an op fired, or was skipped, after `step` steps."""
 
@@ -71,7 +52,7 @@ class Decision(NamedTuple):
 
     @classmethod
     def from_int(cls, number: int) -> Decision:
-        """Decode the integer form of a decision in files: `step`, or `~step` for a skipped op."""
+        """Decode a decision that a file contains as an integer: `step`, or `~step` for a skipped op."""
         if number < 0:
             return cls(~number, skipped=True)
         return cls(number)
@@ -100,7 +81,7 @@ class Segment(NamedTuple):
         """Raise ConfigError if the training set has too few tokens for one step."""
         if train_tokens <= self.span:
             raise ConfigError(
-                f"train has {train_tokens:,} tokens, but one step takes batch_size*block_size+1 = "
+                f"train has {train_tokens:,} tokens, but one step needs batch_size*block_size+1 = "
                 f"{self.span + 1:,}; lower batch_size or block_size, or raise num_titles"
             )
 
@@ -117,9 +98,10 @@ class Segment(NamedTuple):
         return epoch, start + self.span
 
     def _pointer(self, step: int, train_tokens: int) -> tuple[int, int]:
-        # The last target of a step is the token after the step's span. If an epoch is a whole number of
-        # spans, the last step of the epoch lacks this target. A sequential stream then starts the next epoch
-        # one step early, and a shuffled stream uses the first token of the epoch as the last target.
+        # The last target of a step is the first token after the inputs of the step. If an epoch consists of a
+        # whole number of steps, the stream has no token for the last target of the last step. A sequential
+        # stream then starts the next epoch one step early. A shuffled stream instead uses the first token of
+        # the epoch as the last target.
         readable = train_tokens - 1
         if self.cfg.order == "shuffle_titles" and train_tokens % self.span == 0:
             readable = train_tokens
@@ -140,13 +122,13 @@ class Segment(NamedTuple):
 
 
 class Plan:
-    """The steps of a run, given its config and the number of training tokens. Steps count from 0.
+    """The steps of a run, given its config and the number of training tokens. Steps are counted from 0.
 
     fired: the decisions about the first ops, as integers (see `Decision.to_int`).
 
     If the trigger of an op needs an evaluation, the decision about the op is made during the run. Until this
     decision, the plan assumes that the op never fires, and the attribute `undecided` is this op. A decision
-    changes the plan only from the step of the decision on.
+    does not change the plan for earlier steps.
     """
 
     def __init__(self, cfg: TrainConfig, train_tokens: int, fired: Iterable[int] = ()) -> None:
@@ -174,7 +156,7 @@ class Plan:
 
     @property
     def fired(self) -> tuple[int, ...]:
-        """All decisions so far, in the integer form that files contain."""
+        """All decisions so far, encoded as integers (see `Decision.to_int`)."""
         return tuple(decision.to_int() for decision in self.decisions)
 
     @property
@@ -189,7 +171,7 @@ class Plan:
         return Plan(self.cfg, self.train_tokens, (*self.fired[:place], decision.to_int()))
 
     def _plan_before(self, given: list[Decision]) -> tuple[Plan | None, int]:
-        """Return the plan before the last decision that was made during the run, and this decision's step."""
+        """Return the plan before the last decision made during the run, and the step of this decision."""
         for place, decision in reversed(list(enumerate(given))):
             if decision.skipped or not self.cfg.growth.ops[place].trigger.static:
                 earlier = [other.to_int() for other in given[:place]]
@@ -222,7 +204,7 @@ class Plan:
         return segments
 
     def _applied_ops(self, given: list[Decision]) -> dict[int, AppliedOp[TrainConfig]]:
-        """Return the ops that are not skipped. The keys are the places of the ops in the schedule."""
+        """Return a dict that maps the place of each op that was not skipped to the applied op."""
         skipped = [place for place, decision in enumerate(given) if decision.skipped]
         ops = [op for place, op in enumerate(self.cfg.growth.ops) if place not in skipped]
         applied, faults = walk(self.cfg, ops)
@@ -261,8 +243,8 @@ class Plan:
         steps = last.last_step(self.budget)
         return (
             f"growth: ops[{segment.op.place}] {segment.op.name!r} would fire after step {segment.first}, "
-            f"with less than a step left to train (without it the run has {steps} steps); "
-            "give it an earlier trigger"
+            f"but less than one step would then be left (without this op, the run has {steps} steps); "
+            "give the op an earlier trigger"
         )
 
     def _lr_phase(self, segment: Segment) -> tuple[int, int]:
@@ -273,7 +255,7 @@ class Plan:
         decay = steps
         if cfg.schedule == "wsd":
             decay = round(cfg.decay_frac * steps)
-        decay_start = max(warmup, steps - decay)  # rounding up may make both phases overlap
+        decay_start = max(warmup, steps - decay)  # rounding may make the two phases overlap
         return segment.lr_start + warmup, segment.lr_start + decay_start
 
     # -- the values of each step
@@ -317,8 +299,8 @@ class Plan:
 
     def _routing(self, cfg: TrainConfig, step: int, lr_factor: float) -> dict[str, float]:
         """Return the scheduled values of routed blocks. A value that no block uses is 0."""
-        values = dict.fromkeys(ROUTING_INPUTS, 0.0)
-        for name, letters in ROUTING_INPUTS.items():
+        values = dict.fromkeys(routing.INPUTS, 0.0)
+        for name, letters in routing.INPUTS.items():
             if not set(letters) & set(cfg.letters):
                 continue
             values[name] = getattr(cfg, name)
@@ -358,7 +340,7 @@ class Plan:
             return 1 / (step - self.swa_start + 1)
         if not self.cfg.ema:
             return 1.0
-        # at first, the average follows the parameters closely, so that the random initial weights fade
+        # at first, the average follows the parameters closely, to forget the random initial weights soon
         return 1 - min(self.cfg.ema, (1 + step) / (10 + step))
 
     @cached_property
@@ -389,7 +371,7 @@ class Plan:
         return frozenset(steps)
 
     def _eval_segments(self) -> list[Segment]:
-        """Return the segments that begin a new series of evaluations, because the interval changes."""
+        """Return the first segment, and each segment in which the interval between evaluations changes."""
         starts = self.segments[:1]
         for segment in self.segments[1:]:
             before = starts[-1]
@@ -446,7 +428,7 @@ class Plan:
     def _shown(self, step: int) -> dict[str, float]:
         """Return the scheduled values of a step, without the values of routed blocks that no block uses."""
         values = self.at(step)._asdict()
-        return {name: value for name, value in values.items() if value or name not in ROUTING_INPUTS}
+        return {name: value for name, value in values.items() if value or name not in routing.INPUTS}
 
 
 def _in_256ths(p: float) -> float:

@@ -34,18 +34,19 @@ def load(preset: str, sets: Iterable[str] = ()) -> list[TrainConfig]:
     """Return the configs of a preset. A preset with `[[steps]]` is a ladder and has one config per step.
 
     preset: a built-in name or a TOML file. The suffix `:STEP` selects one step of a ladder.
-    sets: texts like "lr=0.01" that replace fields in every config.
+    sets: strings such as "lr=0.01", which override fields in every config.
     """
     overrides = dict(parse_set(text) for text in sets)
     if "preset" in overrides:
         raise ConfigError(
-            f"--set preset={overrides['preset']}: choose a preset with --preset; it is named after its file"
+            f"--set preset={overrides['preset']} has no effect, because a preset is named after its file; "
+            "choose a preset with --preset"
         )
     return [from_dict(step.fields | overrides | {"preset": step.label}) for step in _expand(preset)]
 
 
 def parse_set(text: str) -> tuple[str, Any]:
-    """Split a text of the form "key=value" and parse the value.
+    """Split a string of the form "key=value" and parse the value.
 
     The value is a TOML literal or a plain string. The value `none` unsets the field.
     """
@@ -116,7 +117,7 @@ def _check_tables(path: Path, data: dict[str, Any], scale: Any, entries: Any) ->
     if not isinstance(scale, dict):
         raise ConfigError(
             f"scale = {scale!r} in {path.name} is not a table; "
-            "write [scale] and a field = value in each line below it"
+            "write [scale], and below it lines of the form field = value"
         )
     if entries is not None and not _are_tables(entries):
         raise ConfigError(
@@ -126,8 +127,8 @@ def _check_tables(path: Path, data: dict[str, Any], scale: Any, entries: Any) ->
     for table in (data, scale, *(entries or ())):
         if "preset" in table:
             raise ConfigError(
-                f"preset = {table['preset']!r} in {path.name} has no effect: "
-                "a preset is named after its file; remove it"
+                f"preset = {table['preset']!r} in {path.name} has no effect, "
+                "because a preset is named after its file; remove the line"
             )
 
 
@@ -143,7 +144,7 @@ def _base(table: dict[str, Any], path: Path, above: tuple[str, ...]) -> dict[str
     steps = _expand(str(base), above)
     if len(steps) != 1:
         raise ConfigError(
-            f"base = {base!r} in {path.name} is a ladder; name one step, like {base}:{steps[0].name}"
+            f"base = {base!r} in {path.name} is a ladder; name one of its steps, like {base}:{steps[0].name}"
         )
     return steps[0].fields
 
@@ -153,7 +154,7 @@ def _choose(ladder: list[Step], wanted: str, path: Path) -> list[Step]:
     counts = Counter(step.name for step in ladder)
     for name, count in counts.items():
         if count > 1:
-            raise ConfigError(f"two steps of {path.name} are called {name!r}; give each its own name")
+            raise ConfigError(f"two steps of {path.name} are called {name!r}; give the steps different names")
     if not wanted:
         return ladder
     for step in ladder:
@@ -165,11 +166,11 @@ def _choose(ladder: list[Step], wanted: str, path: Path) -> list[Step]:
 
 
 def _check_name(name: str, what: str) -> None:
-    """Raise ConfigError if a name contains characters that a run directory's name must not contain."""
+    """Raise ConfigError if a name contains characters that the name of a run directory must not contain."""
     if not re.fullmatch(r"\w[\w .+-]{0,79}", name):
         raise ConfigError(
-            f"{what} is called {name!r}; write at most 80 letters, digits and . + - _ or blanks, "
-            "a letter or digit first"
+            f"{what} has the invalid name {name!r}; use at most 80 letters, digits, spaces and . + - _, "
+            "and begin with a letter or digit"
         )
 
 
@@ -178,7 +179,7 @@ def _find(preset: str) -> tuple[Path, str]:
     name, colon, step = preset.partition(":")
     if colon and preset.endswith(":"):
         raise ConfigError(
-            f"preset {preset!r} names no step; write {preset[:-1]}:STEP, or {preset[:-1]} for all of it"
+            f"preset {preset!r} names no step; write {preset[:-1]}:STEP, or {preset[:-1]} for all steps"
         )
     known = preset_names()
     if name in known:

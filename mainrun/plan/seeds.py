@@ -6,6 +6,6 @@ import hashlib
 
 
 def seed_from(*parts: object) -> int:
-    """Return a 63-bit seed: a hash of all arguments, for example of the run's seed and a step number."""
+    """Return a 63-bit hash of all arguments, for example of the run's seed and a step number."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

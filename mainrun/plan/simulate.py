@@ -33,7 +33,7 @@ class SegmentForecast(NamedTuple):
 class Forecast(NamedTuple):
     """The result of `simulate`."""
 
-    faults: list[str]  # messages about ops that cannot be applied and are missing in `segments`
+    faults: list[str]  # messages about invalid ops, which `segments` does not include
     warnings: list[str]
     segments: list[SegmentForecast]
 
@@ -74,7 +74,7 @@ def latest(cfg: TrainConfig, train_tokens: int) -> Plan:
 
 
 def _latest_step(plan: Plan, op: Op) -> int | None:
-    """Return the step of the first evaluation at which an op fires whatever the loss is, or None."""
+    """Return the step of the first evaluation at which an op fires regardless of the loss, or None."""
     last = plan.segments[-1].first
     earliest = last
     if plan.fired and plan.cfg.growth.ops[len(plan.fired) - 1].reevaluate:
@@ -131,8 +131,7 @@ def _past_step(op: Op, past: int) -> str:
     if step is None or not op.trigger.static or step >= past:
         return ""
     return (
-        f"step {step} is earlier than the op can fire; "
-        f"the op fires with the previous op, not before step {past}"
+        f"the op cannot fire at step {step}; it fires together with the previous op, at step {past} or later"
     )
 
 
@@ -166,7 +165,7 @@ def _eval_interval(cfg: TrainConfig, plan: Plan | None) -> int:
 def _never_fires(applied: list[Applied], plan: Plan) -> Iterator[str]:
     """Yield a warning if the first op that has not fired might never fire.
 
-    There is no warning for an op whose trigger depends only on the loss.
+    An op whose trigger depends only on the loss gets no warning.
     """
     op = applied[len(plan.fired)].op
     conditions = op.trigger.conditions.keys()

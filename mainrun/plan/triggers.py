@@ -1,11 +1,11 @@
 """Decide when an op fires, by comparing the trigger of the op with the progress of the run.
 
-An op fires as soon as any condition of its trigger holds:
+An op fires as soon as any condition of its trigger is met:
 
     loss_below    the loss of the last evaluation, in nats per token, is below the value
     wait_iters    the given number of steps has passed since the last op, or since the start of the run
-    plateau       the best loss of the last `evals` evaluations has not fallen by the fraction `rel` below the
-                  best earlier loss since the last op
+    plateau       since the last op, the best loss of the last `evals` evaluations has improved on the best
+                  earlier loss by less than the fraction `rel`
     step          the given number of steps has been trained
     tokens        the given number of tokens has been trained
     budget_frac   the given fraction of the run's tokens has been trained
@@ -65,7 +65,7 @@ class Trigger:
 
 
 class Facts(NamedTuple):
-    """The numbers that triggers are compared with, right after an evaluation."""
+    """The progress of a run after an evaluation, which decides whether a trigger fires."""
 
     step: int  # number of steps trained
     last: int  # the step at which the last op fired, or 0 if no op has fired

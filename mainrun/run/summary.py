@@ -6,15 +6,18 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import nn
 
 from mainrun.checks.guards import Evidence, guards
 from mainrun.core.hardware import peak_memory
-from mainrun.plan.cost import segment_costs
+from mainrun.data import scoring
+from mainrun.plan.cost import forward_flops, segment_costs
 from mainrun.plan.plan import Plan
+from mainrun.plan.routing import STATS
 from mainrun.run.accounts import Accounts
 from mainrun.store import checkpoint
 from mainrun.store.rundir import RunDir
-from mainrun.train import Setup, State
+from mainrun.train import GPT, Setup, State
 
 SCORE_FIELDS = ("step", "split", "official", "full", "loss", "bits_per_byte", "coverage", "tokens")
 
@@ -62,6 +65,8 @@ def summarize(
         "weights": checkpoint.sha256_tensors(iter(state.model.named_parameters())),
         "resumed": accounts.resumed,
     }
+    if state.cfg.routed_layers:
+        summary["routing"] = summarize_routing(setup, state, evals[-1])
     evidence = Evidence(
         cfg=cfg,
         corpus=setup.corpus,
@@ -76,6 +81,52 @@ def summarize(
     if cfg.growth.ops:
         summary |= {"active": segments[-1]["active"], "segments": segments}
     return summary | {"guards": [asdict(guard) for guard in guards(evidence)]}
+
+
+def summarize_routing(setup: Setup, state: State, last_eval: dict[str, Any]) -> dict[str, Any]:
+    """Return the results of the routers, as lists with one value for each routed layer.
+
+    `topk_loss` and `student_accuracy` come from the tokens that training would select. This selection sees
+    the future, so these numbers are never compared with scores.
+    """
+    cfg = state.cfg
+    selected = [router["selected"] for router in last_eval["routers"]]
+    look_ahead = LookAhead(state.model)
+    data = setup.data
+    size = {"chars": data.chars["val"], "nbytes": data.bytes["val"], "block_size": cfg.block_size}
+    topk = scoring.evaluate(look_ahead, data.splits["val"], **size, geometry=setup.cfg.geometry)
+    exact = cfg.model_copy(update={"vocab_size": state.model.embed.num_embeddings - cfg.unused_ids})
+    dense = exact.model_copy(update={"block_pattern": "D"})
+    return {
+        "letters": cfg.letters,
+        "capacity": cfg.capacity,
+        "selected": selected,
+        "student_accuracy": look_ahead.student_accuracy(),
+        "topk_loss": topk.loss,
+        "forward_flops": forward_flops(exact, selected),
+        "forward_flops_dense": forward_flops(dense),
+    }
+
+
+class LookAhead(nn.Module):
+    """A model whose routers select the best tokens of the whole row, as in training."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        self.model = model
+        self.tokens = 0
+        self.agreements = torch.zeros(len(model.cfg.routed_layers), dtype=torch.float64)
+
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        logits, info = self.model(idx, routing_info=True, topk=True)
+        accuracy = info.stats[:, STATS.index("student_accuracy")].double().cpu()
+        self.agreements += idx.numel() * accuracy
+        self.tokens += idx.numel()
+        return logits
+
+    def student_accuracy(self) -> list[float]:
+        """Return the share of tokens for which each student predicts the selection."""
+        return (self.agreements / self.tokens).tolist()
 
 
 def count_presentations(setup: Setup, plan: Plan, state: State) -> dict[str, Any]:

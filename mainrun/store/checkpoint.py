@@ -148,7 +148,7 @@ def _load(place: Path, usable: Callable[[Meta], str | None]) -> tuple[Tensors, M
     try:
         return load_file(place / "state.safetensors"), meta
     except (SafetensorError, OSError) as e:
-        raise ValueError(f"state.safetensors is not a safetensors file ({e})") from None
+        raise ValueError(f"state.safetensors is not a valid safetensors file ({e})") from None
 
 
 def _load_meta(place: Path) -> Meta:
@@ -159,23 +159,23 @@ def _load_meta(place: Path) -> Meta:
         meta = json.loads(text)
         checksum = meta.pop("meta_sha256")
         if meta["format"] != FORMAT:
-            raise ValueError(f"format {meta['format']}, this version reads {FORMAT}")
+            raise ValueError(f"meta.json has format {meta['format']}, but this version reads format {FORMAT}")
         original = to_json(meta | {"meta_sha256": checksum}).encode()
         if checksum != sha256_json(meta) or text != original:
             raise ValueError("meta.json was changed after it was written")
         if sha256_file(place / "state.safetensors") != meta["state_sha256"]:
-            raise ValueError("state.safetensors is torn or was changed after it was written")
+            raise ValueError("state.safetensors is incomplete or was changed after it was written")
     except OSError as e:
         raise ValueError(f"{e.filename} cannot be read ({e.strerror})") from None
     except (json.JSONDecodeError, UnicodeError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError("meta.json is torn or was changed after it was written") from None
+        raise ValueError("meta.json is incomplete or was changed after it was written") from None
     return meta
 
 
 def fault(meta: Meta) -> str:
-    """Return what is wrong with the values in a file meta.json, or an empty string.
+    """Return a message about the first invalid value in meta.json, or an empty string.
 
-    The checksums are not verified.
+    This function does not verify the checksums.
     """
     misfit = records.fault(meta, records.CHECKPOINT)
     return f"meta.json {misfit}" if misfit else ""
@@ -183,7 +183,7 @@ def fault(meta: Meta) -> str:
 
 @contextmanager
 def fit_errors(source: object) -> Iterator[None]:
-    """Turn errors about tensors that do not fit the model into RunError.
+    """Convert errors about tensors that do not fit the model to RunError.
 
     source: the file that contains the tensors. The error message names this file.
     """

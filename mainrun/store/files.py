@@ -2,7 +2,7 @@
 
 `Folder` is a store in a local folder. `Remote` is a store at any URL that fsspec can open, such as
 s3://bucket/store. Both classes have the same methods, and all their writes are atomic. `write` replaces a
-file. `create` does not change an existing file, and leases and nodes rely on this guarantee. `put` moves a
+file. `create` never changes an existing file, which leases and nodes rely on. `put` moves a
 finished file into the store. This module does not import torch.
 """
 
@@ -299,7 +299,7 @@ class _OSErrors:
 
 
 def _modified(row: dict[str, Any]) -> float:
-    """Return the modification time of a file. Each fsspec file system has its own key for this time."""
+    """Return the modification time of a file. The key for this time depends on the file system."""
     for key in ("mtime", "LastModified", "last_modified", "updated", "created"):
         modified = row.get(key)
         if modified is None:

@@ -30,7 +30,7 @@ HEARTBEATS_PER_TTL = 4
 
 
 class Fenced(Refused):
-    """The error for a lease of this process that another process has taken over."""
+    """Raised when another process has taken over a lease of this process."""
 
 
 def lease_name(key: str, token: int) -> str:
@@ -63,12 +63,12 @@ class Lease:
         count = 0
         while not self._stop.wait(self.leases.ttl / HEARTBEATS_PER_TTL):
             count += 1
-            # While the store cannot be written, another process may take over the lease. `check` detects such
-            # a takeover.
+            # If this process cannot write heartbeats, another process may take over the lease. `check` then
+            # detects the takeover.
             try:
                 content = canonical_json(self.info | self.status() | {"beat": count})
-                # Heartbeats are not synced to disk. A power failure that loses a heartbeat also stops the
-                # process that holds the lease.
+                # Heartbeats are not synced to disk, because a power failure that loses a heartbeat also stops
+                # this process.
                 self.leases.files.write(self.name, content, sync=False)
             except OSError:
                 continue
@@ -77,13 +77,13 @@ class Lease:
         """Raise Fenced if another process has taken over this lease."""
         newest = max(self.leases.tokens().get(self.key, [self.token]))
         if newest > self.token:
-            tokens = f"token {newest}, this process has {self.token}"
+            tokens = f"the lease has token {newest}, this process has token {self.token}"
             raise Fenced(f"another process has taken over these steps ({tokens})")
 
     def release(self, *, unfinished: bool = False) -> None:
         """End the lease.
 
-        unfinished: whether the node was not written. In this case, the lease file is kept, so that the next
+        unfinished: true if the node was not written. In this case, the lease file is kept, so that the next
         holder gets a higher token.
         """
         self._stop.set()
@@ -120,7 +120,7 @@ class Leases:
         return tokens
 
     def _holder(self, key: str, token: int) -> dict[str, Any] | None:
-        """Return what a lease file records about the lease holder, or None if the lease has ended."""
+        """Return the information about the lease holder in a lease file, or None if the lease has ended."""
         name = lease_name(key, token)
         try:
             content = self.files.read(name)
@@ -130,7 +130,7 @@ class Leases:
             content = b""
         info = {}
         released = False
-        # If a lease file cannot be parsed, only changes of the file show that the lease holder is alive.
+        # If a lease file cannot be parsed, only changes to the file show that the lease holder is alive.
         try:
             parsed = json.loads(content)
             released = bool(parsed.get("released")) or is_dead(parsed)

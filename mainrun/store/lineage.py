@@ -6,8 +6,8 @@ after this step:
     key[0]   = H(model, optimizer and seed; tokens; versions of all code that computes; machine class)
     key[i+1] = H(key[i], the scheduled inputs of step i, the operations that change the model before step i)
 
-Two runs have the same state exactly when their keys are equal. The name, the length and the study of a run do
-not affect its keys. This module does not import torch.
+Two runs have the same state after a step if and only if their keys for this step are equal. The name, the
+length and the study of a run do not affect its keys. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def root(origin: dict[str, Any]) -> str:
 def chain(root: str, plan: Plan) -> list[str]:
     """Return key[0] ... key[steps] of a run.
 
-    Operations that wait for the loss of an evaluation are ignored, as if these operations never took place.
+    Operations that wait for the loss of an evaluation are ignored.
     """
     key = bytes.fromhex(root)
     keys = [root]

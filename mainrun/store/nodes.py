@@ -5,7 +5,7 @@
     states/SHA256.safetensors    weights, optimizer state and averages, named by the hash of the file
     roots/KEY                    the values from which the first key of a key chain is computed
     leases/KEY.TOKEN             the process that is training the steps up to a node (leases.py)
-    wants/KEY                    a request by a waiting run that other runs save this node
+    wants/KEY                    a request from a waiting run to save this node
     pins/NAME                    the keys of nodes that must not be evicted
 
 KEY is the key of the node in the key chain of its run (see lineage.py). The state of a node is written before
@@ -44,29 +44,29 @@ STATE = re.compile(r"[0-9a-f]{64}\.safetensors")
 LEASE = re.compile(r"[0-9a-f]{64}\.\d{6}")
 # The pattern that the file names in each folder must match.
 FOLDERS = {"nodes": KEY, "states": STATE, "roots": KEY, "wants": KEY, "leases": LEASE}
-BEFORE_FIRST_NODE = {"new", "leases", "wants", "pins"}  # folders that may exist before store.json
+BEFORE_FIRST_NODE = {"new", "leases", "wants", "pins"}  # folders that may be created before store.json
 
 BATCH_PIN_LIFETIME = 7 * 86_400.0  # the number of seconds after which the pin of a batch expires
 WANT_LIFETIME = 86_400.0  # the number of seconds after which a request to save a node expires
-# A file that was written less than this number of seconds ago may belong to a process that is still writing
-# the file. The clocks of two machines may also differ by up to this number of seconds.
+# A process may still be writing a file that was modified less than this number of seconds ago. The clocks of
+# two machines may also differ by up to this number of seconds.
 GRACE = 3600.0
 
 
 class Damaged(Exception):
-    """The error for a node that cannot be used. The error message gives the reason."""
+    """Raised if a node cannot be used. The error message gives the reason."""
 
 
 class Missing(Damaged):
-    """The error for a node that does not exist."""
+    """Raised if a node does not exist."""
 
 
 class Unreadable(Damaged):
-    """The error for a node that cannot be read now. The node may be intact, so it is not removed."""
+    """Raised if a node cannot be read at the moment. The node may be intact, so it is not removed."""
 
 
 class Refused(Exception):
-    """The error for a node that may not be written. The error message gives the reason."""
+    """Raised if a node must not be written. The error message gives the reason."""
 
 
 # -- nodes
@@ -120,22 +120,22 @@ class Node:
             # `dump` computes the checksum of this line before it adds the checksum to the line.
             without_checksum = head.replace(b'"sha256": "%s", ' % checksum.encode(), b"", 1)
             if checksum != hashlib.sha256(without_checksum).hexdigest():
-                raise Damaged("its first line was changed after it was written")
+                raise Damaged("the first line was changed after it was written")
             if line["key"] != key:
-                raise Damaged(f"it is the node {line['key'][:12]} under another name")
+                raise Damaged(f"the file contains a different node, {line['key'][:12]}")
             if not 0 <= line["begins"] < line["step"]:
-                raise Damaged("its step is not after the step of its parent")
+                raise Damaged("the step of the node is not after the step of its parent")
             if rows and line["rows_sha256"] != hashlib.sha256(body).hexdigest():
-                raise Damaged("its rows are torn or were changed after they were written")
+                raise Damaged("the rows are incomplete or were changed after they were written")
             fault = records.fault(line, records.NODE)
             if fault:
-                raise Damaged(f"it is not a node: it {fault}")
+                raise Damaged(f"the file does not contain a valid node: it {fault}")
             for name, json_key in JSON_KEYS.items():
                 if json_key in line:
                     line[name] = line.pop(json_key)
             return cls(**line, rows=tuple(records.lines(body, records.any_row)) if rows else ())
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise Damaged("it is torn, or not a node") from None
+            raise Damaged("the file is incomplete, or is not a node") from None
 
 
 def contradicts_parent(node: Node, parent: Node | None) -> bool:
@@ -173,11 +173,11 @@ class Store:
         """
         self.files: Files = open_files(place)
         self.size = size
-        another = "give another place for the store"
+        another = "choose another location for the store"
         try:
             known = records.parse(self.files.read("store.json"))
             if known.get("format") != FORMAT:
-                got = f"has format {known.get('format')}, this version reads {FORMAT}"
+                got = f"has format {known.get('format')}, but this version reads format {FORMAT}"
                 raise ConfigError(f"store {place} {got}; {another}")
         except FileNotFoundError:
             self._check_empty(place)
@@ -196,8 +196,8 @@ class Store:
         # Another process may have just created the store. Every process writes store.json before the first
         # node.
         if strays and not self.files.exists("store.json"):
-            got = f"store {place} holds {', '.join(sorted(strays)[:3])} but no store.json"
-            raise ConfigError(f"{got}, so it is not a store of mainrun; give another place for the store")
+            got = f"store {place} contains {', '.join(sorted(strays)[:3])} but no store.json"
+            raise ConfigError(f"{got}, so it is not a store; choose another location for the store")
 
     def __str__(self) -> str:
         return str(self.files)
@@ -214,13 +214,13 @@ class Store:
         try:
             content = self.files.read(name) if rows else self.files.first_line(name)
         except FileNotFoundError:
-            raise Missing("it does not exist") from None
+            raise Missing("the file does not exist") from None
         except IsADirectoryError:
-            raise Damaged("it is a folder") from None
+            raise Damaged("the file is a folder") from None
         except NotAFile as e:
             raise Damaged(str(e.strerror)) from None
         except OSError as e:
-            raise Unreadable(f"it cannot be read ({e.strerror or e})") from None
+            raise Unreadable(f"the file cannot be read ({e.strerror or e})") from None
         return Node.parse(key, content, rows=rows)
 
     def history(self, node: Node, since: int = 0) -> Iterator[Node]:
@@ -238,7 +238,7 @@ class Store:
                 got = f"the rows before step {node.begins} are lost: node {node.parent[:12]}: {e}"
                 raise Damaged(got) from None
             if contradicts_parent(node, parent):
-                raise Damaged(f"node {node.parent[:12]} cannot be its parent")
+                raise Damaged(f"node {node.parent[:12]} cannot be the parent")
             node = parent
 
     def load(self, node: Node) -> dict[str, Tensor]:
@@ -252,14 +252,14 @@ class Store:
         try:
             with self.files.local(_state_name(node.state)) as path:
                 if sha256_file(path) != node.state:
-                    raise Damaged("its state is torn or was changed after it was written")
+                    raise Damaged("the state is incomplete or was changed after it was written")
                 tensors = load_file(path)
         except FileNotFoundError:
-            raise Damaged("its state does not exist") from None
+            raise Damaged("the state does not exist") from None
         except OSError as e:
-            raise Damaged(f"its state cannot be read ({e.strerror or e})") from None
+            raise Damaged(f"the state cannot be read ({e.strerror or e})") from None
         except SafetensorError as e:
-            raise Damaged(f"its state is not a safetensors file ({e})") from None
+            raise Damaged(f"the state is not a valid safetensors file ({e})") from None
         self.touch(node)
         return tensors
 
@@ -272,7 +272,7 @@ class Store:
             self.files.touch(_state_name(node.state))
 
     def states(self) -> dict[str, Entry]:
-        """Return a dict that maps the hash of every state to the size and time of last use of the state."""
+        """Return a dict that maps the hash of each state to its size and the time of its last use."""
         entries = self.files.list("states")
         return {name.removesuffix(".safetensors"): e for name, e in entries.items() if STATE.fullmatch(name)}
 
@@ -332,7 +332,7 @@ class Store:
             save_tensors(tensors, path)
             node = replace(node, state=sha256_file(path), size=path.stat().st_size)
             if node.size > self.size:
-                got = f"its {node.size:,} bytes are more than the store may hold ({self.size:,})"
+                got = f"the state has {node.size:,} bytes, but the store may hold at most {self.size:,}"
                 raise Refused(f"{got}; raise --store-size")
             existing = self._existing(node)
             if existing:
@@ -355,7 +355,7 @@ class Store:
         try:
             return self.node(node.key)
         except Unreadable as e:
-            raise Refused(f"the store has step {node.step} already, but {e}") from None
+            raise Refused(f"the store already contains step {node.step}, but {e}") from None
         except Missing:
             return None
         except Damaged:
@@ -493,8 +493,8 @@ class Store:
         faults.extend(self._state_faults(nodes.values()))
         for root in sorted(roots):
             if self._origin(root) is None:
-                faults.append(f"root {root[:12]}: torn or changed after it was written")
-        faults.extend(f"pin {name}: torn, or not a pin; it protects nothing" for name in self._damaged_pins())
+                faults.append(f"root {root[:12]}: incomplete or changed after it was written")
+        faults.extend(f"pin {name}: not a valid pin; it protects no nodes" for name in self._damaged_pins())
         faults.extend(f"{name}: not a file of a store; move it away" for name in self._strays())
         return faults
 
@@ -506,9 +506,9 @@ class Store:
                 owner = f"step {owners[state].step} of {owners[state].run}"
             try:
                 if self._is_intact(state) is False:
-                    yield f"state {state[:12]} ({owner}): torn or changed after it was written"
+                    yield f"state {state[:12]} ({owner}): incomplete or changed after it was written"
             except OSError as e:
-                yield f"state {state[:12]} ({owner}): it cannot be read ({e.strerror or e})"
+                yield f"state {state[:12]} ({owner}): the file cannot be read ({e.strerror or e})"
             if entry.modified > time.time() + GRACE:
                 yield f"state {state[:12]}: last used in the future; the clock has been set back"
 
@@ -525,11 +525,11 @@ class Store:
         return strays
 
     def gc(self) -> dict[str, int]:
-        """Remove useless files, evict states beyond the size limit, and return the amount of removed data.
+        """Remove useless files and evict states beyond the size limit. Return the removed numbers and bytes.
 
-        The useless files are damaged nodes, damaged states, states without a node, and nodes that have no
-        state and that no later node needs. Nodes whose ancestor was lost are kept, because they become usable
-        again when a run trains the lost steps.
+        Damaged nodes, damaged states and states without a node are useless. A node is useless if its state is
+        missing and no later node needs its rows. Nodes whose ancestor was lost are kept, because they become
+        usable again when a run trains the lost steps.
         """
         now = time.time()
         nodes, damaged, unreadable = self._sort_nodes()
@@ -579,7 +579,7 @@ class Store:
     def _remove_useless_states(self, counts: dict[str, int], owned: Set[str] | None, now: float) -> None:
         """Remove damaged states, and states that belong to no node.
 
-        counts: a dict with the numbers of removed files and removed bytes, which is updated.
+        counts: the numbers of removed files and bytes. This function updates the numbers.
         owned: the states that belong to a node, or None if the store contains an unreadable node.
         """
         for state, entry in self.states().items():
@@ -625,13 +625,13 @@ def _is_young(modified: float, now: float) -> bool:
 
 def _check_same_bits(existing: Node, node: Node) -> None:
     """Raise Refused if a new node and the stored node have different states or different losses."""
-    audit = "`mainrun store audit` shows which of them is right"
+    audit = "`mainrun store audit` shows which result is correct"
     if existing.state != node.state:
-        got = f"the store has other bits for step {node.step} (by {existing.run})"
-        raise Refused(f"{got}: two trainings of the same steps differ; {audit}")
+        got = f"the store has a different state for step {node.step} (by {existing.run})"
+        raise Refused(f"{got}, so training was not reproducible; {audit}")
     step = _first_other_loss(existing.rows, node.rows)
     if step:
-        raise Refused(f"the store has another loss for step {step} (by {existing.run}); {audit}")
+        raise Refused(f"the store has a different loss for step {step} (by {existing.run}); {audit}")
 
 
 def _first_other_loss(a: Iterable[dict[str, Any]], b: Iterable[dict[str, Any]]) -> int:
@@ -652,6 +652,6 @@ def _node_faults(nodes: Mapping[str, Node], roots: Set[str]) -> Iterator[str]:
         if node.begins and parent is None:
             yield f"{name}: the rows before step {node.begins} are lost with {node.parent[:12]}"
         elif contradicts_parent(node, parent):
-            yield f"{name}: node {node.parent[:12]} cannot be its parent"
+            yield f"{name}: node {node.parent[:12]} cannot be the parent"
         if node.root not in roots:
             yield f"{name}: the file of its root {node.root[:12]} is lost"

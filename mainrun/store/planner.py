@@ -32,7 +32,7 @@ class Assignment:
 
 @dataclass
 class Assignments:
-    """The assignments of all runs of a batch, in the order in which to start the runs."""
+    """The assignments of all runs of a batch, in the order in which the runs should start."""
 
     order: list[Assignment]
     requested: int  # the total number of steps of all runs; a step that two runs share counts twice
@@ -66,7 +66,7 @@ def assign(
         longest, *others = sorted(names, key=lambda name: (-len(chains[name]), name))
         start = max(begin, (resumed or {}).get(longest, 0))
         branches: dict[tuple[int, str], list[str]] = {}
-        # Runs that share no steps with the longest run after the checkpoint of the longest run.
+        # Runs that fork from the longest run before or at the checkpoint of the longest run.
         left_out: list[str] = []
         for name in others:
             fork = shared_steps(chains[longest], chains[name])
@@ -113,7 +113,7 @@ def shared_steps(a: Sequence[str], b: Sequence[str]) -> int:
 
 
 def _starting_order(assignments: dict[str, Assignment]) -> list[Assignment]:
-    """Return the assignments in the order in which to start the runs.
+    """Return the assignments in the order in which the runs should start.
 
     A run starts after the run that it waits for. Longer assignments start first.
     """

@@ -18,6 +18,7 @@ from typing import Any
 from mainrun.errors import RunError
 from mainrun.files import inputs
 from mainrun.files.inputs import BadInput, shown
+from mainrun.plan.routing import STATS
 
 LARGEST = 4_000_000_000  # the maximum size of a log, in bytes
 LARGEST_DOCUMENT = 500_000_000  # the maximum size of a JSON document, in bytes
@@ -343,6 +344,8 @@ STEP_ROW = {
     "grad_norm?": any_number,
     "seconds?": not_negative,
     "reused?": true_or_false,
+    "aux?": table_of(any_number),
+    "routers?": [{"layer": count, **dict.fromkeys(STATS, any_number)}],
 }
 EVAL_ROW = SCORE | {
     "seconds?": not_negative,
@@ -350,6 +353,16 @@ EVAL_ROW = SCORE | {
     "active?": count,
     "flops?": not_negative,
     "reused?": true_or_false,
+    "routers?": [{"layer": count, "selected": share}],
+}
+ROUTING = {
+    "letters": text,
+    "capacity": share,
+    "selected": [share],
+    "student_accuracy": [share],
+    "topk_loss": number,
+    "forward_flops": not_negative,
+    "forward_flops_dense": not_negative,
 }
 BOTH = {"last": SCORE, "best": SCORE}
 SUMMARY = {
@@ -366,6 +379,7 @@ SUMMARY = {
     "tokens_per_s?": not_negative,
     "geometry?": pair(at_least_one),
     "ledger?": {"asked?": count, "trained?": count, "reused?": count, "wasted?": count},
+    "routing?": ROUTING,
     "presentations?": {"presentations_per_token": not_negative, "train_tokens_per_epoch?": at_least_one},
     "fingerprints?": table_of(text),
     "origin?": table,
@@ -429,6 +443,8 @@ def _is_plain_step(row: Any) -> bool:
     if type(step) is not int or not 0 < step <= LAST_STEP:
         return False
     if type(tokens) is not int or not 0 <= tokens <= MAX_COUNT:
+        return False
+    if "routers" in row or "aux" in row:
         return False
     figures = (row.get("lr"), row.get("loss"), row.get("grad_norm"), row.get("seconds"))
     return all(type(value) is float and 0 <= value <= MAX_NUMBER for value in figures)

@@ -56,6 +56,8 @@ class LoggedStep(TypedDict):
     loss: float
     grad_norm: float
     seconds: float
+    aux: NotRequired[dict[str, float]]  # the losses of the routers
+    routers: NotRequired[list[dict[str, Any]]]  # the statistics of the routers
     reused: NotRequired[bool]  # whether this step was copied from the store instead of being trained
 
 
@@ -75,6 +77,7 @@ class LoggedEval(TypedDict):
     params: NotRequired[int]  # the number of parameters at this step, in runs whose model grows
     active: NotRequired[int]
     flops: NotRequired[float]
+    routers: NotRequired[list[dict[str, Any]]]  # the share of tokens that each router selected
     reused: NotRequired[bool]
 
 
@@ -93,7 +96,7 @@ class LogMark(TypedDict):
 
 @contextmanager
 def disk_errors(path: Path, option: str = "--out") -> Iterator[None]:
-    """Turn an OSError into DiskFull or RunError.
+    """Convert an OSError to DiskFull or RunError.
 
     option: the command-line option that sets the path. The error message names this option.
     """
@@ -239,7 +242,9 @@ class RunDir:
         try:
             return from_dict(data["config"])
         except ConfigError as e:
-            raise RunError(f"{file} does not hold a config of this version: {e}; {self.fix}") from None
+            raise RunError(
+                f"{file} does not contain a config that this version accepts: {e}; {self.fix}"
+            ) from None
 
     def config_file(self) -> dict[str, Any]:
         """Return the content of config.json: the config, the resolved plan and the data fingerprints."""
@@ -330,10 +335,10 @@ class RunDir:
             holder = self._lock.current_holder()
         except OSError as e:
             got = f"{self.path} was removed ({e.strerror or e}) while this process wrote to it"
-            raise RunError(f"{got}; this process writes nothing more") from e
+            raise RunError(f"{got}; this process has stopped writing files") from e
         if holder != self._lock.holder:
             got = f"{self.path} was taken over by process {first_line(holder)}"
-            raise RunError(f"{got}; this process writes nothing more")
+            raise RunError(f"{got}; this process has stopped writing files")
 
     def write(self, name: str, value: Any) -> None:
         """Write a JSON file atomically."""
@@ -398,8 +403,8 @@ def _is_run(run: RunDir) -> bool:
 
 
 def _not_a_run(run: RunDir, strays: list[str]) -> str:
-    got = f"{run.path} holds {', '.join(strays[:3])} but no run of mainrun"
-    return f"{got}; move it away, or give another --out"
+    got = f"{run.path} contains {', '.join(strays[:3])} but no run of mainrun"
+    return f"{got}; move the folder away, or give another --out"
 
 
 # -- checks before writing
@@ -446,7 +451,7 @@ def check_same_data(run: RunDir, fingerprints: dict[str, Any]) -> None:
     recorded = run.config_file()
     for name, current in fingerprints.items():
         if recorded and recorded.get(name) != current:
-            got = f"{run.path} began with other {name} than its corpus gives now"
+            got = f"the corpus of {run.path} has changed: its {name} differ from config.json"
             raise RunError(f"{got}; restore the corpus, or use --fresh to start over")
 
 
@@ -465,15 +470,15 @@ def check_same_config(run: RunDir, cfg: TrainConfig) -> None:
         if stored[key] != value
     ]
     if differences:
-        got = f"{run.path} holds a run of another config: {', '.join(differences)}"
-        raise RunError(f"{got}; give another --out, or --fresh to overwrite it")
+        got = f"{run.path} contains a run with another config: {', '.join(differences)}"
+        raise RunError(f"{got}; give another --out, or use --fresh to overwrite the run")
 
 
 def find(name: str | Path, out: Path = Path("runs")) -> RunDir:
     """Find a run by its path, its id, or a unique prefix of its id."""
     if not str(name):
-        allowed = "give a run id, the beginning of one, or a run directory"
-        raise UsageError(f"got an empty run; {allowed} (those in {out} are searched)")
+        allowed = "give a run id, the first characters of a run id, or a run directory"
+        raise UsageError(f"the name of the run is empty; {allowed} (runs are searched in {out})")
     if os.path.lexists(Path(name) / "config.json"):
         return RunDir(Path(name))
     ids = sorted(file.parent.name for file in Path(out).glob("*/config.json"))
@@ -487,7 +492,7 @@ def find(name: str | Path, out: Path = Path("runs")) -> RunDir:
         raise RunError(f"{got}; give more characters of the id")
     similar = difflib.get_close_matches(str(name), ids, n=3, cutoff=0.3) or ids[-3:]
     if similar:
-        hint = f"runs in it: {', '.join(similar)}"
+        hint = f"runs in {out}: {', '.join(similar)}"
     else:
-        hint = "it has no runs yet; `mainrun train` makes one"
-    raise RunError(f"no run {str(name)!r} in {out} and no run directory at that path; {hint}")
+        hint = f"{out} contains no runs yet; `mainrun train` creates one"
+    raise RunError(f"no run {str(name)!r} in {out}, and no run directory at the path {str(name)!r}; {hint}")

@@ -224,7 +224,7 @@ def test_a_folder_that_is_not_a_run(out: Path) -> None:
     (only(out) / "thesis.txt").write_text("ten years of work", encoding="utf-8")
     result = train(out)
     assert result.exit_code == 2
-    one_message(result.stderr, "thesis.txt", "no run of mainrun", "move it away")
+    one_message(result.stderr, "thesis.txt", "no run of mainrun", "move the folder away")
     assert (only(out) / "thesis.txt").read_text(encoding="utf-8") == "ten years of work"
 
 
