@@ -163,7 +163,7 @@ def test_the_versions_of_every_session_are_kept(
         summary["machine_class"]["device"],
     ]
     assert "same_evaluate" in failed(summary)
-    assert any("a different machine class" in text for text in notes)
+    assert any("the machine class has changed" in text for text in notes)
     assert any("a different version of mainrun" in text for text in notes)
 
 

@@ -1049,7 +1049,7 @@ def test_rows_that_the_weights_do_not_give_are_detected(honest: Honest, split: s
         e, lambda r: r | {k: r[k] * 0.9 for k in figures} if r["step"] > 1 and r["split"] == split else r
     )
     assert of(guards(better), "fail") == {"same_evaluate"}
-    assert f"on {split} the weights have" in verdict(better, "same_evaluate").detail
+    assert f"on {split}, the weights have" in verdict(better, "same_evaluate").detail
 
 
 def test_every_stored_token_is_checked(honest: Honest) -> None:

@@ -336,7 +336,7 @@ def test_characters_and_bytes_of_every_split_are_counted_again(
     wrong = replace(data, **{field: counts | {split: counts[split] + change}})
     status, detail = check(replace(evidence(), data=wrong), "denominator")
     assert status == "fail"
-    assert f"{split} was divided by {counts[split] + change} {what}" in detail
+    assert f"{split} counts {counts[split] + change} {what}" in detail
     assert f"raw titles have {counts[split]}" in detail
     titles = getattr(corpus, split)
     closed = "<eos>".join([*titles, ""]) if field == "chars" else "\n".join([*titles, ""]).encode()
@@ -569,7 +569,8 @@ def test_the_weights_must_give_the_last_score(
     if status == "fail":
         row = [row for row in e.evals if row["split"] == split][-1]
         assert (
-            f"on {split} the weights have {figure}" in detail and f"says {row[figure] * factor:.4f}" in detail
+            f"on {split}, the weights have {figure}" in detail
+            and f"says {row[figure] * factor:.4f}" in detail
         )
 
 
@@ -1517,11 +1518,11 @@ def claim(train: int = 90_000, dev: int = 0, val: int = 10_000, **fields: Any) -
         ({"num_titles": 99_999}, "num_titles=99999 (the task: 100000)"),
         ({"num_titles": 100_001}, "num_titles=100001 (the task: 100000)"),
         ({"shuffle": False}, "shuffle=false"),
-        ({"train": 89_999}, "89,999 + 10,000 titles (the task: 90,000 + 10,000)"),
-        ({"train": 90_001}, "90,001 + 10,000 titles (the task: 90,000 + 10,000)"),
-        ({"dev": 1}, "90,001 + 10,000 titles (the task: 90,000 + 10,000)"),
-        ({"val": 9_999}, "90,000 + 9,999 titles (the task: 90,000 + 10,000)"),
-        ({"val": 10_001}, "90,000 + 10,001 titles (the task: 90,000 + 10,000)"),
+        ({"train": 89_999}, "89,999 train and 10,000 val titles (the task: 90,000 and 10,000)"),
+        ({"train": 90_001}, "90,001 train and 10,000 val titles (the task: 90,000 and 10,000)"),
+        ({"dev": 1}, "90,001 train and 10,000 val titles (the task: 90,000 and 10,000)"),
+        ({"val": 9_999}, "90,000 train and 9,999 val titles (the task: 90,000 and 10,000)"),
+        ({"val": 10_001}, "90,000 train and 10,001 val titles (the task: 90,000 and 10,000)"),
     ],
 )
 @pytest.mark.parametrize("corpus", ["hn", "hn-2025"])

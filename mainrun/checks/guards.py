@@ -405,7 +405,7 @@ def _cuts(T: int, all: bool) -> list[int]:
 
 
 def random_start(e: Evidence, all: bool) -> Verdict:
-    """Detect a run that starts from trained weights, because its loss after the first step is too low."""
+    """Detect a run that starts from trained weights. Its loss after the first training step is too low."""
     if e.initial_weights != "random":
         return fail(f"the initial weights are from {e.initial_weights}; the task requires random weights")
     first = _eval_rows(e)[0]

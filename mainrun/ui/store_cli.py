@@ -85,7 +85,7 @@ def _parse_size(text: str) -> int:
     """Parse a size such as 20GB and return the number of bytes."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) *([kmgt]?)b?", text.strip().lower())
     if not match:
-        fix = "write a size such as 20GB, with the unit KB, MB, GB or TB"
+        fix = "give a number with the unit KB, MB, GB or TB, like 20GB"
         raise UsageError(f"got --store-size {inputs.shown(text, 80)}; {fix}")
     number, unit = match.groups()
     return int(float(number) * 1000 ** " kmgt".index(unit or " "))
