@@ -151,7 +151,7 @@ def test_a_segment_begins_at_the_nearest_state_that_was_not_evicted(store: Store
     assert {step for step, finding in found.items() if finding.status == "same"} == {18, 27, 36} - set(
         evicted
     )
-    assert "loss at step 37: 1.0 in the store" in found[37].why
+    assert "loss at step 37 is 1.0 in the store" in found[37].why
     for step in evicted:
         assert (found[step].status, found[step].why) == (
             "skipped",
@@ -219,7 +219,7 @@ EDITS: dict[str, tuple[int, Callable[[Node], dict[str, Any]], str]] = {
     "a loss": (
         27,
         lambda n: {"rows": changed(n.rows, "step", 20, loss=math.nextafter(n.rows[1]["loss"], 9))},
-        "loss at step 20: ",
+        "loss at step 20 is ",
     ),
     "a rate": (
         27,
