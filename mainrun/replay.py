@@ -119,7 +119,7 @@ def run_guards(run: RunDir) -> dict[str, Any]:
 
 
 def replay_steps(run: RunDir, n: int) -> dict[str, Any]:
-    """Train the first `n` steps of a run again. If the run has a last checkpoint, score it again."""
+    """Train the first `n` steps of a run again. Also score the checkpoint of its last step again."""
     replay = Replay(run)
     notes: list[str] = []
     growth = replay.start()

@@ -99,7 +99,7 @@ def test_an_edited_summary_is_not_compared(
     run = RunDir(tmp_path / cfg.run_id)
     assert compare.load_summary(run) == summary
     write_json(run.path / "summary.json", summary | {name: summary[name] | {"full": 0.5}})
-    with pytest.raises(RunError, match=rf"gives 0.5 for full of the {name} score, but metrics.jsonl"):
+    with pytest.raises(RunError, match=rf"says 0.5 for full of the {name} score, but metrics.jsonl says"):
         compare.load_summary(run)
 
 

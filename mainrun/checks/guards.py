@@ -42,7 +42,7 @@ from mainrun.data.token_cache import TokenData
 from mainrun.data.tokenizer import EOS, PAD, UNK
 from mainrun.plan.plan import Plan
 
-LONGEST_WORD = 20  # a longer token is treated as a phrase
+LONGEST_WORD = 20  # a token with more characters is treated as a phrase
 TARGET_NAMES = ("target", "targets", "labels", "y")  # the names that a target argument of `forward` may have
 
 Status = Literal["pass", "flag", "fail"]
@@ -405,7 +405,7 @@ def _cuts(T: int, all: bool) -> list[int]:
 
 
 def random_start(e: Evidence, all: bool) -> Verdict:
-    """Detect a run that starts from trained weights. Its loss after the first training step is too low."""
+    """Detect a run that starts from trained weights, which give a very low loss after the first step."""
     if e.initial_weights != "random":
         return fail(f"the initial weights are from {e.initial_weights}; the task requires random weights")
     first = _eval_rows(e)[0]
@@ -419,7 +419,7 @@ def random_start(e: Evidence, all: bool) -> Verdict:
     counts = np.bincount(targets.ravel(), minlength=vocab)[None]
     # After one training step, a model that started from random weights has learned at most the token counts
     # of the first batch. The floor is therefore slightly below the val loss of a unigram model of this batch.
-    # The best of several smoothing values is used.
+    # Use the smoothing value that gives the lowest loss.
     alpha = np.array([[1.0], [0.3], [0.1], [0.03], [0.01], [0.003]])
     losses = -np.log((counts + alpha) / (counts.sum() + alpha * vocab))[:, e.data.splits["val"]].mean(axis=1)
     floor = 0.95 * min(float(losses.min()), math.log(vocab))
@@ -662,7 +662,7 @@ def _forward(model: nn.Module, idx: Tensor, **targets: Tensor) -> Tensor:
 def _restored(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Restore the model's tensors, its training modes and torch's random state after a `with` block.
 
-    The context manager yields a copy of the tensors from before the block.
+    The context manager yields copies of the tensors, which are made before the block runs.
     """
     before = _tensors(model)
     modes = [(module, module.training) for module in model.modules()]

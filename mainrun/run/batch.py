@@ -121,7 +121,7 @@ def starting_keys(store: Store, plans: dict[str, Plan], chains: dict[str, list[s
             reached[name] = _reachable_step(store, states, keys, plans[name], chain)
     except OSError:  # every run reports this error when it opens the store
         return set()
-    # Remove each node that another run with the same key cannot reach because a score is missing.
+    # Remove each node that another run shares but cannot reach, because a score is missing.
     starts = {chains[name][step]: step for name, step in reached.items() if step}
     for name, chain in chains.items():
         for key, step in list(starts.items()):

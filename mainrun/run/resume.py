@@ -99,7 +99,7 @@ def resume(
 
 
 class Usable:
-    """Check whether a run can resume from a checkpoint. If so, truncate the run's logs to match."""
+    """Check whether a run can resume from a checkpoint. Truncate the logs to match a usable checkpoint."""
 
     def __init__(self, cfg: TrainConfig, log: RunLog, growth: Controller) -> None:
         self.cfg = cfg
@@ -142,7 +142,7 @@ def _continue(
         raise RunError(f"{run.path}/env.json, which records how the run began, is missing; {fix}")
     run.rows()  # raise an error for invalid rows, which may exist even if the checksum matches
     load_checkpoint(run, state, accounts, *loaded, growth)
-    env["evaluate_hash"] = earlier["evaluate_hash"]  # keep the first hash, which reveals later edits
+    env["evaluate_hash"] = earlier["evaluate_hash"]  # keep the first hash, to detect later edits
     log.note(f"{run.path} resumes after step {state.step}")
     compared = (
         ("the machine class", "machine_classes", env["machine_class"]),
@@ -154,7 +154,7 @@ def _continue(
 
 
 def steps_trained(rows: list[LogRow], end: int) -> set[int]:
-    """Return the steps that a run trained instead of reusing, according to the rows of metrics.jsonl.
+    """Return the steps that a run trained and did not reuse, according to the rows of metrics.jsonl.
 
     Steps after the end of the run are ignored.
     """

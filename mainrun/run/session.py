@@ -63,7 +63,7 @@ def train(
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())  # catch signals even while data is prepared
         started = time.perf_counter()
-        check_writable(Path(out))  # check this first, because reading the data may take a long time
+        check_writable(Path(out))  # fail before reading the data, which may take long
         setup = set_up(cfg)
         check_spans(cfg, setup.data)
         data_seconds = time.perf_counter() - started
@@ -221,7 +221,7 @@ class Session:
         self.until = until
         self.batches = Batches(setup.cfg, setup.data.splits["train"])
         self.slow_steps = SlowSteps(self.device.threads, self.device.torch_device.type)
-        self._began: float | None = None  # when the first step that is not logged yet began
+        self._began: float | None = None  # start time of the first step that is not logged yet
         self._compiles = self.device.compile  # whether the next step compiles the model
 
     @property
@@ -337,7 +337,7 @@ class Session:
             self.run_log.eval(row, self.plan.steps)
 
     def _score(self) -> list[Row]:
-        """Score the current weights. Only the leader does so; other processes return an empty list."""
+        """Score the current weights if this process is the leader. Otherwise, return an empty list."""
         if not self.device.leads:
             return []
         with self.accounts.clock("evaluation"):

@@ -166,7 +166,7 @@ class NodeReader:
             for row in node.rows:
                 step = row["step"]
                 if row["event"] not in LOSSES:
-                    # the rows of growth operations at step `since` are missing if the run stopped before them
+                    # the run may have stopped after step `since` but before the growth operations at this step
                     if step >= since and row_identity(row) not in written:
                         yield row
                     continue
@@ -206,10 +206,10 @@ class LeaseHolder:
         self.due: list[int] = []  # steps of nodes to save; nodes after the step `written` are not saved yet
         self.written = 0
         self._requested: set[str] = set()  # keys that this run has requested from other runs
-        self._forks: dict[tuple[str, str], int] = {}  # the fork of this run and the holder of each lease
+        self._forks: dict[tuple[str, str], int] = {}  # for each lease, the last step shared with its holder
 
     def follow(self) -> None:
-        """Forget all forks and release an unneeded lease, because growth has changed the plan."""
+        """Clear the known forks, and release the lease if the changed plan no longer needs the lease."""
         self._forks.clear()
         if self.lease and self.lease.key not in self.course.steps:
             self.free()
@@ -226,7 +226,7 @@ class LeaseHolder:
 
     def beat(self) -> Row:
         """Return the heartbeat data for the lease file: the step up to which all nodes have been written."""
-        if self.device.world == 1:  # with several processes, all of them would have to agree on the nodes
+        if self.device.world == 1:  # several processes would first have to agree on the nodes to save
             with suppress(OSError):
                 keys = self.store.wants() & self.course.steps.keys()
                 self.wanted = frozenset(self.course.steps[key] for key in keys)
@@ -246,7 +246,7 @@ class LeaseHolder:
         return kept
 
     def other_run(self, step: int) -> OtherRun | None:
-        """Return the run whose nodes will save this run the most steps and contain all scores it needs."""
+        """Return the run that will train the most steps and compute all necessary scores for this run."""
         others = []
         limit = self.course.certain_until(step)
         for key, holder in self.leases.active().items():
@@ -287,7 +287,7 @@ class LeaseHolder:
 
     def _shared_steps(self, key: str, holder: Row) -> int:
         course = self.course
-        same_start = holder["root"] == course.keys[0]  # this implies equal data and machines
+        same_start = holder["root"] == course.keys[0]  # equal first keys imply equal data and machines
         if self.device.world > 1 or not same_start:
             return 0
         plan = Plan(from_dict(holder["config"]), course.plan.train_tokens, holder.get("fired", ()))
@@ -575,7 +575,7 @@ class Sharing:
         return False
 
     def _add_scores_as_stops(self) -> None:
-        if self.device.world == 1:  # with several processes, all of them would have to agree on the nodes
+        if self.device.world == 1:  # several processes would first have to agree on the nodes to save
             self.course.stops |= self.reader.extra_stops
         self.reader.extra_stops.clear()
 

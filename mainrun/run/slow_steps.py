@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 WINDOW = 5.0  # seconds of training before each check
-LEAST_CORES = 1.1  # threads that use fewer cores than this on average are waiting for cores
+LEAST_CORES = 1.1  # if several threads use fewer cores than this on average, they wait for cores
 
 
 class SlowSteps:

@@ -310,7 +310,7 @@ def check_regular_file(path: Path, option: str, begins: bytes, kind: str) -> Non
 
 
 class _Outlet(io.FileIO):
-    """A raw output stream that never raises errors. After the first write error, it drops all output."""
+    """A raw output stream that never raises errors. After the first error, the stream drops all output."""
 
     fault: OSError | None = None
 
@@ -357,8 +357,8 @@ def _guarded(stream: TextIO | None, fd: int) -> TextIO:
 def _final_code(code: int) -> int:
     """Flush stdout and return the exit code.
 
-    A write error on stdout, such as a full disk, counts as an error of the command. A closed pipe does not,
-    because programs such as `head` close their input early.
+    A write error on stdout, such as a full disk, counts as an error of the command. A closed pipe is not
+    an error, because programs such as `head` close their input early.
     """
     if sys.stdout is None:
         return code

@@ -44,7 +44,7 @@ class DemoStep(NamedTuple):
 
 
 class StepFailed(MainrunError):
-    """A step of the demo failed. The demo then exits with the exit code of the failed step."""
+    """The error for a failed step of the demo. The exit code of the demo is the exit code of this step."""
 
     def __init__(self, step: DemoStep, code: int) -> None:
         super().__init__(

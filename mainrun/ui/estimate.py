@@ -256,8 +256,8 @@ def estimate_memory(plan: Plan, device: Device, vocab_size: int, store: bool = F
 def _largest_segments(configs: list[TrainConfig]) -> list[TrainConfig]:
     """Return, for each model of a run, the config that needs the most memory.
 
-    This is the config with the most rows per forward pass. Among configs with the same number of rows, it is
-    the config with the highest dropout.
+    The config with the most rows per forward pass needs the most memory. Among configs with the same number
+    of rows, the config with the highest dropout needs the most memory.
     """
     static = [field for field in TrainConfig.model_fields if TrainConfig.class_of(field) == "static"]
     largest: dict[str, TrainConfig] = {}

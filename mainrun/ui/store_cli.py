@@ -222,7 +222,7 @@ def verify(
 ) -> None:
     """Read all files of the store, and list the files that are damaged or do not belong to the store.
 
-    The exit code is 1 if such a file is found.
+    The exit code is 1 if any file is damaged or does not belong to the store.
     """
     store = open_store(place, out, must=True)
     faults = store.verify()
