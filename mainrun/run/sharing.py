@@ -166,7 +166,7 @@ class NodeReader:
             for row in node.rows:
                 step = row["step"]
                 if row["event"] not in LOSSES:
-                    # the run may have stopped after step `since` but before the growth operations at this step
+                    # the run may have stopped after step `since` but before the growth operations there
                     if step >= since and row_identity(row) not in written:
                         yield row
                     continue
