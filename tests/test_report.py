@@ -225,10 +225,13 @@ def test_a_damaged_export_is_refused(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--out", "."], "got --out ., a folder"),
+        (["--out", "."], "got --out ., which is a folder"),
         # writing would replace the pipe
-        (["--out", "pipe"], "got --out pipe, a device or a pipe, not a file"),
-        (["--out", "notes.md"], "got --out notes.md, a file of another kind, which would be overwritten"),
+        (["--out", "pipe"], "got --out pipe, which is a device or a pipe, not a file"),
+        (
+            ["--out", "notes.md"],
+            "got --out notes.md, which is a file of another kind and would be overwritten",
+        ),
         (["--log", "none.md"], "--log none.md is not a file"),
         (["--log", "/proc/self/mem"], "--log /proc/self/mem"),  # a file that cannot be read
         (["--title", "a\nb"], "cannot be printed"),

@@ -340,10 +340,13 @@ def test_a_refusal_is_one_line(copy: Path) -> None:
         (["--yes"], "got --yes without --upload"),
         (["--upload", "https://nowhere.invalid/x"], "got --upload without a terminal to ask on; add --yes"),
         (["--upload", "http://example.org/x", "--yes"], "write https://"),
-        (["--out", "runs"], "got --out runs, a folder"),
+        (["--out", "runs"], "got --out runs, which is a folder"),
         (["--out", "no/x.zip"], "whose folder does not exist"),
-        (["--out", "pipe"], "got --out pipe, a device or a pipe, not a file"),
-        (["--out", "report.pdf"], "got --out report.pdf, a file of another kind, which would be overwritten"),
+        (["--out", "pipe"], "got --out pipe, which is a device or a pipe, not a file"),
+        (
+            ["--out", "report.pdf"],
+            "got --out report.pdf, which is a file of another kind and would be overwritten",
+        ),
         (["--run", "nothing"], "no run 'nothing' in runs"),
         (["--report", "none.pdf"], "no report none.pdf"),
     ):
