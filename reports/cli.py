@@ -91,8 +91,8 @@ def report(
     """Write a PDF of runs and studies.
 
     Without arguments, the report covers all runs and studies in the folder --runs. Every number in the report
-    comes from the inputs. The same inputs always give the same PDF, byte for byte. Runs with different data or
-    evaluation spans cannot be in the same report.
+    comes from the inputs. The same inputs always give the same PDF, byte for byte. Runs with different data
+    or evaluation spans cannot be in the same report.
     """
     from reports.evidence import load
     from reports.evidence.pages import count

@@ -337,7 +337,8 @@ def _read_run(folder: RunDir) -> Run:
     missing = _missing(folder.path, ("env.json", "metrics.jsonl", "tokenizer.json"), Path.is_file)
     if missing:
         raise RunError(
-            f"the run {folder.path} lacks {missing}; restore the missing files, or train the run again with --fresh"
+            f"the run {folder.path} lacks {missing}; "
+            "restore the missing files, or train the run again with --fresh"
         )
     run = Run(
         path=folder.path,
@@ -424,8 +425,8 @@ def _read_study(path: Path) -> Study:
     missing = _missing(path, EXPORT, os.path.lexists)
     if missing:
         raise RunError(
-            f"the study {path} lacks {missing}; "
-            "`mainrun sweep` writes this at the end of a study, so resume the study"
+            f"the study {path} lacks {missing}, which `mainrun sweep` writes at the end of a study; "
+            "resume the study"
         )
     import pyarrow.parquet
 
@@ -508,7 +509,10 @@ def _mixed_data(runs: Sequence[Run], studies: Sequence[Study]) -> list[str]:
     for name in SAME:
         advice = "report only runs with the same titles and splits together"
         faults += _unequal(f"{name} fingerprint", tables, partial(_digest, name=name), advice)
-    advice = "train all runs with the same --set official_geometry=ROWSxTOKENS, which reuses their steps from the store"
+    advice = (
+        "train the runs again with the same --set official_geometry=ROWSxTOKENS "
+        "(mainrun reads the steps from the store)"
+    )
     faults += _unequal("evaluation geometry", tables, _geometry, advice)
     return faults
 

@@ -375,8 +375,8 @@ def _settings(differences: Iterable[tuple[str, Any, Any]], without: Sequence[str
 def verdict(change: stats.Difference, noise: stats.Noise | None, p: float | None = None) -> str:
     """Judge whether a difference between two recipes is larger than the noise.
 
-    The verdict is "better" or "worse" only if all evidence agrees. The difference must exceed the noise floor,
-    the confidence interval must exclude zero, and the p-value, if given, must be significant.
+    The verdict is "better" or "worse" only if all evidence agrees. The difference must exceed the noise
+    floor, the confidence interval must exclude zero, and the p-value, if given, must be significant.
     """
     if change.interval is None or noise is None:
         return "no claim: one seed"
