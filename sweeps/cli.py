@@ -59,9 +59,7 @@ Name = Annotated[str, typer.Argument(metavar="STUDY", help="The name of an exist
 
 @app.command("run")
 def run(
-    place: Annotated[
-        str, typer.Argument(metavar="STUDY|FILE", help="The name of a built-in study, or a TOML file.")
-    ],
+    place: Annotated[str, typer.Argument(metavar="STUDY|FILE", help="A built-in study, or a TOML file.")],
     out: Out = DEFAULT_OUT,
     workers: Annotated[
         int | None,
@@ -69,9 +67,7 @@ def run(
     ] = None,
     engine: Annotated[
         str | None,
-        typer.Option(
-            "--engine", metavar="local|ray", help="Where workers run. The engine ray needs mainrun[ray]."
-        ),
+        typer.Option("--engine", metavar="local|ray", help="Where workers run. Ray needs mainrun[ray]."),
     ] = None,
     address: Annotated[
         str | None,
@@ -91,16 +87,13 @@ def run(
     ] = None,
     sets: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Set a config field in every trial. Can be repeated."
-        ),
+        typer.Option("--set", metavar="KEY=VALUE", help="Set a config field in all trials. Can be repeated."),
     ] = None,
     name: Annotated[
-        str | None,
-        typer.Option("--as", metavar="NAME", help="Run the study under this name, in a separate folder."),
+        str | None, typer.Option("--as", metavar="NAME", help="Run the study separately under this name.")
     ] = None,
     plan_only: Annotated[
-        bool, typer.Option("--plan", help="Print the search space, and train nothing.")
+        bool, typer.Option("--plan", help="Print the search space without training.")
     ] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a study file.")] = False,
     as_json: Json = False,

@@ -551,7 +551,7 @@ MEMBERS = (
 
 REWRITTEN = (".lock", "status.json", "env.json")  # rewritten by every start
 ABOUT_THE_TREE = (
-    "the working tree is not committed",
+    "the working tree has uncommitted changes",
     "a submission must not contain",
 )  # messages about the tree under test, not about the damage
 CHECKS = {

@@ -48,8 +48,7 @@ def submit(
         bool, typer.Option("--dry-run", help="Run all checks and list the files, but write and send nothing.")
     ] = False,
     url: Annotated[
-        str | None,
-        typer.Option("--upload", metavar="URL", help="Also upload the bundle to this address by HTTP PUT."),
+        str | None, typer.Option("--upload", metavar="URL", help="Upload the bundle to this URL by HTTP PUT.")
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Upload without asking.")] = False,
     timeout: Annotated[
@@ -72,9 +71,7 @@ def submit(
     if url:
         check_url(url)
     if url and not yes and not dry_run and not sys.stdin.isatty():
-        raise UsageError(
-            "--upload asks for confirmation, but there is no terminal; add --yes to upload without asking"
-        )
+        raise UsageError("--upload cannot ask for confirmation without a terminal; add --yes to confirm")
     check_regular_file(out, "--out", b"PK", "zip")
     if not out.absolute().parent.is_dir():
         raise UsageError(f"the folder of --out {out} does not exist; create the folder, or give another path")
