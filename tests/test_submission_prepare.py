@@ -153,7 +153,9 @@ def test_a_name_is_needed_without_a_single_finished_run(setup: Setup, tmp_path: 
     shown = sorted([*ids, setup.folder.name])[:5]
     with pytest.raises(UsageError) as caught:
         prepare.choose_run(None, setup.runs)
-    expected = f"{setup.runs} has several finished runs ({', '.join(shown)}); name one with --run RUN"
+    expected = (
+        f"{setup.runs} has several finished runs ({', '.join(shown)}); choose one of them with --run RUN"
+    )
     assert expected in str(caught.value)
 
 
