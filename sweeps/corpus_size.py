@@ -42,7 +42,7 @@ def count_train_tokens(study: Study, base: TrainConfig, folder: Path) -> int:
         Plan(base, train_tokens)
     except ConfigError as e:
         raise RunError(
-            f"{file} is damaged: it has train_tokens = {train_tokens:,}, which is too few ({e}); "
+            f"{file} is damaged: it has train_tokens = {train_tokens:,} ({e}); "
             "remove the file and run the same command again"
         ) from None
     return train_tokens

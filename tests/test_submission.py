@@ -185,7 +185,7 @@ def test_uncommitted_changes(copy: Path) -> None:
 def test_the_report_may_be_untracked(copy: Path) -> None:
     (copy / "copy.pdf").write_bytes((copy / "report.pdf").read_bytes())
     (copy / "other.pdf").touch()
-    message = refused(copy, "not committed", report="copy.pdf")
+    message = refused(copy, "uncommitted changes", report="copy.pdf")
     assert "other.pdf" in message and "copy.pdf" not in message
 
 
@@ -228,7 +228,7 @@ def test_a_report_that_is_not_a_pdf(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
-        (lambda run: (run / "summary.json").unlink(), "has no finished run; train one, then give --run RUN"),
+        (lambda run: (run / "summary.json").unlink(), "has no finished run; train a run, then give --run RUN"),
         (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl"),
         (lambda run: (run / "tokenizer.json").unlink(), "has no tokenizer.json"),
         (lambda run: _cut_log(run), "metrics.jsonl"),
@@ -291,7 +291,7 @@ def _to_link(path: Path) -> None:
 def test_several_runs_need_a_name(copy: Path) -> None:
     shutil.copytree(the_run(copy), copy / "runs" / "second")
     with pytest.raises(
-        UsageError, match=r"has several finished runs \(.*, second\); name one with --run RUN"
+        UsageError, match=r"has several finished runs \(.*, second\); choose one of them with --run RUN"
     ):
         prepare.choose_run(None, copy / "runs")
 
@@ -320,7 +320,7 @@ def test_a_run_of_other_code(copy: Path) -> None:
         f.write("# edited after the run\n")
     commit(copy)
     sources = "was trained by source [0-9a-f]{12}, but commit [0-9a-f]{12} is source [0-9a-f]{12}"
-    refused(copy, f"{sources}; check out the commit that trained it")
+    refused(copy, f"{sources}; check out the commit that trained the run")
 
 
 @pytest.mark.slow
@@ -448,7 +448,7 @@ def test_changes_with_a_matching_manifest_are_found_without_running_code(
         "for full of the last score" in line for line in differences(rewrite(path, better, honest=True))
     )
     claims = edited(files, MANIFEST, lambda m: m["figures"]["last"].update(official=1.0))
-    assert any(line.startswith("last of the figures") for line in differences(rewrite(path, claims)))
+    assert any(line.startswith("the figure last is") for line in differences(rewrite(path, claims)))
     other = files | {"report.pdf": make_pdf(["another report"])}
     assert any(
         line.startswith("report.pdf does not quote this run")

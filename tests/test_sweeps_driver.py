@@ -921,7 +921,8 @@ def test_titles_that_have_changed_are_refused(tmp_path: Path, monkeypatch: pytes
     file.write_text(json.dumps(data))
     with pytest.raises(
         UsageError,
-        match=r"^the titles of synthetic have changed since .* was started; restore the titles, or .*--as NAME",
+        match=r"^the titles of synthetic have changed since .* was started; "
+        r"restore the titles, or .*--as NAME",
     ):
         start_search(tmp_path, monkeypatch, GOOD)
 
