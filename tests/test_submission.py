@@ -228,7 +228,7 @@ def test_a_report_that_is_not_a_pdf(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
-        (lambda run: (run / "summary.json").unlink(), "has no finished run; train a run, then give --run RUN"),
+        (lambda run: (run / "summary.json").unlink(), "no finished run; train a run, then give --run RUN"),
         (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl"),
         (lambda run: (run / "tokenizer.json").unlink(), "has no tokenizer.json"),
         (lambda run: _cut_log(run), "metrics.jsonl"),
