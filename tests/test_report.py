@@ -531,7 +531,7 @@ def test_optional_columns_of_an_export_can_be_missing(tmp_path: Path) -> None:
     pq.write_table(thin, study / "trials.parquet")
     cli.write(load.gather([str(study)], tmp_path), tmp_path / "r.pdf", "A study alone")
     pq.write_table(thin.select(["trial"]), study / "trials.parquet")
-    with pytest.raises(RunError, match="no trial, state and value"):
+    with pytest.raises(RunError, match="trials.parquet must have the columns trial, state and value"):
         load.gather([str(study)], tmp_path)
 
 

@@ -361,4 +361,4 @@ def test_ctrl_c_ends_the_workers_and_the_costs_add_up(tmp_path: Path) -> None:
     assert lost <= ledger["wasted"] <= ledger["trained"] and all(
         0 <= part["wasted"] <= part["trained"] for part in parts
     )
-    assert f"steps: {ledger['asked']:,} in all" in done.stdout and "of these" in done.stdout
+    assert f"steps: {ledger['asked']:,} in all" in done.stdout and "of all steps, " in done.stdout

@@ -442,7 +442,7 @@ def _read_study(path: Path) -> Study:
     if trials and not {"trial", "state", "value"} <= trials[0].keys():
         raise RunError(
             f"the study {path} is not in the format of `mainrun sweep export`, "
-            f"because trials.parquet lacks the columns trial, state and value; {advice}"
+            f"because trials.parquet must have the columns trial, state and value; {advice}"
         )
     fault = _first_fault(trials, _trial_shape)
     if fault:
