@@ -198,7 +198,7 @@ def test_a_seed_counts_once(runs: Path) -> None:
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="holds no run and no exported study"):
+    with pytest.raises(RunError, match="contains no run and no exported study"):
         load.gather([str(tmp_path)], tmp_path)
 
 
@@ -209,7 +209,7 @@ def test_the_export_in_the_folder_of_a_study_is_read(tmp_path: Path) -> None:
     assert s.path == folder / "export" and len(s.trials) == 40
     shutil.rmtree(folder / "export")
     with pytest.raises(
-        RunError, match=r"lr lacks trials.parquet; `mainrun sweep` writes both at the end of a study"
+        RunError, match=r"lr lacks trials.parquet, which `mainrun sweep` writes at the end of a study; resume"
     ):
         load.gather([], tmp_path)
 
@@ -535,7 +535,7 @@ def test_optional_columns_of_an_export_can_be_missing(tmp_path: Path) -> None:
     pq.write_table(thin, study / "trials.parquet")
     cli.write(load.gather([str(study)], tmp_path), tmp_path / "r.pdf", "A study alone")
     pq.write_table(thin.select(["trial"]), study / "trials.parquet")
-    with pytest.raises(RunError, match="no trial, state and value"):
+    with pytest.raises(RunError, match=r"trials\.parquet must have the columns trial, state and value"):
         load.gather([str(study)], tmp_path)
 
 

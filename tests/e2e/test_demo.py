@@ -83,7 +83,10 @@ def test_a_second_demo_trains_nothing_and_skips_the_submission_of_changes(house:
     (house / "note.txt").touch()
     second = demo(house)
     assert {path: path.read_bytes() for path in house.glob("runs/demo/**/metrics.jsonl")} == before
-    assert "skipped: the working tree is not committed: note.txt; `./task checkpoint` commits it" in second
+    assert (
+        "skipped: the working tree has uncommitted changes: note.txt; commit them with `./task checkpoint`"
+        in second
+    )
     assert "no submission (see the reason above)" in second and not (house / ZIP).exists()
 
 
