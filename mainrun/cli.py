@@ -1,15 +1,15 @@
-"""The command line, with commands such as `mainrun train`, `mainrun sweep` and `mainrun report`.
+"""The command-line interface, with commands such as `mainrun train`, `mainrun sweep` and `mainrun report`.
 
 Results go to stdout. With --json, stdout contains only JSON. Progress and errors go to stderr.
 
 The exit codes are:
 
-    0    the command succeeded
-    1    the command failed or crashed
-    2    the usage is wrong
-    3    the training diverged
-    75   the command was interrupted and can be resumed
-    130  Ctrl-C was pressed twice
+    0: the command succeeded
+    1: the command failed or crashed
+    2: the usage is wrong
+    3: the training diverged
+    75: the command was interrupted and can be resumed
+    130: Ctrl-C was pressed twice
 
 Each command imports slow libraries such as torch only when it needs them, so that `mainrun --help` is fast.
 """
@@ -51,7 +51,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # show the help without Rich, which is slow to import
-    help="Train small language models under a fixed budget, reproducible to the bit.",
+    help="Train small language models under a fixed budget, with results that are reproducible to the bit.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -94,8 +94,8 @@ def demo(
     """Run the whole workflow in a few minutes.
 
     The demo trains models, runs a sweep, writes a report, and creates and verifies a submission. Each step is
-    a separate command, which is printed. Ctrl-C stops the demo, and the same command resumes it. Nothing is
-    sent over the network.
+    a separate command, which the demo prints. Ctrl-C stops the demo, and the same command resumes it. Nothing
+    is sent over the network.
     """
     from mainrun.ui.demo import run_demo
 
@@ -163,11 +163,11 @@ def sample(
     out: Out = Path("runs"),
     debug: Debug = False,
 ) -> None:
-    """Generate titles with a trained run."""
+    """Generate titles with the model of a trained run."""
     from mainrun.store import rundir
 
     run_dir = rundir.find(run, out)
-    run_dir.config()  # `config` raises an error for a wrong folder before the slow import of torch
+    run_dir.config()  # raise an error for a wrong folder now, before the slow import of torch
     from mainrun.ui.sample import sample as generate
 
     titles = generate(run_dir.path, prompt, n=n, max_tokens=max_tokens, temperature=temperature, seed=seed)

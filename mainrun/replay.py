@@ -3,8 +3,8 @@
     python -m mainrun.replay guards RUN RESULT.json   # run all guards
     python -m mainrun.replay steps RUN RESULT.json N  # train the first N steps again, score the last weights
 
-`mainrun submit` and `mainrun verify` run this module from a commit or a bundle. The code in the commit or the
-bundle may differ from the installed code.
+`mainrun submit` and `mainrun verify` run the copy of this module that is in a commit or in a bundle. The code
+in the commit or the bundle may differ from the installed code.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Replay:
         self.plan = self.setup.plan
 
     def facts(self) -> dict[str, Any]:
-        """Return everything that `mainrun verify` compares with the run, except the rows."""
+        """Return all values that `mainrun verify` compares with the run, except the log rows."""
         return {
             "versions": versions(),
             "machine_class": self.setup.device.machine_class,
@@ -50,11 +50,11 @@ class Replay:
         }
 
     def start(self) -> Controller:
-        """Return the state of the run at step 0, with the run's growth controller."""
+        """Return a growth controller that contains the state of the run at step 0."""
         return make_controller(self.cfg, self.plan, self.setup.device, self.setup.start())
 
     def end(self, note: Callable[[str], None] = lambda _: None) -> Controller | None:
-        """Return the state of the run at the last step, or None without a usable checkpoint of that step."""
+        """Return a growth controller with the state at the last step, or None without a usable checkpoint."""
         newest = checkpoint.load_newest(self.run.checkpoints, self._checkpoint_problem, note)
         if newest is None:
             return None
@@ -77,7 +77,7 @@ class Replay:
         }
 
     def _checkpoint_problem(self, meta: dict[str, Any]) -> str | None:
-        """Return why a checkpoint does not belong to the run's last step, or None if the checkpoint does."""
+        """Return why a checkpoint does not belong to the run's last step, or None if it does."""
         problem = checkpoint.fault(meta)
         if problem:
             return problem
@@ -85,7 +85,7 @@ class Replay:
         try:
             plan = Plan(self.cfg, self.plan.train_tokens, fired)
         except (MainrunError, LookupError, AssertionError) as e:
-            return f"its ops cannot have fired at these steps ({e})"
+            return f"its growth operations cannot have fired at these steps ({e})"
         if meta["digest"] != self.cfg.digest or meta["step"] != plan.steps:
             return "it does not belong to the run's last step"
         return None
@@ -97,11 +97,11 @@ def run_guards(run: RunDir) -> dict[str, Any]:
     summary = run.summary() or {}
     end = replay.end()
     if end is None:
-        problem = f"{run.path} has no usable checkpoint of its last step, and the guards need its weights"
-        raise RunError(f"{problem}; train it again with --fresh")
+        problem = f"{run.path} has no usable checkpoint of its last step, whose weights the guards need"
+        raise RunError(f"{problem}; train the run again with --fresh")
     if hash_scored_weights(end.state) != summary.get("weights"):
-        problem = f"{run.path}/summary.json was written for other weights than its checkpoint holds"
-        raise RunError(f"{problem}; train it again with --fresh")
+        problem = f"{run.path}/summary.json does not match the weights in the last checkpoint"
+        raise RunError(f"{problem}; train the run again with --fresh")
     with end.state.average.applied():
         evidence = Evidence(
             cfg=replay.cfg,
@@ -119,7 +119,7 @@ def run_guards(run: RunDir) -> dict[str, Any]:
 
 
 def replay_steps(run: RunDir, n: int) -> dict[str, Any]:
-    """Train the first `n` steps of a run again. Score the run's last checkpoint again if there is one."""
+    """Train the first `n` steps of a run again. Also score the checkpoint of its last step again."""
     replay = Replay(run)
     notes: list[str] = []
     growth = replay.start()
@@ -137,7 +137,7 @@ def replay_steps(run: RunDir, n: int) -> dict[str, Any]:
         result["trained_weights"] = hash_scored_weights(growth.state)
     if end is not None:
         result |= replay.totals(end)
-    elif finished or not replay.cfg.growth.ops:  # a growing run's plan is known only at the end
+    elif finished or not replay.cfg.growth.ops:  # the plan of a growing run is known only at the end
         result |= replay.totals(growth)
     return result
 

@@ -27,10 +27,12 @@ Places = Annotated[
     typer.Argument(
         metavar="[RUN|STUDY]...",
         callback=validate_paths,
-        help="Runs, exported studies, or folders of them.",
+        help="Runs, exported studies, or folders that contain runs or studies.",
     ),
 ]
-Out = Annotated[Path, typer.Option("--out", metavar="FILE", callback=validate_paths, help="The PDF.")]
+Out = Annotated[
+    Path, typer.Option("--out", metavar="FILE", callback=validate_paths, help="The path of the PDF.")
+]
 Title = Annotated[str, typer.Option("--title", metavar="TEXT", help="The title of the report.")]
 Figures = Annotated[
     Path | None,
@@ -56,7 +58,12 @@ Runs = Annotated[
 ]
 Samples = Annotated[
     int,
-    typer.Option("--samples", min=0, max=100, help="How many titles each of the two main recipes generates."),
+    typer.Option(
+        "--samples",
+        min=0,
+        max=100,
+        help="The number of titles to generate with each of the two main recipes.",
+    ),
 ]
 Log = Annotated[
     Path | None,
@@ -64,7 +71,7 @@ Log = Annotated[
         "--log",
         metavar="FILE",
         callback=validate_paths,
-        help="A log of experiments. The report quotes failures.",
+        help="A log of experiments. The report quotes the failures in the log.",
     ),
 ]
 
@@ -83,9 +90,9 @@ def report(
 ) -> None:
     """Write a PDF of runs and studies.
 
-    Without arguments, the report covers everything in the folder of the run directories. Every number comes
-    from the inputs, and the same inputs give the same bytes. Runs with different data or evaluation spans
-    cannot be in the same report.
+    Without arguments, the report covers all runs and studies in the folder --runs. Every number in the report
+    comes from the inputs. The same inputs always give the same PDF, byte for byte. Runs with different data
+    or evaluation spans cannot be in the same report.
     """
     from reports.evidence import load
     from reports.evidence.pages import count
@@ -96,7 +103,7 @@ def report(
         log = LOG
     check_regular_file(out, "--out", b"%PDF", "PDF")
     if not title.strip() or not title.isprintable():
-        raise UsageError(f"--title {title!r} cannot be printed; give one line of text")
+        raise UsageError(f"--title {title!r} cannot be printed; give one line of printable text")
     data = load.gather(places or [], runs)
     result = write(data, out, title, figures, tables, log, samples)
     if as_json:
@@ -127,7 +134,7 @@ def write(
 ) -> dict[str, object]:
     """Write the PDF of a report, and return the result that `--json` prints.
 
-    If `figures` or `tables` is given, also write the figures or the tables to this folder.
+    `figures` and `tables` are folders. If a folder is given, also write each figure or table to a file there.
     """
     from mainrun.store.rundir import disk_errors
     from reports.evidence import findings, pdf
@@ -163,7 +170,7 @@ Processes = list[tuple[str, subprocess.Popen[str]]]  # pairs of a run id and a p
 
 @contextmanager
 def _sampling(data: ReportData, count: int) -> Iterator[Processes]:
-    """Start one process for each of the two main recipes to generate titles from the recipe's model.
+    """Start one process for each of the two main recipes. The process generates titles with a model.
 
     Models are loaded only in these processes. Recipes whose run has no checkpoints are skipped.
     """

@@ -1,4 +1,6 @@
-"""Measure the overhead of the driver with trials that take no time and a SQLite database.
+"""Measure the overhead of the driver of a study.
+
+The trials of the benchmark take no time. The driver writes the trials to a SQLite database.
 
     python -m sweeps.bench_driver [TRIALS [SAMPLER]]
 
@@ -47,7 +49,7 @@ class InstantSearch(Search):
 
 
 class Sample(NamedTuple):
-    """The resources that the process had used when the search reached a number of trials."""
+    """The number of trials so far, and the resources that the process has used so far."""
 
     trials: int
     cpu_seconds: float
@@ -57,8 +59,8 @@ class Sample(NamedTuple):
 
 class BenchRow(NamedTuple):
     trials: int
-    cpu_ms: float  # CPU milliseconds per trial since the previous row
-    ms: float  # elapsed milliseconds per trial since the previous row
+    cpu_ms: float  # CPU time per trial since the previous row, in milliseconds
+    ms: float  # elapsed time per trial since the previous row, in milliseconds
     peak_mb: float
 
 

@@ -3,10 +3,10 @@
 Before the learning rate decays, the loss of a run depends strongly on the current learning rate. Trials with
 different learning rates therefore cannot be compared in the middle of training.
 
-A branch is an ordinary run that has the trial's config but fewer steps. Up to the rung, the learning rates of
-the branch and the trial are equal. After the rung, the branch trains for only a few more steps, while its
-learning rate decays completely. The branch does not train the steps before the decay again, but reads the
-results of these steps from the store.
+A branch is an ordinary run that has the trial's config but fewer steps. Up to the rung, a
+branch has the same learning rates as its trial. After the rung, the branch trains for only a few more steps,
+while its learning rate decays to the end. The steps before the decay are not trained again, because the
+branch reads their results from the store.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from sweeps.space import with_values
 def branch_config(cfg: TrainConfig, plan: Plan, step: int, share: float) -> TrainConfig:
     """Return the config of the branch that scores a trial at a rung.
 
-    `step` is the step of the rung. After the rung, the branch trains for `share * step` additional steps. If
-    the trial's learning rate starts to decay before the rung, the branch's learning rate starts to decay at
-    the same step. The number of steps in a branch does not depend on the start of the decay.
+    `step` is the training step of the rung. After the rung, the branch trains for `share * step` additional
+    steps. If the trial's learning rate starts to decay before the rung, the branch's learning rate starts to
+    decay at the same step. The number of steps in a branch does not depend on the start of the decay.
     """
     # A decay needs at least two steps, because its first step still has the peak learning rate.
     end = min(plan.steps, step + max(2, round(share * step)))
@@ -56,7 +56,7 @@ def _shared_steps(a: Plan, b: Plan, end: int) -> int:
 
 
 def faults(space: Mapping[str, Any], base: TrainConfig) -> Iterator[str]:
-    """Yield each reason why a study cannot use branches."""
+    """Yield one sentence for each reason why a study cannot use branches."""
     instead = 'write score = "raw" under [rungs], or'
     for value in _possible_values("schedule", space, base):
         if value != "wsd":

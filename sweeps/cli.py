@@ -36,7 +36,7 @@ class SweepGroup(Group):
 
 app = typer.Typer(
     cls=SweepGroup,
-    help="Search settings: a study, ls, show, best, export, dashboard.",
+    help="Search for good hyperparameters: give a study, or one of the commands below.",
     rich_markup_mode=None,
 )
 
@@ -67,38 +67,43 @@ def run(
     ] = None,
     engine: Annotated[
         str | None,
-        typer.Option("--engine", metavar="local|ray", help="Where workers run. ray needs mainrun[ray]."),
+        typer.Option("--engine", metavar="local|ray", help="Where workers run. Ray needs mainrun[ray]."),
     ] = None,
     address: Annotated[
         str | None,
         typer.Option(
             "--address",
             metavar="auto|HOST:PORT",
-            help="Ray cluster to join. Default: start one on this machine.",
+            help="The Ray cluster to join. By default, a cluster is started on this machine.",
         ),
     ] = None,
     storage: Annotated[
         str | None,
         typer.Option(
-            "--storage", metavar="URL", help="Optuna's database. Default: SQLite in the study's folder."
+            "--storage",
+            metavar="URL",
+            help="The URL of Optuna's database. By default, a SQLite file in the study's folder is used.",
         ),
     ] = None,
     sets: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Set a config field in every trial. Repeatable."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Set a config field in all trials. Can be repeated."),
     ] = None,
     name: Annotated[
-        str | None, typer.Option("--as", metavar="NAME", help="Run the study separately, under this name.")
+        str | None, typer.Option("--as", metavar="NAME", help="Run the study separately under this name.")
     ] = None,
-    plan_only: Annotated[bool, typer.Option("--plan", help="Print the search space; train nothing.")] = False,
+    plan_only: Annotated[
+        bool, typer.Option("--plan", help="Print the search space without training.")
+    ] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a study file.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Run a study, or resume it. The trials do not depend on the number of workers or on interruptions.
+    """Run a study, or resume it. The number of workers and interruptions do not change the trials.
 
-    After the search, the best trials and the base are trained again with new seeds. This shows whether a gain
-    is larger than the noise. Finally, the best trials, the cost of the search and the claims are printed.
+    After the search, the best trials and the base are trained again with new seeds. The new seeds show
+    whether a gain is larger than the noise. The output lists the best trials, the cost of the search and the
+    gains that can be claimed.
     """
     from mainrun.plan.recipes import parse_set
     from sweeps.study import json_schema, read_study
@@ -124,7 +129,7 @@ def _run_study(study: Study, folder: Path, as_json: bool) -> None:
         raise
     except Interrupted as e:
         raise Interrupted(
-            f"stopped; all training so far is saved and nothing is lost; run `{_command_line()}` to resume"
+            f"the study was stopped, but nothing is lost; run `{_command_line()}` to resume the study"
         ) from e
     _show_export(read_export(folder), as_json)
 
@@ -148,13 +153,13 @@ def _search(study: Study, folder: Path, as_json: bool) -> None:
         write_study_json(folder, study, _command_line())
         if study.threads > cores():
             display.note(
-                f"threads = {study.threads} in each trial, but this machine has {cores()} cores: "
-                "the threads of a trial wait for each other"
+                f"each trial uses {study.threads} threads, but this machine has only {cores()} cores, "
+                "so the threads must wait for each other"
             )
         display.note(f"{study.name}: {engine.workers} workers; trial 0 is {search.base.run_id}")
         search.run()
         display.refresh(force=True)
-        display.note("the search is finished; training the base and the best trials on new seeds")
+        display.note("the search is finished; the base and the best trials are now trained with new seeds")
         write_export(search, confirm(search))
 
 
@@ -228,11 +233,11 @@ def _describe_conditions(parameter: Parameter) -> str:
 
 @app.command("ls")
 def ls(out: Out = DEFAULT_OUT, as_json: Json = False, debug: Debug = False) -> None:
-    """List the studies in a folder, and the built-in ones."""
+    """List the studies in a folder, and the built-in studies."""
     from sweeps.study import built_in_names
 
     if out.is_file():
-        raise UsageError(f"got --out {out}, which is a file; give the folder of the studies")
+        raise UsageError(f"--out {out} is a file; give the folder that contains the studies")
     rows = [_study_row(file.parent) for file in sorted(out.glob("*/study.json"))]
     if as_json:
         emit({"studies": rows, "built_in": built_in_names()})
@@ -247,7 +252,7 @@ def ls(out: Out = DEFAULT_OUT, as_json: Json = False, debug: Debug = False) -> N
 
 
 def _study_row(folder: Path) -> dict[str, Any]:
-    """Return a study's row in the output of `mainrun sweep ls`.
+    """Return the row that `mainrun sweep ls` prints for a study.
 
     If a file of the study is damaged, print an error on stderr and still return a row.
     """
@@ -322,7 +327,8 @@ def _show_costs(export: dict[str, Any]) -> None:
             if row["kind"] in steps:
                 steps[row["kind"]] += row["asked"]
         print(
-            f"of these {steps['noise']:,} for the noise floor, {steps['confirmation']:,} for the confirmation"
+            f"of all steps, {steps['noise']:,} are for the noise floor "
+            f"and {steps['confirmation']:,} for the confirmation"
         )
 
 
@@ -374,7 +380,7 @@ def best(
     name: Name,
     save: Annotated[
         str | None,
-        typer.Option("--save", metavar="NAME", help="Save the winner as the preset file NAME.toml."),
+        typer.Option("--save", metavar="NAME", help="Save the best trial as the preset file NAME.toml."),
     ] = None,
     out: Out = DEFAULT_OUT,
     as_json: Json = False,
@@ -382,7 +388,7 @@ def best(
 ) -> None:
     """Print the command that trains the best confirmed trial.
 
-    If no trial is confirmed, the command trains the trial with the best score.
+    If no trial is confirmed, print the command for the trial with the best score.
     """
     from sweeps.folder import read_export
 
@@ -409,7 +415,7 @@ def best(
 def _winner(export: dict[str, Any], name: str) -> dict[str, Any]:
     done = _ranked_trials(export)
     if not done:
-        raise RunError(f"no trial of {name} was trained to its end; give the study a larger budget")
+        raise RunError(f"no trial of the study {name} was trained to the end; give the study a larger budget")
     winner = (export.get("evidence") or {}).get("winner")
     for trial in export["trials"]:
         if trial["trial"] == winner:
@@ -420,16 +426,16 @@ def _winner(export: dict[str, Any], name: str) -> dict[str, Any]:
 def _save_preset(name: str, base: str, settings: list[str], about: str) -> None:
     """Write a preset file to the current folder."""
     if not name.replace("-", "").replace("_", "").isalnum():
-        raise UsageError(f"got --save {name!r}; write letters, digits, - and _")
+        raise UsageError(f"--save {name!r} is not allowed; write only letters, digits, - and _")
     file = Path(f"{name}.toml")
     if file.exists():
-        raise UsageError(f"{file} already exists; give another name, or remove it")
+        raise UsageError(f"the file {file} already exists; give another name, or remove the file")
     lines = [f"about = {json.dumps(about)}", f"base = {json.dumps(base)}"]
     for setting in settings:
         key, _, value = setting.partition("=")
         if value == "none":
             raise ConfigError(
-                f"{key}=none cannot be written to a preset; train the trial with --set {key}=none"
+                f"a preset file cannot contain {key}=none; train the trial with --set {key}=none"
             )
         lines.append(f"{key} = {value if _is_toml(value) else json.dumps(value)}")
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -453,7 +459,9 @@ def export_(
     folder: Annotated[
         Path,
         typer.Argument(
-            metavar="DIR", callback=validate_paths, help="The folder for trials.parquet and study.json."
+            metavar="DIR",
+            callback=validate_paths,
+            help="The folder to which trials.parquet and study.json are written.",
         ),
     ],
     out: Out = DEFAULT_OUT,
@@ -467,10 +475,10 @@ def export_(
     from sweeps.folder import read_export
 
     if folder.exists() and not folder.is_dir():
-        raise UsageError(f"got DIR {folder}, which is a file; give a folder, or one that does not exist yet")
+        raise UsageError(f"DIR {folder} is a file; give an existing folder, or the path of a new folder")
     if (folder / "study.json").is_file() and not (folder / "trials.parquet").is_file():
         raise UsageError(
-            f"got DIR {folder}, whose study.json is not an export and would be overwritten; "
+            f"the folder {folder} contains a study.json that is not an export and would be overwritten; "
             "give another folder"
         )
     write_tables(read_export(out / name), folder)
@@ -484,20 +492,26 @@ def dashboard(
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="The port of the web server.")] = 8080,
     storage: Annotated[
         str | None,
-        typer.Option("--storage", metavar="URL", help="The study's database, if it needs a password."),
+        typer.Option(
+            "--storage",
+            metavar="URL",
+            help="The URL of the study's database, if the database needs a password.",
+        ),
     ] = None,
     debug: Debug = False,
 ) -> None:
     """Open a study in optuna-dashboard.
 
-    The dashboard is an extra package. Install it with pip install 'mainrun[dashboard]'.
+    The dashboard is an extra package. Install the dashboard with pip install 'mainrun[dashboard]'.
     """
     from sweeps.folder import require_study
 
     folder = out / name
     document = require_study(folder)
     if importlib.util.find_spec("optuna_dashboard") is None:
-        raise UsageError("optuna-dashboard is not installed; pip install 'mainrun[dashboard]'")
+        raise UsageError(
+            "optuna-dashboard is not installed; install it with pip install 'mainrun[dashboard]'"
+        )
     url = storage or document["study"]["storage"]
     if not url and not (folder / "study.db").is_file():
         raise RunError(f"{folder} has no study.db yet; run `{document['command']}` to resume the study")
@@ -512,7 +526,7 @@ def dashboard(
     except (StorageInternalError, SQLAlchemyError) as e:
         raise UsageError(
             f"the study's database cannot be opened ({short_message(e)}); "
-            "give a password in PGPASSWORD or in --storage"
+            "give the password in PGPASSWORD or in --storage"
         ) from None
     print(f"{name} at http://127.0.0.1:{port}/dashboard; press Ctrl-C to stop", file=sys.stderr, flush=True)
     try:

@@ -22,16 +22,16 @@ from sweeps.ledger import run_cost
 from sweeps.space import with_values
 from sweeps.trial import Trial
 
-FIRST_NOISE_SEED = 1  # offset of the first noise seed from the seed of the base config
-FIRST_CONFIRMATION_SEED = 101  # offset of the first confirmation seed from the seed of the base config
+FIRST_NOISE_SEED = 1  # the first noise seed is the seed of the base config plus this number
+FIRST_CONFIRMATION_SEED = 101  # the first confirmation seed is the seed of the base config plus this number
 
-Job = tuple[str, int]  # ("noise" or the trial number as text, seed)
+Job = tuple[str, int]  # a pair of the text "noise" or a trial number, and a seed
 
 
 def confirm(search: Search) -> dict[str, Any]:
     """Train the noise runs and the confirmation runs, and return the evidence of a study.
 
-    The evidence contains the noise floor, the difference of each trial from the base, and the claim.
+    The evidence contains the noise floor, the comparison of each trial with the base, and the claim.
     """
     base = search.base
     settings = search.study.evidence
@@ -49,7 +49,7 @@ def confirm(search: Search) -> dict[str, Any]:
 
     noise_scores = [scores["noise", seed] for seed in noise_seeds]
     sigma, single_floor = _noise(noise_scores)
-    floor = single_floor / math.sqrt(len(seeds))  # noise floor of the difference between two means
+    floor = single_floor / math.sqrt(len(seeds))  # the noise floor of the difference between two means
     base_scores = {seed: scores["0", seed] for seed in seeds}
     rows = _compare(candidates, base_scores, scores, floor)
     evidence: dict[str, Any] = {
@@ -87,7 +87,7 @@ def _train_jobs(search: Search, jobs: dict[Job, TrainConfig]) -> dict[Job, float
             return math.inf
         if not outcome.ok:
             error = UsageError if outcome.refused else MainrunError
-            raise error(f"{cfg.run_id} cannot be trained: {outcome.reason.removeprefix('error: ')}")
+            raise error(f"the run {cfg.run_id} cannot be trained: {outcome.reason.removeprefix('error: ')}")
         return float(_final_scores(search.run_dir(cfg), split)[name])
 
     with ThreadPoolExecutor(search.engine.workers) as pool:
@@ -101,7 +101,7 @@ def _train_jobs(search: Search, jobs: dict[Job, TrainConfig]) -> dict[Job, float
 def _final_scores(run: RunDir, split: str) -> dict[str, Any]:
     scores = (run.summary() or {}).get("scores", {})
     if split not in scores:
-        raise RunError(f"{run.path}/summary.json is damaged: it has no score of {split}; {run.fix}")
+        raise RunError(f"{run.path}/summary.json is damaged: it has no score for {split}; {run.fix}")
     last: dict[str, Any] = scores[split]["last"]
     return last
 
@@ -113,7 +113,7 @@ def _val_scores(search: Search, cfg: TrainConfig) -> dict[str, Any]:
 
 
 def _cost_row(search: Search, job: Job, cfg: TrainConfig, score: float) -> dict[str, Any]:
-    """Return the row of the evidence with the cost of a noise run or a confirmation run."""
+    """Return the row that records the cost of a noise run or a confirmation run."""
     name, seed = job
     cost = run_cost(search.run_dir(cfg), cfg)
     if math.isinf(score):
@@ -131,9 +131,9 @@ def _cost_row(search: Search, job: Job, cfg: TrainConfig, score: float) -> dict[
 
 
 def _noise(scores: list[float]) -> tuple[float, float]:
-    """Return the standard deviation and the noise floor of the scores of runs with different seeds.
+    """Return the standard deviation and the noise floor of scores from runs with different seeds.
 
-    If any of the runs diverged, both values are infinite, so the study makes no claim.
+    If a run diverged, both values are infinite, so the study claims no gain.
     """
     if not all(map(math.isfinite, scores)):
         return math.inf, math.inf
@@ -145,7 +145,7 @@ def _noise(scores: list[float]) -> tuple[float, float]:
 def _compare(
     candidates: list[Trial], base_scores: dict[int, float], scores: Mapping[Job, float], floor: float
 ) -> list[dict[str, Any]]:
-    """Return one row of evidence per candidate trial, with p-values adjusted by Holm's method."""
+    """Compare each candidate trial with the base. The p-values are adjusted by Holm's method."""
     differences = []
     for trial in candidates:
         trial_scores = {seed: scores[str(trial.number), seed] for seed in base_scores}
@@ -158,7 +158,7 @@ def _compare(
 
 
 def _difference(base: dict[int, float], trial: dict[int, float]) -> stats.Difference:
-    """Return the difference between the scores of the base and the scores of a trial, paired by seed.
+    """Compare the scores of the base with the scores of a trial, paired by seed.
 
     The score of a diverged run is infinity. A difference with an infinite score has no confidence interval
     and no p-value.
@@ -169,10 +169,10 @@ def _difference(base: dict[int, float], trial: dict[int, float]) -> stats.Differ
 
 
 def _evidence_row(trial: Trial, difference: stats.Difference, p: float, floor: float) -> dict[str, Any]:
-    """Return the row of the evidence that compares a trial with the base.
+    """Return the row that compares a trial with the base.
 
-    A trial is claimed to be better only if the confidence interval of the difference is below zero, the gain
-    exceeds the noise floor, and the p-value is significant.
+    A claim that the trial is better must pass three tests. The confidence interval of the difference must be
+    below zero, the gain must exceed the noise floor, and the p-value must be significant.
     """
     interval = difference.interval or (-math.inf, math.inf)
     claim = interval[1] < 0 and -difference.mean > floor and p < 1 - stats.LEVEL
@@ -189,7 +189,7 @@ def _evidence_row(trial: Trial, difference: stats.Difference, p: float, floor: f
 
 
 def _why_not(difference: stats.Difference, floor: float, p: float) -> str:
-    """Return the reason why a trial is not claimed to be better than the base."""
+    """Return the reason why the study does not claim that a trial is better than the base."""
     if difference.mean >= 0:
         return "it is not better"
     if difference.interval is None:

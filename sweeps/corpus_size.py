@@ -1,4 +1,4 @@
-"""Count the training tokens in an epoch, which determine the number of steps of every trial."""
+"""Count the training tokens in an epoch. The count determines the number of steps of every trial."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def count_train_tokens(study: Study, base: TrainConfig, folder: Path) -> int:
     """
     file = folder / "tokens.json"
     fingerprints = load_corpus(base).fingerprints
-    document = records.load(file, TOKENS_JSON, "remove it and run the same command again to create a new one")
+    document = records.load(file, TOKENS_JSON, "remove the file and run the same command again")
     if not document:
         train_tokens = _dry_run(study, base)
         write_text(file, json.dumps({"train_tokens": train_tokens, "fingerprints": fingerprints}))
@@ -35,7 +35,7 @@ def count_train_tokens(study: Study, base: TrainConfig, folder: Path) -> int:
     if document.get("fingerprints", fingerprints) != fingerprints:
         raise UsageError(
             f"the titles of {base.corpus} have changed since the study in {folder} was started; "
-            "restore them, or start a new study with --as NAME"
+            "restore the titles, or start a new study with --as NAME"
         )
     train_tokens = int(document["train_tokens"])
     try:
@@ -43,7 +43,7 @@ def count_train_tokens(study: Study, base: TrainConfig, folder: Path) -> int:
     except ConfigError as e:
         raise RunError(
             f"{file} is damaged: it has train_tokens = {train_tokens:,} ({e}); "
-            "remove it and run the same command again to create a new one"
+            "remove the file and run the same command again"
         ) from None
     return train_tokens
 
@@ -64,8 +64,8 @@ def _dry_run(study: Study, base: TrainConfig) -> int:
     if process.returncode == 0:
         return int(json.loads(process.stdout)["plan"]["train_tokens"])
     lines = process.stderr.strip().splitlines()
-    message = lines[-1] if lines else "it ended without a message"
-    if process.returncode == Interrupted.exit_code:  # for example, if the disk is full
+    message = lines[-1] if lines else "the process ended without a message"
+    if process.returncode == Interrupted.exit_code:  # the disk may be full
         raise Interrupted(message.removeprefix("interrupted: "))
     error = UsageError if process.returncode == UsageError.exit_code else MainrunError
-    raise error(f"the base of the study cannot be trained: {message.removeprefix('error: ')}")
+    raise error(f"the base config of the study cannot be trained: {message.removeprefix('error: ')}")

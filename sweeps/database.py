@@ -1,7 +1,7 @@
 """Write the trials of a study to an Optuna database for people and dashboards.
 
 The database is a SQLite file in the study's folder, or a PostgreSQL database. From the database, the driver
-reads only the study's digest and the number of trials. Losing the database therefore loses no results. Optuna
+reads only the study's digest and the number of trials. If the database is lost, no results are lost. Optuna
 is imported only when a database is opened.
 """
 
@@ -45,10 +45,11 @@ def open_storage(url: str, file: Path) -> Any:
     _check_tables(url, options, name)
     try:
         return optuna.storages.RDBStorage(url, engine_kwargs=options)
-    except RuntimeError as e:  # Optuna cannot read the schema of another Optuna version
+    except RuntimeError as e:  # another version of Optuna created the database
         message = " ".join(str(e).split())
         raise UsageError(
-            f"{name} cannot be used: {message} Or create a new database, or give another --storage"
+            f"the storage {name} cannot be used; create a new database, or give another --storage. "
+            f"Optuna reports: {message}"
         ) from None
 
 
@@ -60,7 +61,8 @@ def _check_tables(url: str, options: dict[str, Any], name: str) -> None:
         engine = create_engine(url, **options)
     except ImportError as e:
         raise UsageError(
-            f"{name} needs {e.name or 'a driver'}, which is not installed; pip install 'mainrun[postgres]'"
+            f"the storage {name} needs {e.name or 'a driver'}, which is not installed; "
+            "install it with pip install 'mainrun[postgres]'"
         ) from None
     try:
         inspector = inspect(engine)
@@ -71,7 +73,7 @@ def _check_tables(url: str, options: dict[str, Any], name: str) -> None:
     if not usable:
         examples = ", ".join(sorted(tables)[:4])
         raise UsageError(
-            f"{name} is the database of another program (tables {examples}); "
+            f"{name} is the database of another program (with the tables {examples}); "
             "create a new database for studies, or give another --storage"
         )
 
@@ -114,7 +116,7 @@ class StudyDatabase:
         self.file = folder / "study.db"
         self.name = without_password(study.storage) or str(self.file)
         self.on_server = study.storage.startswith("postgresql")
-        self.write_failed = False  # True once a write raised an error; the data may have been stored anyway
+        self.write_failed = False  # True after a failed write, which may have stored the data anyway
         self.storage, self.optuna_study = self._retry(self._open, opening=True)
         self.written = self._retry(self._count)
         digest = self._retry(lambda: self.optuna_study.user_attrs.get("digest"))
@@ -122,8 +124,8 @@ class StudyDatabase:
             self._retry(lambda: self.optuna_study.set_user_attr("digest", study.digest))
         elif digest != study.digest:
             raise UsageError(
-                f"{self.name} holds another study called {study.name!r}; "
-                "give this one another name with --as NAME, or another --storage"
+                f"{self.name} already contains a different study called {study.name!r}; "
+                "give this study another name with --as NAME, or give another --storage"
             )
 
     def _open(self) -> tuple[Any, Any]:
@@ -167,11 +169,11 @@ class StudyDatabase:
                     waiting = True
                 time.sleep(pause)
                 pause = min(5.0, 2 * pause)
-            except (LookupError, ValueError, AssertionError) as e:  # Optuna cannot read a row
+            except (LookupError, ValueError, AssertionError) as e:  # Optuna cannot parse a row
                 message = " ".join(str(e).split())[:200]
                 raise RunError(
-                    f"{self.name} holds rows that Optuna cannot read ({type(e).__name__}: {message}); "
-                    "restore it, or give this study another name with --as NAME"
+                    f"{self.name} contains rows that Optuna cannot read ({type(e).__name__}: {message}); "
+                    "restore the database, or give this study another name with --as NAME"
                 ) from e
             else:
                 if waiting:

@@ -30,9 +30,9 @@ from sweeps.space import trial_config
 from sweeps.study import Study, set_arguments
 from sweeps.trial import Trial, TrialRuns, TrialState
 
-UNLIMITED = 1_000_000  # the maximum number of trials if the study's budget does not limit the trials
+UNLIMITED = 1_000_000  # the maximum number of trials if the budget sets no maximum
 
-Target = tuple[TrainConfig, int]  # (config of a run, step to stop at), where step 0 means the end of the run
+Target = tuple[TrainConfig, int]  # the config of a run, and the step to stop at (0: the end of the run)
 
 
 class Search:
@@ -68,8 +68,8 @@ class Search:
         self.start_time = time.monotonic()
         self.train_tokens = self._count_train_tokens()
         self._costs: dict[int, Ledger] = {}  # the cost of each finished trial, by trial number
-        self._runs: dict[int, TrialRuns] = {}  # runs of the trials that are not in the database yet
-        self._reported = 0  # number of generations whose scores were reported to the sampler
+        self._runs: dict[int, TrialRuns] = {}  # the runs of each trial that is not in the database yet
+        self._reported = 0  # how many generations were reported to the sampler
         self._first_open = 0  # index of the first generation with an unfinished trial
 
     def _count_train_tokens(self) -> int:
@@ -99,7 +99,7 @@ class Search:
         return True
 
     def _report_scores(self, end: int) -> None:
-        """Report the scores of all generations before `end` to the sampler, each generation only once."""
+        """Report the scores of all generations before `end` to the sampler. Each is reported only once."""
         while self._reported < end:
             for trial in self.generation(self._reported):
                 self.sampler.tell(trial.number, trial.scores, trial.state is TrialState.DONE)
@@ -149,9 +149,9 @@ class Search:
         return trial
 
     def _make_runs(self, values: dict[str, Any]) -> TrialRuns:
-        """Create the configs of the runs of a trial, and choose the step of each rung.
+        """Create the configs of a trial's runs, and choose the step of each rung.
 
-        A rung is at the first evaluation after the rung's share of the steps was trained.
+        A rung is at the first evaluation after the trial has trained the rung's share of its steps.
         """
         cfg = trial_config(self.base, values, self.train_tokens)
         plan = Plan(cfg, self.train_tokens)
@@ -183,8 +183,8 @@ class Search:
         limit = self.remaining_trials()
         if limit < database.written:
             raise UsageError(
-                f"{self.folder} has {database.written} trials, but the budget allows {limit}; "
-                f"a budget can only grow: allow at least {database.written} trials"
+                f"{self.folder} has {database.written} trials, but the budget allows only {limit}; "
+                f"a budget can only grow, so allow at least {database.written} trials"
             )
         running: dict[Future[Outcome], tuple[Trial, int]] = {}
         with ThreadPoolExecutor(self.engine.workers) as pool:
@@ -235,7 +235,7 @@ class Search:
                 del self._runs[number]
 
     def _targets(self, trial: Trial, rung: int) -> list[Target]:
-        """Return the runs that must be trained to score a trial at a rung, and the step to stop each run at.
+        """Return the runs that must be trained to score a trial at a rung, and the last step of each run.
 
         The first run is the trial's own run, up to the step of the rung. If the rung is scored by a branch,
         the branch is the second run.
@@ -302,9 +302,9 @@ class Search:
         return self.run_score(self.runs_of(trial).cfg, step)
 
     def run_score(self, cfg: TrainConfig, step: int) -> float:
-        """Return the value of the objective for a run after a step.
+        """Return the score of a run after a step. The study's objective defines which score is used.
 
-        If metrics.jsonl has several evaluations of the step, use the last evaluation.
+        If metrics.jsonl has several evaluations after the same step, use the last evaluation.
         """
         run = self.run_dir(cfg)
         split, name = self.study.objective.split("/")
@@ -312,8 +312,8 @@ class Search:
             if row["event"] == "eval" and row["split"] == split and row["step"] == step:
                 return float(row[name])
         raise RunError(
-            f"{run.path} has no score of {split} at step {step}: its metrics.jsonl was changed; "
-            "remove the run and run the same command again"
+            f"the run {run.path} has no score of {split} at step {step}, because its metrics.jsonl was "
+            "changed; remove the run and run the same command again"
         )
 
     def _promote(self) -> None:

@@ -112,8 +112,8 @@ def write_tables(export: dict[str, Any], folder: Path) -> None:
         table = pa.table(_columns(export["trials"]))
     except (pa.ArrowException, ArithmeticError, TypeError, ValueError, KeyError) as e:
         raise RunError(
-            f"the trials of {export.get('name')} cannot be written as a table ({e!r:.200}); "
-            "restore export.json of the study"
+            f"the trials of the study {export.get('name')} cannot be written to trials.parquet ({e!r:.200}); "
+            "restore the study's export.json"
         ) from None
     for name in ("trials.parquet", "study.json"):
         check_regular_file(folder / name, "move it away, or give another folder")

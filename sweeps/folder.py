@@ -37,7 +37,7 @@ def locked_folder(folder: Path, study: Study) -> Iterator[None]:
             lock = FileLock(folder / ".lock", str(os.getpid()))
     except Locked as holder:
         raise UsageError(
-            f"{folder} is in use by process {holder}; wait until it ends, or give another --out"
+            f"{folder} is in use by process {holder}; wait until the process ends, or give another --out"
         ) from None
     try:
         _check_same_study(folder, study)
@@ -58,8 +58,8 @@ def _check_same_study(folder: Path, study: Study) -> None:
     else:
         fault = "its study.json was edited; restore it"
     raise UsageError(
-        f"{folder} holds another study with this name: {fault}. "
-        "Resume it with the old study file, or start a new study with --as NAME"
+        f"{folder} contains another study with this name: {fault}. "
+        "Resume that study with its old study file, or start a new study with --as NAME"
     )
 
 
@@ -68,7 +68,7 @@ def _without_free_keys(study: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Describe the first five differences of two nested tables.
+    """Describe the first five differences between two nested tables.
 
     For example, a difference is described as "space.lr.high was 0.1, is 0.2".
     """
@@ -88,7 +88,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 
 
 def write_study_json(folder: Path, study: Study, command: str) -> None:
-    """Write study.json, which assigns a folder to a study.
+    """Write study.json, which records the study that a folder belongs to.
 
     Call this function only after checking that the study's base config can be trained.
     """
@@ -126,7 +126,7 @@ def read_export(folder: Path) -> dict[str, Any]:
     file = folder / "export.json"
     export = _read(file, EXPORT_JSON)
     if not export:
-        raise RunError(f"{folder} is not finished; run `{command}` to resume it")
+        raise RunError(f"the study in {folder} is not finished; run `{command}` to resume the study")
     fault = _contradiction(export)
     if fault:
         raise RunError(

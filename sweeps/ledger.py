@@ -18,8 +18,8 @@ STEP_COSTS = {"step": records.at_least_one, "tokens": records.count, "seconds": 
 class Ledger:
     """The cost of one or more runs.
 
-    The number of asked steps is the sum of the trained steps and the reused steps. The trained steps include
-    the wasted steps and the steps of branches.
+    `asked` is the sum of `trained` and `reused`. The steps in `wasted` and `branch` are also part of
+    `trained`.
     """
 
     asked: int = 0  # number of steps that were trained or reused

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 # -- samplers
+
 # Each function below creates an Optuna sampler from the sampler settings, the search space and a seed.
 
 
@@ -102,8 +103,8 @@ class SamplerSettings(BaseModel):
         Field(
             ge=1,
             le=1000,
-            description="number of trials that are sampled together, "
-            "without the scores of the previous generation",
+            description="number of trials in a generation, which are sampled together "
+            "and without the scores of the previous generation",
         ),
     ] = 4
 
@@ -159,7 +160,7 @@ class TrialSampler:
         """Report the scores of a finished trial to the sampler.
 
         `scores` maps the index of a rung to the score at this rung. A trial that diverged or failed may have
-        no scores. The sampler then receives a very bad score, so that it avoids the settings of this trial.
+        no scores. The sampler then receives a very bad score for the trial, to avoid similar settings.
         """
         from optuna import trial as optuna_trial
 

@@ -17,7 +17,7 @@ MACHINE_IS_FIXED = "the machine is the same for all trials; set it under [set] o
 # Config fields that must be equal in all trials, because the scores of the trials are compared. The
 # dictionary maps the name of each field to the reason that the error message gives.
 NOT_SEARCHABLE = {
-    "seed": "a seed is not a setting, and a study that searches it fits noise",
+    "seed": "the seed is not a hyperparameter, and a search over seeds would fit noise",
     "epochs": "the number of epochs is fixed by the task",
     "max_steps": "the number of steps is fixed by the task",
     "corpus": DATA_IS_FIXED,
@@ -34,7 +34,7 @@ NOT_SEARCHABLE = {
     "dtype": MACHINE_IS_FIXED,
 }
 # Maps each parameter that is not a config field to the config field that the parameter sets. `timescale` is
-# the number of epochs over which a weight decays, which equals 1 / (lr * weight_decay * steps).
+# the time constant of weight decay as a share of the run, which equals 1 / (lr * weight_decay * steps).
 DERIVED = {"timescale": "weight_decay"}
 
 
@@ -62,7 +62,7 @@ Space = Mapping[str, Parameter]
 
 
 def searchable_names() -> list[str]:
-    """Return all valid names of parameters, except paths into the growth schedule."""
+    """Return all valid parameter names, except paths into the growth schedule."""
     return [*TrainConfig.model_fields, *DERIVED]
 
 
@@ -158,7 +158,7 @@ def _condition_faults(where: str, p: Parameter, space: Space, base: TrainConfig)
 def _parent_faults(where: str, name: str, allowed: list[Any], parent: Parameter) -> Iterator[str]:
     """Yield the faults of a condition that depends on another parameter of the search space."""
     if parent.when:
-        yield f"{where}.when: {name} has a condition itself; let {where} depend on what {name} depends on."
+        yield f"{where}.when: {name} also has a condition; give {where} the condition of {name} instead."
     if isinstance(parent, Range):
         yield f"{where}.when: {name} is a range; a condition needs a parameter with values."
     else:
@@ -167,7 +167,7 @@ def _parent_faults(where: str, name: str, allowed: list[Any], parent: Parameter)
                 yield f"{where}.when: {name} is never {value!r}; its values are {parent.values}."
                 break
     if not allowed:
-        yield f"{where}.when: {name} has no values, so it is never true; write at least one value."
+        yield f"{where}.when: {name} has no values, so the condition is never met; write at least one value."
 
 
 def _config_faults(where: str, name: str, p: Parameter, base: TrainConfig) -> Iterator[str]:

@@ -38,7 +38,7 @@ from sweeps.sampling import SamplerSettings
 from sweeps.space import Choice, Range
 
 BUILT_IN = Path(__file__).parent / "studies"
-MAX_FAULTS = 10  # the maximum number of error messages that suggest a correction
+MAX_FAULTS = 10  # the maximum number of sentences that suggest a correction
 
 
 class StudyTable(BaseModel):
@@ -61,20 +61,23 @@ class Rungs(StudyTable):
 
     at: Annotated[
         tuple[Annotated[float, Field(gt=0, lt=1)], ...],
-        Field(min_length=1, strict=False, description="shares of a trial's steps"),
+        Field(min_length=1, strict=False, description="positions of the rungs, as shares of a trial's steps"),
     ] = (0.25,)
     keep: Annotated[
         float,
         Field(
             gt=0,
             le=1,
-            description="share of a generation that is promoted; "
-            "1 promotes all, to measure how well the scores of rungs predict the final scores",
+            description="share of each generation that is promoted; "
+            "1 promotes all trials, to measure how well the scores at rungs predict the final scores",
         ),
     ] = 0.5
     score: Annotated[
         Literal["raw", "branch"],
-        Field(description="raw: the trial's own score; branch: the score after a short decay (wsd only)"),
+        Field(
+            description="raw compares the scores of the trials themselves; branch compares scores after "
+            "a short decay of the learning rate, and needs the schedule wsd"
+        ),
     ] = "raw"
     branch: Annotated[
         float, Field(gt=0, le=1, description="length of a branch, as a share of the steps before its rung")
@@ -85,7 +88,7 @@ class Confirmation(StudyTable):
     """The settings of the confirmation, which compares the best trials with the base on new seeds."""
 
     noise_seeds: Annotated[
-        int, Field(ge=2, le=100, description="number of seeds of the base that measure the noise floor")
+        int, Field(ge=2, le=100, description="number of seeds of the base runs that measure the noise floor")
     ] = 5
     seeds: Annotated[
         int, Field(ge=2, le=100, description="number of new seeds for the base and for each confirmed trial")
@@ -109,29 +112,39 @@ class Study(StudyTable):
     threads: Annotated[
         int,
         Field(
-            ge=1, le=1024, description="CPU threads of a trial; another number changes the scores slightly"
+            ge=1,
+            le=1024,
+            description="number of CPU threads of each trial, which affects the scores slightly",
         ),
     ] = 1
     workers: Annotated[
-        int, Field(ge=0, le=10_000, description="number of concurrent trials; 0: as many as the cores allow")
+        int,
+        Field(
+            ge=0, le=10_000, description="number of concurrent trials, or 0 for as many as the cores allow"
+        ),
     ] = 0
     engine: Annotated[
-        Literal["local", "ray"], Field(description="where workers run: on this machine, or on a Ray cluster")
+        Literal["local", "ray"], Field(description="whether workers run on this machine or on a Ray cluster")
     ] = "local"
     address: Annotated[
         str,
         Field(
-            description="Ray: auto, or HOST:PORT of a cluster's head; empty: start a cluster on this machine"
+            description="address of the Ray cluster: auto, or HOST:PORT of its head node; "
+            "if empty, a cluster is started on this machine"
         ),
     ] = ""
     gpus: Annotated[
-        float, Field(ge=0, le=64, description="Ray: GPUs of a trial; 0.25 puts four trials on a GPU")
+        float,
+        Field(
+            ge=0, le=64, description="number of GPUs of each trial on Ray; with 0.25, four trials share a GPU"
+        ),
     ] = 0.0
     storage: Annotated[
         str,
         Field(
             repr=False,
-            description="sqlite:///FILE or postgresql://USER@HOST/DATABASE; empty: in the study's folder",
+            description="URL of the database, either sqlite:///FILE or postgresql://USER@HOST/DATABASE; "
+            "if empty, a SQLite file in the study's folder is used",
         ),
     ] = ""
 
@@ -156,7 +169,7 @@ class Study(StudyTable):
         if len(configs) > 1:
             raise ConfigError(
                 f"preset {self.preset!r} has {len(configs)} steps, but a study starts from one config; "
-                f"write one of its steps, such as {configs[-1].preset!r}"
+                f"name one of the steps, such as {configs[-1].preset!r}"
             )
         return configs[0]
 
@@ -243,7 +256,7 @@ def _study_file(place: str, is_name: bool) -> Path:
     problem = inputs.not_a_file(Path(place))
     if problem == "does not exist":
         raise ConfigError(
-            f"unknown study {inputs.shown(place, 80)}{nearest(place, names)}, no such file; {allowed}"
+            f"unknown study: there is no file {inputs.shown(place, 80)}{nearest(place, names)}; {allowed}"
         )
     if problem:
         raise ConfigError(f"study {inputs.shown(place, 80)} {problem}; {allowed}")
@@ -271,7 +284,7 @@ def validate_study(data: dict[str, Any], source: str) -> Study:
 
 
 def _validation_faults(error: ValidationError, data: dict[str, Any]) -> Iterator[str]:
-    """Yield one sentence for each distinct validation error of pydantic.
+    """Yield one sentence for each distinct validation error from pydantic.
 
     Only the first ten sentences suggest a correction, because finding a correction is slow.
     """
@@ -286,9 +299,9 @@ def _validation_faults(error: ValidationError, data: dict[str, Any]) -> Iterator
 
 
 def _follows_from_another(detail: Any, error: ValidationError) -> bool:
-    """Return whether pydantic calls a list too short only because items of the list are invalid.
+    """Return whether an error says that a list is too short only because some items are invalid.
 
-    The error about the length of the list is then redundant, because each invalid item has its own error.
+    Such an error is redundant, because pydantic also reports each invalid item.
     """
     if detail["type"] != "too_short" or not detail.get("input"):
         return False
@@ -306,7 +319,7 @@ PARAMETER_KEYS = ["low", "high", "log", "step", "values", "when"]
 
 
 def _explain(detail: Any, data: dict[str, Any], suggest: bool) -> str:
-    """Return a sentence that explains one validation error of pydantic."""
+    """Return a sentence that explains one validation error from pydantic."""
     keys = [str(key) for key in detail["loc"] if key not in ("Range", "Choice")]
     if len(keys) > 1 and keys[0] == "space":  # the parameter is neither a Range nor a Choice
         got = inputs.shown(data["space"][keys[1]])
@@ -339,14 +352,14 @@ def _study_faults(study: Study) -> Iterator[str]:
         return
     if not base.dev_frac:
         yield (
-            "dev_frac=0: there is no dev split to search on, and the val split must not be used for it; "
+            "dev_frac=0 leaves no dev split for the search, and a search must not use the val split; "
             "write dev_frac = 0.1 under [set]."
         )
     yield from space.faults(study.space, base)
     if study.sampler.name == "grid" and any(_is_continuous(p) for p in study.space.values()):
         yield "sampler.name='grid' needs values, or low, high and step, for every parameter."
     if study.rungs and list(study.rungs.at) != sorted(set(study.rungs.at)):
-        yield f"rungs.at={list(study.rungs.at)} is not ascending; sort the shares and write each once."
+        yield f"rungs.at={list(study.rungs.at)} is not ascending; sort the shares, and write each share once."
     yield from _storage_faults(study.storage)
     if study.rungs and study.rungs.score == "branch":
         yield from branch.faults(study.space, base)

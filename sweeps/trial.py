@@ -43,7 +43,7 @@ class Trial:
     run_id: str = ""  # an empty string if the trial's config is not valid
     stops: tuple[int, ...] = ()  # the step of each rung, where the last rung is the end of the run
     scores: dict[int, float] = field(default_factory=dict)  # maps each rung to the score at the rung
-    raw_scores: dict[int, float] = field(default_factory=dict)  # the trial's own score at each rung
+    raw_scores: dict[int, float] = field(default_factory=dict)  # the trial's own scores, if it has branches
     state: TrialState = TrialState.WAITING
     reason: str = ""  # why the trial was pruned, diverged or failed
 
@@ -87,4 +87,4 @@ class TrialRuns:
 
     cfg: TrainConfig
     stops: tuple[int, ...]
-    branches: dict[int, TrainConfig]  # rung -> config of the branch whose score is the score of the rung
+    branches: dict[int, TrainConfig]  # maps each rung to the config of the branch that scores it

@@ -556,7 +556,7 @@ MEMBERS = (
 REWRITTEN = (".lock", "status.json", "env.json")  # every start rewrites these files
 # error messages about the source tree under test, which the damage did not cause
 ABOUT_THE_TREE = (
-    "the working tree is not committed",
+    "the working tree has uncommitted changes",
     "a submission must not contain",
 )
 CHECKS = {

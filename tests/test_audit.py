@@ -151,7 +151,7 @@ def test_a_segment_begins_at_the_nearest_state_that_was_not_evicted(store: Store
     assert {step for step, finding in found.items() if finding.status == "same"} == {18, 27, 36} - set(
         evicted
     )
-    assert "loss at step 37: 1.0 in the store" in found[37].why
+    assert "loss at step 37 is 1.0 in the store" in found[37].why
     for step in evicted:
         assert (found[step].status, found[step].why) == (
             "skipped",
@@ -164,7 +164,7 @@ def test_a_segment_that_is_too_long_is_skipped_with_the_reason(store: Store) -> 
         store.files.remove(f"states/{at(store, step).state}.safetensors")
     found = {finding.node.step: finding for finding in audit(store, 100, reach=35)}
     assert (found[36].status, found[37].status) == ("skipped", "same")
-    assert found[36].why == "the nearest state before it is 36 steps away; use --reach 36"
+    assert found[36].why == "the nearest earlier state is 36 steps before the node; use --reach 36"
     text = ask("audit", "--store", store, "--reach", 35)
     assert text.exit_code == 0 and text.stdout.count("skipped") == 2 and "use --reach 36" in text.stdout
     assert ask("audit", "--store", store, "--reach", 36, "--segments", 2).stdout.count("same ") == 2
@@ -179,7 +179,7 @@ def test_a_wrong_parent_is_detected(store: Store) -> None:
     (Path(str(store)) / "nodes" / node.key).write_bytes(edited.dump())
     assert (
         findings(store)[36].status == "differs"
-        and "is not the parent that this node names" in findings(store)[36].why
+        and "is not the parent that this node describes" in findings(store)[36].why
     )
 
 
@@ -199,12 +199,12 @@ def test_one_changed_bit_of_an_optimizer_state_is_detected(store: Store) -> None
     restate(store, at(store, 27), flip)
     found = findings(store)
     assert (found[18].status, found[27].status, found[37].status) == ("same", "differs", "same")
-    assert found[27].why == f"1 of {tensors} tensors: {names[0]}"
+    assert found[27].why == f"1 of {tensors} tensors differ: {names[0]}"
 
 
 def test_a_state_with_a_missing_tensor_is_detected(store: Store) -> None:
     restate(store, at(store, 37), lambda tensors: tensors.pop("model/embed.weight"))
-    why = "the tensor model/embed.weight is missing in the store or after training again"
+    why = "the tensor model/embed.weight exists only in the store or only after training again"
     assert findings(store)[37].why == why
 
 
@@ -219,17 +219,17 @@ EDITS: dict[str, tuple[int, Callable[[Node], dict[str, Any]], str]] = {
     "a loss": (
         27,
         lambda n: {"rows": changed(n.rows, "step", 20, loss=math.nextafter(n.rows[1]["loss"], 9))},
-        "loss at step 20: ",
+        "loss at step 20 is ",
     ),
     "a rate": (
         27,
         lambda n: {"rows": changed(n.rows, "step", 20, lr=0.02)},
-        "lr at step 20: 0.02 in the store, 0.01 now",
+        "lr at step 20 is 0.02 in the store, but 0.01 after training again",
     ),
     "a score": (
         36,
         lambda n: {"rows": changed(n.rows, "eval", 36, full=1.0)},
-        "full at step 36: 1.0 in the store, ",
+        "full at step 36 is 1.0 in the store, but ",
     ),
     "a missing score": (
         36,
@@ -240,17 +240,17 @@ EDITS: dict[str, tuple[int, Callable[[Node], dict[str, Any]], str]] = {
     "an extra row": (
         27,
         lambda n: {"rows": (*n.rows, n.rows[0] | {"step": 40})},
-        "a row that training again does not write: step of step 40",
+        "a row that training again does not produce: step of step 40",
     ),
     "an extra field": (
         27,
         lambda n: {"rows": changed(n.rows, "step", 20, note="?")},
-        "note at step 20: '?' in the store, None now",
+        "note at step 20 is '?' in the store, but None after training again",
     ),
     "the tokens presented": (
         27,
         lambda n: {"tokens_processed": n.tokens_processed + 1},
-        "3,457 tokens were presented, but its steps present 3,456",
+        "3,457 tokens were processed, but its steps process 3,456 tokens",
     ),
     "its config": (27, lambda n: {"config": n.config | {"lr": 0.02}}, "its key does not match its config"),
 }
@@ -382,7 +382,7 @@ def test_a_missing_store_is_reported_and_not_created(tmp_path: Path) -> None:
 
 def test_differences_exit_with_1(store: Store) -> None:
     assert ask("verify", "--store", store).exit_code == 0 and say("verify", "--store", store) == []
-    assert "4 nodes, all as they were written" in ask("verify", "--store", store).stdout
+    assert "4 nodes; no file is damaged" in ask("verify", "--store", store).stdout
     same = ask("audit", "--store", store, "--segments", 4)
     assert same.exit_code == 0 and same.stdout.count("same ") == 4 and "steps 1 to 18 of" in same.stdout
     rewrite(store, at(store, 27), rows=changed(at(store, 27).rows, "step", 20, loss=1.0))
@@ -402,7 +402,7 @@ def test_differences_exit_with_1(store: Store) -> None:
         and len(json.loads(result.stdout)) == 1
         and "step 36 of" in json.loads(result.stdout)[0]
     )
-    assert "1 finding" in result.stderr and "gc" in result.stderr
+    assert "found 1 fault;" in result.stderr and "gc" in result.stderr
     assert say("gc", "--store", store)["damaged"] == 1 and ask("verify", "--store", store).exit_code == 0
 
 

@@ -167,9 +167,9 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
     "setuid": (lambda: zipped((entry("code/su", stat.S_IFREG | 0o4755), b"x")), "not a plain file"),
     "a folder": (lambda: zipped((entry("code/x/", stat.S_IFDIR | 0o755), b"")), "code/x/ is a folder"),
     "another tool": (lambda: zipped((entry("code/y", 0o600), b"x")), "code/y is packed in a way that"),
-    "a bomb": (bomb, "unpacks to 200.0 MB"),
+    "a bomb": (bomb, "unpacked files have a size of 200.0 MB"),
     "a lying bomb": (lying_bomb, "refused|not an intact zip"),
-    "overlapping files": (overlapping, "shares bytes with another file"),
+    "overlapping files": (overlapping, "overlaps another file"),
     "many files": (too_many_files, "at most 10,000"),
     "the same name twice": (duplicate, "are the same name"),
     "the same name in capitals": (lambda: zipped(("code/A.PY", b"x")), "are the same name"),
@@ -187,7 +187,7 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
     "two names": (two_names, "not an intact zip"),
     "a wrong checksum": (wrong_checksum, "not an intact zip"),
     "bytes before the files": (hidden_before, "not an intact zip|hidden"),
-    "bytes between the files": (hidden_between, "hidden|shares bytes"),
+    "bytes between the files": (hidden_between, "hidden|overlaps"),
     "bytes after the directory": (hidden_after, "not an intact zip|hidden"),
     "a comment": (commented, "hidden"),
     "cut short": (lambda: zipped()[:-30], "not an intact zip"),
@@ -262,7 +262,7 @@ def test_a_missing_file_is_a_usage_error(tmp_path: Path) -> None:
     for path in (tmp_path / "none.zip", tmp_path):
         result = CliRunner().invoke(app, ["verify", str(path)])
         assert result.exit_code == 2
-        assert result.stderr == f"error: no file {path}; give a bundle that `mainrun submit` made\n"
+        assert result.stderr == f"error: there is no file {path}; give a bundle that `mainrun submit` made\n"
 
 
 @settings(max_examples=300)

@@ -631,7 +631,7 @@ def test_a_ladder_on_several_data_sets_has_one_table_per_step(
     fake.changes["ladder:c"] = {"fingerprints": {"corpus": "d" * 64, "val": "w" * 64}}
     result = invoke("train", "--preset", ladder, "--out", tmp_path)
     assert result.exit_code == 0
-    assert "no comparison" in result.stderr
+    assert "the runs cannot be compared" in result.stderr
     assert result.stdout.count("full last") == 3
 
 
@@ -642,7 +642,7 @@ def test_the_traceback_of_a_crash_is_saved_in_the_run_directory(fake: FakeTrain,
     result = invoke(*args)
     saved = tmp_path / cfg.run_id / "traceback.txt"
     assert result.exit_code == 1
-    message = f"by zero; --debug shows the traceback; it is saved in {saved}"
+    message = f"by zero; --debug shows the traceback; the traceback is saved in {saved}"
     assert result.stderr == f"crash: ZeroDivisionError: {message}\n"
     assert "Traceback" in saved.read_text(encoding="utf-8")
     fake.errors.clear()
@@ -660,7 +660,7 @@ def test_svg_does_not_overwrite_other_files(tmp_path: Path) -> None:
     refused(
         invoke("compare", "one", "--out", tmp_path, "--svg", preset),
         "mine.toml",
-        "of another kind, which would be overwritten",
+        "of another kind and would be overwritten",
         "an earlier SVG",
     )
     assert preset.read_text() == 'base = "baseline"'

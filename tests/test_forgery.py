@@ -99,7 +99,7 @@ def test_an_edited_summary_is_not_compared(
     run = RunDir(tmp_path / cfg.run_id)
     assert compare.load_summary(run) == summary
     write_json(run.path / "summary.json", summary | {name: summary[name] | {"full": 0.5}})
-    with pytest.raises(RunError, match=rf"gives 0.5 for full of the {name} score, but metrics.jsonl"):
+    with pytest.raises(RunError, match=rf"says 0.5 for full of the {name} score, but metrics.jsonl says"):
         compare.load_summary(run)
 
 
@@ -163,7 +163,7 @@ def test_the_versions_of_every_session_are_kept(
         summary["machine_class"]["device"],
     ]
     assert "same_evaluate" in failed(summary)
-    assert any("a different machine class" in text for text in notes)
+    assert any("the machine class has changed" in text for text in notes)
     assert any("a different version of mainrun" in text for text in notes)
 
 

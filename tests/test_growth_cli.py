@@ -56,7 +56,7 @@ def test_the_table_of_a_plan_without_tokens() -> None:
     assert code == 0
     assert cells(text) == [
         ["op", "begins", "layers", "width", "heads", "experts", "parameters", "active", "FLOPs per token",
-            "optimiser"],
+            "optimizer"],
         ["start", "step 0", "2", "16", "2", "11,520", "11,520", "6.87e+04", "0B"],
         ["set_lr 0.02", "step 30", "2", "16", "2", "11,520", "11,520", "6.87e+04", "0B"],
         [UPCYCLED, "step 6,000", "2", "16", "2", "4", "24,416", "15,904", "9.41e+04",
@@ -70,14 +70,14 @@ def test_the_table_of_a_plan_with_tokens_and_a_speed() -> None:
     )
     assert code == 0
     head, *rows = cells(text)
-    assert head[-3:] == ["optimiser", "steps", "ETA"]
+    assert head[-3:] == ["optimizer", "steps", "ETA"]
     assert [row[-3:] for row in rows] == [
         ["92.2kB", "30", "2:12"],
         ["92.2kB", "5,970", "7:17:43"],
         ["195.3kB", "1,000", "1:40:21"],
     ]
     _, without, _ = run("plan", GROWS, *SETS, "--train-tokens", "64001")
-    assert cells(without)[0][-2:] == ["optimiser", "steps"], "the time needs a speed"
+    assert cells(without)[0][-2:] == ["optimizer", "steps"], "the time needs a speed"
 
 
 def test_unknown_steps_are_left_empty() -> None:
@@ -88,7 +88,7 @@ def test_unknown_steps_are_left_empty() -> None:
 
 def test_the_column_of_experts_is_shown_without_experts() -> None:
     head, only = cells(run("plan", "[]", *SETS)[1])
-    assert head[4:] == ["heads", "experts", "parameters", "active", "FLOPs per token", "optimiser"]
+    assert head[4:] == ["heads", "experts", "parameters", "active", "FLOPs per token", "optimizer"]
     assert only == ["start", "step 0", "2", "16", "2", "11,520", "11,520", "6.87e+04", "0B"]
 
 
@@ -211,15 +211,15 @@ VERDICTS = [
     ([], None, None),
     (
         [finding(same=False)],
-        "ok, but not as in the run",
-        "the ops gave other results than in the run; see the table",
+        "ok, but different from the run",
+        "the repeated ops gave different results than in the run; see the table",
     ),
-    ([finding(ok=False)], "FAILS", "1 of 1 checks fail; see the table"),
-    ([finding(ok=False, same=False), finding()], "FAILS", "1 of 2 checks fail; see the table"),
+    ([finding(ok=False)], "FAILS", "1 of 1 checks failed; see the table"),
+    ([finding(ok=False, same=False), finding()], "FAILS", "1 of 2 checks failed; see the table"),
     (
         [finding(), finding(same=False)],
         "ok",
-        "the ops gave other results than in the run; see the table",
+        "the repeated ops gave different results than in the run; see the table",
     ),
 ]
 
@@ -252,7 +252,7 @@ def test_verify_with_json_fails_too(tmp_path: Path, repeated: list[Any]) -> None
         {"op": "0-widen_mlp", "name": "widen_mlp", "step": 14, "check": "function", "ok": False, "same": True,
          "detail": "max |delta logits| 0"},
     ]  # fmt: skip
-    assert code == 1 and why == "error: 1 of 1 checks fail; see the table\n"
+    assert code == 1 and why == "error: 1 of 1 checks failed; see the table\n"
 
 
 def test_verify_uses_the_store_next_to_the_run_or_the_given_one(
@@ -282,9 +282,9 @@ def test_the_help_of_plan_describes_each_option() -> None:
     for words in (
         "FILE <str> A growth schedule: a JSON, YAML or TOML file, or inline JSON.",
         "--preset NAME|FILE The config at the start of the run. [default: optimized]",
-        "--set KEY=VALUE Change one field. Can be repeated.",
-        "--train-tokens N Tokens per epoch. Also show the steps", "[1<=x<=10000000000000]",
-        "--speed FLOP/S With --train-tokens: also show the time. [x>=1.0]", "--json ", "--debug ",
+        "--set KEY=VALUE Set a config field. Can be repeated.",
+        "--train-tokens N Training tokens per epoch. Used to show steps", "[1<=x<=10000000000000]",
+        "--speed FLOP/S With --train-tokens, also show the time. [x>=1.0]", "--json ", "--debug ",
     ):  # fmt: skip
         assert words in text, words
     assert text.count("default:") == 1

@@ -145,7 +145,7 @@ def test_a_row_that_is_not_repeated(tmp_path: Path, fake_train: FakeTrain) -> No
     assert others[-1][:3] == ("2-widen_mlp", "widen_mlp", 8)
     assert missing[:4] == ("0-stack_layers", "stack_layers", 14, "journal")
     assert (missing.ok, missing.same) == (True, False)
-    assert missing.detail == "the run's journal has this row, but the op did not repeat it"
+    assert missing.detail == "growth.jsonl of the run has this row, but the repeated op did not write it"
 
 
 def test_training_ops_and_other_events_need_not_be_repeated(tmp_path: Path, fake_train: FakeTrain) -> None:

@@ -1007,7 +1007,10 @@ def test_titles_repeated_by_a_mix_are_presentations(
     (tmp_path / "mix.toml").write_text(f'[[source]]\ncorpus = "synthetic"\nweight = {weight}\n')
     found = verdict(honest(corpus=f"mix:{tmp_path / 'mix.toml'}"), "presentations")
     assert found.status == status
-    assert ("repeats from the mix's weights, and one title occurs 5 times" in found.detail) == (weight > 1)
+    assert (
+        "the weights of the mix repeat 10,800 of an epoch's 13,500 titles, and one title occurs 5 times"
+        in found.detail
+    ) == (weight > 1)
 
 
 def test_val_titles_in_train_are_counted(honest: Honest) -> None:
@@ -1048,7 +1051,7 @@ def test_rows_that_the_weights_do_not_give_are_detected(honest: Honest, split: s
         e, lambda r: r | {k: r[k] * 0.9 for k in figures} if r["step"] > 1 and r["split"] == split else r
     )
     assert of(guards(better), "fail") == {"same_evaluate"}
-    assert f"on {split} the weights have" in verdict(better, "same_evaluate").detail
+    assert f"on {split}, the weights have" in verdict(better, "same_evaluate").detail
 
 
 def test_every_stored_token_is_checked(honest: Honest) -> None:

@@ -108,7 +108,7 @@ def in_content(kind: str, rng: random.Random) -> Hazard:
 def in_name(name: str, rng: random.Random) -> Hazard:
     secret = word(rng, 30).encode()
     path = rng.choice(["", "sub/", "a/b/"]) + name
-    error = "files of this name hold keys"
+    error = "files with this name usually contain keys"
     if "/" in name and name[0] == ".":
         error = "is a folder for keys"
     return Hazard({path: b"x " + secret}, secret, Path(name).name, error)
@@ -158,7 +158,7 @@ def parent_folder(rng: random.Random) -> Hazard:
         tree = git(root, "mktree", stdin=f"040000 tree {inner}\t..\n".encode())
         git(root, "update-ref", "HEAD", git(root, "commit-tree", tree, "-m", "z"))
 
-    return Hazard({}, error="not committed|not allowed", plant=plant)
+    return Hazard({}, error="uncommitted changes|not allowed", plant=plant)
 
 
 def huge(rng: random.Random) -> Hazard:
@@ -274,7 +274,7 @@ def test_no_commit_and_no_repository(tmp_path: Path) -> None:
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "a.py").touch()
     commit(tmp_path)
-    with pytest.raises(UsageError, match="a folder of the git repository"):
+    with pytest.raises(UsageError, match="only a folder in the git repository"):
         commits.read_head(tmp_path / "inner")
 
 

@@ -144,7 +144,7 @@ def test_a_study_on_a_server_equals_the_study_in_a_file(
         written(url) == written(f"sqlite:///{tmp_path / 'c' / 'study.db'}")
         and len(written(url)) == len(written(url, "other")) == 12
     )
-    with pytest.raises(UsageError, match=r"holds another study called 'other'.*--as NAME"):
+    with pytest.raises(UsageError, match=r"contains a different study called 'other'.*--as NAME"):
         run_search(tmp_path / "d", InstantEngine(1), storage=url, name="other")
 
 
@@ -204,9 +204,12 @@ def test_a_database_that_cannot_be_opened_is_refused_at_once(server: Server, tmp
     assert "refused" in refused("postgresql://study:p4@127.0.0.1:1/x")
     server.sql("create database foreign_one")
     server.sql("create table invoices (id int)", "foreign_one")
-    assert "is the database of another program (tables invoices)" in refused(server.url("foreign_one"))
+    assert "is the database of another program (with the tables invoices)" in refused(
+        server.url("foreign_one")
+    )
     with pytest.raises(
-        UsageError, match=r"needs pg8000, which is not installed; pip install 'mainrun\[postgres\]'"
+        UsageError,
+        match=r"needs pg8000, which is not installed; install it with pip install 'mainrun\[postgres\]'",
     ):
         StudyDatabase(
             tiny_study(storage="postgresql+pg8000://study:p4@127.0.0.1/x"), tmp_path, lambda text: None

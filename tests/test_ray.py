@@ -57,7 +57,9 @@ def test_a_wrong_address_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.
         closed = f"127.0.0.1:{free.getsockname()[1]}"  # the port is bound, but no process listens on it
         assert f"no Ray cluster answers at {closed}" in refused(file, out, "--address", closed)
     for odd in ("nowhere", "ray://127.0.0.1:10001", "127.0.0.1:x"):
-        assert f"got --address '{odd}'; allowed: auto, or HOST:PORT" in refused(file, out, "--address", odd)
+        assert f"--address '{odd}' is not allowed; write auto, or HOST:PORT" in refused(
+            file, out, "--address", odd
+        )
     monkeypatch.setenv("RAY_ADDRESS", closed)
     assert f"no Ray cluster answers at {closed}" in refused(file, out, "--address", "auto")
 

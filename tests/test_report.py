@@ -198,7 +198,7 @@ def test_a_seed_counts_once(runs: Path) -> None:
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="holds no run and no exported study"):
+    with pytest.raises(RunError, match="contains no run and no exported study"):
         load.gather([str(tmp_path)], tmp_path)
 
 
@@ -209,7 +209,7 @@ def test_the_export_in_the_folder_of_a_study_is_read(tmp_path: Path) -> None:
     assert s.path == folder / "export" and len(s.trials) == 40
     shutil.rmtree(folder / "export")
     with pytest.raises(
-        RunError, match=r"lr lacks trials.parquet; `mainrun sweep` writes both at the end of a study"
+        RunError, match=r"lr lacks trials.parquet, which `mainrun sweep` writes at the end of a study; resume"
     ):
         load.gather([], tmp_path)
 
@@ -225,10 +225,13 @@ def test_a_damaged_export_is_refused(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--out", "."], "got --out ., a folder"),
+        (["--out", "."], "got --out ., which is a folder"),
         # writing would replace the pipe
-        (["--out", "pipe"], "got --out pipe, a device or a pipe, not a file"),
-        (["--out", "notes.md"], "got --out notes.md, a file of another kind, which would be overwritten"),
+        (["--out", "pipe"], "got --out pipe, which is a device or a pipe, not a file"),
+        (
+            ["--out", "notes.md"],
+            "got --out notes.md, which is a file of another kind and would be overwritten",
+        ),
         (["--log", "none.md"], "--log none.md is not a file"),
         (["--log", "/proc/self/mem"], "--log /proc/self/mem"),  # a file that cannot be read
         (["--title", "a\nb"], "cannot be printed"),
@@ -532,7 +535,7 @@ def test_optional_columns_of_an_export_can_be_missing(tmp_path: Path) -> None:
     pq.write_table(thin, study / "trials.parquet")
     cli.write(load.gather([str(study)], tmp_path), tmp_path / "r.pdf", "A study alone")
     pq.write_table(thin.select(["trial"]), study / "trials.parquet")
-    with pytest.raises(RunError, match="no trial, state and value"):
+    with pytest.raises(RunError, match=r"trials\.parquet must have the columns trial, state and value"):
         load.gather([str(study)], tmp_path)
 
 

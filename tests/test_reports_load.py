@@ -144,7 +144,7 @@ def test_places_without_runs_are_refused(tmp_path: Path) -> None:
     message = refusal(tmp_path / "empty", "nothing", out=tmp_path)
     assert message.startswith("2 problems prevent the report:\n")
     assert (
-        f"{tmp_path / 'empty'} holds no run and no exported study" in message
+        f"{tmp_path / 'empty'} contains no run and no exported study" in message
         and "no run 'nothing'" in message
     )
     one = refusal("nothing", out=tmp_path)
@@ -238,7 +238,7 @@ HARMS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "too many ops": (
         in_rows("growth.jsonl", lambda rows: rows.extend(rows[1:] * 2)),
         "growth.jsonl",
-        "cannot have trained",
+        "contradict each other",
     ),
     "no number of tokens": (
         in_json("config.json", lambda config: config["plan"].clear()),
@@ -314,7 +314,10 @@ def test_a_plan_that_contradicts_the_journal_is_refused(
     folder = write_run(tmp_path, make_run())
     monkeypatch.setattr(load, "Plan", fail)
     message = refusal(tmp_path)
-    assert f"{folder} cannot have trained as" in message and "so" in message
+    assert (
+        f"the config.json and the growth.jsonl of {folder} contradict each other" in message
+        and "so" in message
+    )
 
 
 @pytest.mark.parametrize("name", ["trial", "state", "value"])

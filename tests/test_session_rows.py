@@ -473,7 +473,10 @@ def test_without_a_checkpoint_a_run_starts_over(resumed: ResumableRun) -> None:
     resumed.resume()
     assert resumed.loaded == [] and resumed.state.step == 0 and resumed.accounts.ledger["wasted"] == end
     assert resumed.run.metrics() == [] and resumed.env["evaluate_hash"] == "now"
-    assert resumed.notes.texts[-1] == f"{resumed.run.path} has no usable checkpoint: it starts over at step 0"
+    assert (
+        resumed.notes.texts[-1]
+        == f"{resumed.run.path} has no usable checkpoint, so the run starts over at step 0"
+    )
 
 
 def test_a_checkpoint_of_another_config_is_skipped(resumed: ResumableRun) -> None:
@@ -501,8 +504,8 @@ def test_a_missing_environment_stops_the_run(resumed: ResumableRun) -> None:
 @pytest.mark.parametrize(
     ("key", "history", "words"),
     [
-        ("machine_class", "machine_classes", "a different machine class"),
-        ("versions", "all_versions", "a different version of mainrun or of a library"),
+        ("machine_class", "machine_classes", "the machine class has changed"),
+        ("versions", "all_versions", "the version of mainrun or of a library has changed"),
     ],
 )
 def test_another_machine_or_version_is_reported_and_recorded(
@@ -512,7 +515,11 @@ def test_another_machine_or_version_is_reported_and_recorded(
     resumed.env[key] = {"other": "x"}
     resumed.resume()
     assert (
-        sum(words in text and "not those of an undisturbed run" in text for text in resumed.notes.texts) == 1
+        sum(
+            words in text and "results may differ from an uninterrupted run" in text
+            for text in resumed.notes.texts
+        )
+        == 1
     )
     assert resumed.env[history] == [before, {"other": "x"}] == resumed.run.env()[history]
     resumed.env[key] = before

@@ -426,7 +426,7 @@ def test_a_run_resumed_with_another_store_writes_no_incomplete_nodes(tmp_path: P
             progress=Watch({19: lambda: time.sleep(0.5), 22: kill}),
         )
     train(cfg, tmp_path, store=other, progress=watch)
-    assert watch.noted("the rows up to step 18 are no longer in the store") and other.verify() == []
+    assert watch.noted("the log rows up to step 18 are no longer in the store") and other.verify() == []
     assert outcome(tmp_path / cfg.run_id) == alone(cfg)
 
 
@@ -440,7 +440,7 @@ def test_a_run_with_sessions_without_a_store_writes_no_incomplete_nodes(
         with suppress(Killed):
             train(cfg, tmp_path, store=store if kind == "S" else None, progress=watch)
     assert outcome(tmp_path / cfg.run_id) == alone(cfg) and store.verify() == []
-    assert watch.noted("were trained without a store: no steps of this run are kept in the store") == (
+    assert watch.noted("were trained without a store, so no steps of this run are saved in the store") == (
         sessions != "-SS" or store.node_keys() == set()
     )
     again = from_dict(cfg.model_dump() | {"preset": "again"})
@@ -460,7 +460,8 @@ def test_fresh_trains_all_steps_again(tmp_path: Path, alone: Any, filled_store: 
         and watch.steps == list(range(1, STEPS + 1))
         and reused_steps(tmp_path / cfg.run_id) == []
     )
-    assert outcome(tmp_path / cfg.run_id) == alone(cfg) and not watch.noted("other bits")
+    assert outcome(tmp_path / cfg.run_id) == alone(cfg)
+    assert not watch.noted("other bits") and not watch.noted("different environment")
     assert {path: path.read_bytes() for path in (tmp_path / "store" / "nodes").iterdir()} == nodes_before
 
 
@@ -514,7 +515,7 @@ def test_steps_of_another_machine_are_never_stored_under_this_machines_keys(
         with pytest.raises(Killed):
             train(cfg, tmp_path, store=store, progress=Watch({14: kill}))
     train(cfg, tmp_path, store=store, progress=watch)
-    assert watch.noted("trained elsewhere and have other bits")
+    assert watch.noted("trained in a different environment")
     assert not store.node_keys() & set(keys(cfg)) and store.verify() == []
 
 
@@ -554,7 +555,7 @@ def test_a_run_waits_for_shared_steps_that_another_run_trains(tmp_path: Path, al
 
     results.append(train(one, tmp_path, store=store, progress=Watch({3: begin})))
     other.join()
-    assert watch.noted(f"waiting for {one.run_id}, which trains the shared steps up to 18")
+    assert watch.noted(f"waiting for {one.run_id}, which trains the shared steps up to step 18")
     distinct = len({*keys(one)[1:], *keys(two)[1:]})
     assert distinct == STEPS + 10 and sum(summary["ledger"]["trained"] for summary in results) == distinct
     for cfg in (
@@ -673,7 +674,7 @@ def test_a_late_request_is_read_at_a_heartbeat_and_the_lease_is_kept(
     first.start()
     first.join()
     second.join()
-    assert second.watch.noted(f"waiting for {late.run_id}, which trains the shared steps up to 27")
+    assert second.watch.noted(f"waiting for {late.run_id}, which trains the shared steps up to step 27")
     assert seen[20]["at"] in (17, 18), (
         "written when the lease was acquired; 17 while node 18 is being written"
     )
@@ -894,7 +895,7 @@ def test_a_holder_whose_lease_was_taken_over_stores_no_node_and_finishes(tmp_pat
     name = f"leases/{keys(cfg)[18]}.000002"
     watch.at = {10: lambda: store.files.create(name, b"{}"), 30: lambda: store.files.remove(name)}
     train(cfg, tmp_path, store=store, progress=watch)
-    assert watch.noted("step 18 is not kept in the store: another process has taken over these steps")
+    assert watch.noted("step 18 is not saved in the store: another process has taken over these steps")
     assert outcome(tmp_path / cfg.run_id) == alone(cfg)
     kept = store.summary()[0]
     assert [(entry.begins, entry.step) for entry in kept] == [(0, 27), (27, 36), (36, 37)], (
@@ -913,7 +914,7 @@ def test_a_run_that_cannot_keep_nodes_blocks_no_other_run(tmp_path: Path, alone:
     seen: list[set[str]] = []
     watch.at = {33: lambda: seen.append(set(active_leases(store)))}
     train(cfg, tmp_path, store=store, progress=watch)
-    assert watch.noted("step 18 and later steps are not kept in the store") and watch.noted(
+    assert watch.noted("step 18 and later steps are not saved in the store") and watch.noted(
         "raise --store-size"
     )
     assert (
@@ -1023,7 +1024,7 @@ def test_damage_during_a_run_costs_no_bit(tmp_path: Path, alone: Any, filled_sto
     watch = Watch({28: lambda: [shutil.rmtree(tmp_path / "store" / name) for name in ("nodes", "states")]})
     train(cfg, tmp_path, store=store, progress=watch)
     assert outcome(tmp_path / cfg.run_id) == alone(cfg)
-    assert watch.noted("the rows up to step 27 are no longer in the store") and store.verify() == []
+    assert watch.noted("the log rows up to step 27 are no longer in the store") and store.verify() == []
 
 
 @contextmanager
@@ -1064,7 +1065,7 @@ def test_a_full_disk_under_the_store_costs_no_step_of_the_run(tmp_path: Path, al
         (place / "new" / "ballast").write_bytes(b"x" * max(0, disk.f_bavail * disk.f_frsize - room))
         summary = train(cfg, tmp_path, store=store, progress=watch)
         assert summary["ledger"] == ledger(STEPS, 0) and outcome(tmp_path / cfg.run_id) == alone(cfg)
-        assert watch.noted("nothing more is kept in it") and (watch.noted("o space left")), watch.notes
+        assert watch.noted("no more steps are saved in it") and (watch.noted("o space left")), watch.notes
         assert (
             store.node_keys() == set()
             and active_leases(store) == {}
@@ -1110,7 +1111,7 @@ def test_an_unexpected_error_of_the_store_costs_no_step_of_the_run(
         train(cfg, tmp_path, store=store, progress=watch)["ledger"] == ledger(STEPS, 0)
         and active_leases(store) == {}
     )
-    assert watch.noted("RuntimeError('the bucket has a hole')); nothing more is kept in it") and outcome(
+    assert watch.noted("RuntimeError('the bucket has a hole')); no more steps are saved in it") and outcome(
         tmp_path / cfg.run_id
     ) == alone(cfg)
 
@@ -1142,12 +1143,12 @@ def test_another_number_of_threads_shares_nothing_and_reports_why(
         torch.set_num_threads(1)
     assert summary["ledger"] == ledger(STEPS, 0)
     assert watch.noted(
-        "the store has this run's first steps with other bits, so they are not reused "
+        "the store has this run's first steps only from a different environment, so they are not reused "
         "(machine_class threads: 1 there"
     )
     watch = Watch()
     train(config(lr=0.02), tmp_path, store=filled_store(tmp_path / "another", config()), progress=watch)
-    assert not watch.noted("other bits"), "the machine is the same and no step is shared"
+    assert not watch.noted("different environment"), "the machine is the same and no step is shared"
 
 
 @pytest.mark.parametrize("what", ["device", "torch"])
@@ -1255,7 +1256,7 @@ def test_a_ladder_trains_each_shared_step_once(
     planned = json.loads(run_cli("train", "--preset", ladder, *sets, "--out", out, "--plan", "--json").stdout)
     assert not out.exists(), "a plan writes nothing"
     text = run_cli("train", "--preset", ladder, *sets, "--out", out, "--plan").stdout
-    assert f"requested steps: {planned['asked']}; to train: {planned['to_train']}, 1.89 times fewer" in text
+    assert f"requested steps: {planned['asked']}; to train: {planned['to_train']}; ratio: 1.89" in text
     assert "--plan trains nothing" in text
     pins: list[set[str]] = []
     original = Store.save
@@ -1525,7 +1526,7 @@ def test_a_process_that_waits_for_the_fork_of_a_killed_process_continues(
     one = worker(tmp_path / "one", tmp_path / "store", halt=20, decay_frac=0.2)
     one.halted()
     two = worker(tmp_path / "two", tmp_path / "store")
-    two.waits("which trains the shared steps up to 27")
+    two.waits("which trains the shared steps up to step 27")
     assert Store(tmp_path / "store").wants() == {keys(baseline())[FORK]}
     one.process.kill()
     assert two.summary()["ledger"] == ledger(STEPS, 18) and two.outcome() == alone(baseline())
@@ -1554,7 +1555,7 @@ def test_the_lease_of_a_lost_process_is_taken_over(tmp_path: Path, worker: Any, 
         assert (tmp_path / "store" / "leases" / f"{key}.000002").exists()
         one.process.send_signal(signal.SIGCONT)
         one.summary()
-        assert "step 18 is not kept in the store: another process has taken over these steps" in one.stderr
+        assert "step 18 is not saved in the store: another process has taken over these steps" in one.stderr
         assert one.outcome() == alone(baseline())
     summary = two.summary()
     assert two.outcome() == alone(baseline()) and summary["ledger"]["wasted"] == 0

@@ -830,7 +830,7 @@ def test_the_leader_waits_and_reports_it_once(monkeypatch: pytest.MonkeyPatch) -
     run.sharing.advance(state, run.growth, None, STOP)
     assert state.step == 18 and len(waits) == 3 and all(0.05 <= wait <= 0.15 for wait in waits)
     assert [note for note in run.notes if "waiting" in note] == [
-        "waiting for slow-1, which trains the shared steps up to 18"
+        "waiting for slow-1, which trains the shared steps up to step 18"
     ]
 
 
@@ -876,7 +876,7 @@ def test_a_failing_store_does_not_stop_the_run(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(run.store, "node_keys", fail)
     run.sharing.advance(state, run.growth, None, STOP)
     assert not run.sharing.writer.on and run.sharing.holder.lease is None and held.released == [True]
-    assert run.notes == ["the store STORE cannot be used (broken); nothing more is kept in it"]
+    assert run.notes == ["the store STORE cannot be used (broken); no more steps are saved in it"]
 
 
 def test_a_follower_loads_the_node_that_the_leader_reuses() -> None:
@@ -947,7 +947,7 @@ def test_a_node_without_its_parent_stops_writing() -> None:
     assert (
         not run.sharing.writer.on
         and run.store.saved == []
-        and "the rows up to step 18 are no longer in the store" in run.notes[0]
+        and "the log rows up to step 18 are no longer in the store" in run.notes[0]
     )
 
 
@@ -961,21 +961,21 @@ def test_publishing_an_earlier_node_keeps_the_lease() -> None:
 @pytest.mark.parametrize(
     ("fault", "words", "writes"),
     [
-        (Fenced("taken over"), "step 18 is not kept in the store: taken over", True),
-        (Refused("other bits"), "step 18 and later steps are not kept in the store: other bits", False),
+        (Fenced("taken over"), "step 18 is not saved in the store: taken over", True),
+        (Refused("other bits"), "step 18 and later steps are not saved in the store: other bits", False),
         (
             OSError(errno.ENOSPC, "full"),
-            "no space left in the store STORE; nothing more is kept in it",
+            "no space left in the store STORE; no more steps are saved in it",
             False,
         ),
         (
             OSError(errno.EIO, "broken"),
-            "the store STORE cannot be written ([Errno 5] broken); nothing more is kept in it",
+            "the store STORE cannot be written ([Errno 5] broken); no more steps are saved in it",
             False,
         ),
         (
             RuntimeError("odd"),
-            "the store STORE cannot be written (RuntimeError('odd')); nothing more is kept in it",
+            "the store STORE cannot be written (RuntimeError('odd')); no more steps are saved in it",
             False,
         ),
     ],
@@ -1118,7 +1118,7 @@ def test_a_checkpoint_restores_the_rows_since_the_last_node() -> None:
     ("meta", "reads", "words"),
     [
         (None, True, "trained without a store"),
-        ({"key": "0" * 64, "before": [0, ""], "rows": []}, False, "trained elsewhere and have other bits"),
+        ({"key": "0" * 64, "before": [0, ""], "rows": []}, False, "trained in a different environment"),
     ],
 )
 def test_steps_from_elsewhere_are_never_stored(meta: dict[str, Any] | None, reads: bool, words: str) -> None:

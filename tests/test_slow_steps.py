@@ -49,7 +49,8 @@ def test_steps_that_use_about_one_core_are_slow(clocks: Clocks, processor: float
 
 def test_the_warning_names_the_times_and_the_way_out_once(clocks: Clocks) -> None:
     (warning,) = run(SlowSteps(2, "cpu"), clocks, 40, 0.5, 0.25)
-    assert "a step takes 0.5 s, of which its 2 threads compute 0.25 s in all" in warning
+    assert "a step takes 0.5 s, but its 2 threads compute for only 0.25 s in total, " in warning
+    assert "because they wait for busy cores" in warning
     assert "--set threads=1" in warning
 
 

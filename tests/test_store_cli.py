@@ -268,7 +268,7 @@ def test_verify_prints_that_everything_is_intact(
 ) -> None:
     store.nodes = [node(0, 10, 0, key=f"{i:064}") for i in range(1000)]
     cli.verify()
-    assert capsys.readouterr().out == "1,000 nodes, all as they were written\n"
+    assert capsys.readouterr().out == "1,000 nodes; no file is damaged\n"
     cli.verify(as_json=True)
     assert capsys.readouterr().out == "[]\n"
 
@@ -278,7 +278,7 @@ def test_verify_prints_a_finding_a_line_and_fails(
     store: FakeStore, capsys: pytest.CaptureFixture[str], as_json: bool
 ) -> None:
     store.findings = ["one is torn", "two is gone"]
-    with pytest.raises(MainrunError, match=r"^2 finding.*mainrun store gc"):
+    with pytest.raises(MainrunError, match=r"^found 2 faults;.*mainrun store gc"):
         cli.verify(as_json=as_json)
     out = capsys.readouterr().out
     assert json.loads(out) == store.findings if as_json else out == "one is torn\ntwo is gone\n"

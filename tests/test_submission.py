@@ -175,7 +175,9 @@ def test_uncommitted_changes(copy: Path) -> None:
     (copy / "mainrun" / "train.py").write_text("# edited\n")
     (copy / "new.py").touch()
     message = refused(
-        copy, "the working tree is not committed: mainrun/train.py, new.py; `./task checkpoint` commits it"
+        copy,
+        "the working tree has uncommitted changes: mainrun/train.py, new.py; "
+        "commit them with `./task checkpoint`",
     )
     assert "report.pdf" not in message
 
@@ -183,14 +185,14 @@ def test_uncommitted_changes(copy: Path) -> None:
 def test_the_report_may_be_untracked(copy: Path) -> None:
     (copy / "copy.pdf").write_bytes((copy / "report.pdf").read_bytes())
     (copy / "other.pdf").touch()
-    message = refused(copy, "not committed", report="copy.pdf")
+    message = refused(copy, "uncommitted changes", report="copy.pdf")
     assert "other.pdf" in message and "copy.pdf" not in message
 
 
 @pytest.mark.parametrize(
     ("lines", "problem"),
     [
-        (None, "no report .*report.pdf; make it: mainrun report "),
+        (None, "there is no report .*report.pdf; create it with mainrun report "),
         (["run RUN", "full FULL"], "it lacks official OFFICIAL"),
         (["run RUN", "official OFFICIAL"], "it lacks full FULL"),
         (["run other-00000000", "full FULL", "official OFFICIAL"], "it lacks run RUN"),
@@ -226,12 +228,15 @@ def test_a_report_that_is_not_a_pdf(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
-        (lambda run: (run / "summary.json").unlink(), "has no finished run; train one, then give --run RUN"),
+        (lambda run: (run / "summary.json").unlink(), "no finished run; train a run, then give --run RUN"),
         (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl"),
         (lambda run: (run / "tokenizer.json").unlink(), "has no tokenizer.json"),
         (lambda run: _cut_log(run), "metrics.jsonl"),
-        (lambda run: _drop_steps(run), "metrics.jsonl does not reach the last step, 37, with its score"),
-        (lambda run: _edit(run / "summary.json", _change_a_score), "the scores of val in two ways"),
+        (
+            lambda run: _drop_steps(run),
+            "metrics.jsonl does not end with a row and a val score of the last step, 37",
+        ),
+        (lambda run: _edit(run / "summary.json", _change_a_score), "contradictory scores of val"),
         (
             lambda run: _edit(run / "summary.json", lambda s: s["last"].update(full=1.0)),
             "gives 1.0 for full of the last score",
@@ -286,7 +291,7 @@ def _to_link(path: Path) -> None:
 def test_several_runs_need_a_name(copy: Path) -> None:
     shutil.copytree(the_run(copy), copy / "runs" / "second")
     with pytest.raises(
-        UsageError, match=r"has several finished runs \(.*, second\); name one with --run RUN"
+        UsageError, match=r"has several finished runs \(.*, second\); choose one of them with --run RUN"
     ):
         prepare.choose_run(None, copy / "runs")
 
@@ -303,7 +308,9 @@ def test_a_large_checkpoint_is_left_out(copy: Path, monkeypatch: pytest.MonkeyPa
 def test_a_submission_that_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundle, "MAX_ZIP_BYTES", 1000)
     files = {"a": os.urandom(900), "b": os.urandom(300)}
-    with pytest.raises(UsageError, match=r"has 2 files and 1\.\d kB .* the largest: a \(0\.9 kB\), b"):
+    with pytest.raises(
+        UsageError, match=r"has 2 files and 1\.\d kB .* the largest files are a \(0\.9 kB\), b"
+    ):
         prepare._check_size(files, pack(files))
 
 
@@ -313,7 +320,7 @@ def test_a_run_of_other_code(copy: Path) -> None:
         f.write("# edited after the run\n")
     commit(copy)
     sources = "was trained by source [0-9a-f]{12}, but commit [0-9a-f]{12} is source [0-9a-f]{12}"
-    refused(copy, f"{sources}; check out the commit that trained it")
+    refused(copy, f"{sources}; check out the commit that trained the run")
 
 
 @pytest.mark.slow
@@ -338,14 +345,20 @@ def test_a_refusal_is_one_line(copy: Path) -> None:
     os.mkfifo(copy / "pipe")
     for args, problem in (
         (["--yes"], "got --yes without --upload"),
-        (["--upload", "https://nowhere.invalid/x"], "got --upload without a terminal to ask on; add --yes"),
-        (["--upload", "http://example.org/x", "--yes"], "write https://"),
-        (["--out", "runs"], "got --out runs, a folder"),
-        (["--out", "no/x.zip"], "whose folder does not exist"),
-        (["--out", "pipe"], "got --out pipe, a device or a pipe, not a file"),
-        (["--out", "report.pdf"], "got --out report.pdf, a file of another kind, which would be overwritten"),
+        (
+            ["--upload", "https://nowhere.invalid/x"],
+            "--upload cannot ask for confirmation without a terminal; add --yes",
+        ),
+        (["--upload", "http://example.org/x", "--yes"], "use https://"),
+        (["--out", "runs"], "got --out runs, which is a folder"),
+        (["--out", "no/x.zip"], "the folder of --out no/x.zip does not exist"),
+        (["--out", "pipe"], "got --out pipe, which is a device or a pipe, not a file"),
+        (
+            ["--out", "report.pdf"],
+            "got --out report.pdf, which is a file of another kind and would be overwritten",
+        ),
         (["--run", "nothing"], "no run 'nothing' in runs"),
-        (["--report", "none.pdf"], "no report none.pdf"),
+        (["--report", "none.pdf"], "there is no report none.pdf"),
     ):
         done = mainrun(copy, "submit", *args)
         assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1, done.stderr
@@ -438,7 +451,7 @@ def test_changes_with_a_matching_manifest_are_found_without_running_code(
         "for full of the last score" in line for line in differences(rewrite(path, better, honest=True))
     )
     claims = edited(files, MANIFEST, lambda m: m["figures"]["last"].update(official=1.0))
-    assert any(line.startswith("last of the figures") for line in differences(rewrite(path, claims)))
+    assert any(line.startswith("the figure last is") for line in differences(rewrite(path, claims)))
     other = files | {"report.pdf": make_pdf(["another report"])}
     assert any(
         line.startswith("report.pdf does not quote this run")
@@ -451,7 +464,7 @@ def test_changes_with_a_matching_manifest_are_found_without_running_code(
     assert any("summary.json is damaged: it is" in line for line in lines), lines
     assert differences(
         rewrite(path, {k: v for k, v in files.items() if k != "run/env.json"}, honest=True)
-    ) == ["there is no run/env.json"]
+    ) == ["the bundle has no run/env.json"]
 
 
 @pytest.mark.slow
@@ -481,7 +494,7 @@ def test_consistent_changes_of_weights_flops_and_status(submission: Path, tmp_pa
     (weights,) = (name for name in files if name.endswith("state.safetensors"))
     torn = files | {weights: files[weights][:-1] + bytes([files[weights][-1] ^ 1])}
     (difference,) = differences(rewrite(path, torn, honest=True), steps=1)
-    assert difference.startswith("the last weights are in the bundle and cannot be used: ")
+    assert difference.startswith("the last weights are in the bundle, but cannot be used: ")
     doubled = edited(files, "run/summary.json", lambda s: s.update(flops=2 * s["flops"]))
     without_weights = {name: data for name, data in doubled.items() if "/checkpoints/" not in name}
     for forged in (doubled, without_weights):

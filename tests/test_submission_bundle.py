@@ -165,7 +165,10 @@ def test_the_limit_of_the_zip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(bundle, "MAX_ZIP_BYTES", zip_bytes)
     read(path)
     monkeypatch.setattr(bundle, "MAX_ZIP_BYTES", zip_bytes - 1)
-    expected = f"it is {format_size(zip_bytes)}; a bundle may be at most {format_size(zip_bytes - 1)}"
+    expected = (
+        f"the zip file has a size of {format_size(zip_bytes)}, "
+        f"but a bundle may have at most {format_size(zip_bytes - 1)}"
+    )
     assert f"{path} is refused: {expected}" in refusal(path)
 
 
@@ -176,7 +179,7 @@ def test_the_limit_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(bundle, "MAX_FILES", len(files))
     assert read(path) == files
     monkeypatch.setattr(bundle, "MAX_FILES", len(files) - 1)
-    assert f"it has {len(files)} files; a bundle may have at most {len(files) - 1}" in refusal(path)
+    assert f"contains {len(files)} files, but a bundle may contain at most {len(files) - 1}" in refusal(path)
 
 
 def test_the_limit_of_the_unpacked_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +190,7 @@ def test_the_limit_of_the_unpacked_files(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(bundle, "MAX_UNPACKED_BYTES", unpacked)
     assert read(path) == files
     monkeypatch.setattr(bundle, "MAX_UNPACKED_BYTES", unpacked - 1)
-    assert f"it unpacks to {format_size(unpacked)}" in refusal(path)
+    assert f"the unpacked files have a size of {format_size(unpacked)}" in refusal(path)
 
 
 def changed(
@@ -297,7 +300,7 @@ def test_bytes_hidden_between_the_files(tmp_path: Path) -> None:
         archive.writestr(entry("code/a"), b"1")
         hide(archive)
         archive.writestr(entry("code/b"), b"1")
-    assert "code/b shares bytes" in refusal(path)
+    assert "code/b overlaps another file, or has hidden bytes before it" in refusal(path)
 
 
 def test_bytes_hidden_before_the_directory(tmp_path: Path) -> None:
@@ -305,7 +308,7 @@ def test_bytes_hidden_before_the_directory(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(entry("code/a"), b"1")
         hide(archive)
-    assert "hidden bytes between its files and its directory" in refusal(path)
+    assert "hidden bytes before, inside or after its central directory" in refusal(path)
 
 
 @pytest.mark.parametrize(
@@ -416,13 +419,13 @@ def test_a_manifest() -> None:
     ],
 )  # fmt: skip
 def test_a_manifest_that_cannot_be_read(data: Any) -> None:
-    assert f"its {MANIFEST} cannot be read" in manifest_error(data)
+    assert f"the {MANIFEST} of the bundle cannot be read" in manifest_error(data)
 
 
 @pytest.mark.parametrize("number", [0, 2, "1", None])
 def test_a_manifest_of_another_format(number: Any) -> None:
     message = manifest_error(MINIMAL | {"format": number})
-    assert f"format {number}, but this version reads format 1" in message
+    assert f"format {number}, but this version of mainrun reads format 1" in message
 
 
 # -- differences

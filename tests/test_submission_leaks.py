@@ -76,7 +76,7 @@ HARMLESS_FILE_NAMES = words(
 @pytest.mark.parametrize("name", FILE_NAMES)
 @pytest.mark.parametrize("folder", ["", "a/b/"])
 def test_a_file_name_for_keys(folder: str, name: str) -> None:
-    assert leaks.secret_name(folder + name) == "files of this name hold keys or passwords"
+    assert leaks.secret_name(folder + name) == "files with this name usually contain keys or passwords"
 
 
 @pytest.mark.parametrize("name", HARMLESS_FILE_NAMES)

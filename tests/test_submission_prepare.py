@@ -147,13 +147,15 @@ def test_the_only_finished_run_is_chosen(setup: Setup) -> None:
 
 
 def test_a_name_is_needed_without_a_single_finished_run(setup: Setup, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"none has no finished run; train one, then give --run RUN"):
+    with pytest.raises(UsageError, match=r"none has no finished run; train a run, then give --run RUN"):
         prepare.choose_run(None, tmp_path / "none")
     ids = sorted(write_run(setup.runs, make_run(seed=seed)).name for seed in range(2, 8))
     shown = sorted([*ids, setup.folder.name])[:5]
     with pytest.raises(UsageError) as caught:
         prepare.choose_run(None, setup.runs)
-    expected = f"{setup.runs} has several finished runs ({', '.join(shown)}); name one with --run RUN"
+    expected = (
+        f"{setup.runs} has several finished runs ({', '.join(shown)}); choose one of them with --run RUN"
+    )
     assert expected in str(caught.value)
 
 
@@ -192,7 +194,7 @@ def test_a_missing_key_is_reported_before_another_run(setup: Setup) -> None:
 
 def test_a_summary_of_another_run(setup: Setup) -> None:
     setup.edit_summary(run="baseline-00000000")
-    assert "summary.json belongs to the run baseline-00000000" in setup.refusal()
+    assert "summary.json belongs to another run, baseline-00000000" in setup.refusal()
 
 
 def test_a_run_that_was_named_by_other_code(setup: Setup) -> None:
@@ -200,7 +202,7 @@ def test_a_run_that_was_named_by_other_code(setup: Setup) -> None:
     setup.folder = setup.folder.rename(setup.runs / "old-00000000")
     message = setup.refusal()
     assert (
-        "was trained by other code" in message
+        "was trained by different code" in message
         and setup.run.id in message
         and "check out the commit" in message
     )
@@ -218,7 +220,7 @@ def test_a_run_that_was_named_by_other_code(setup: Setup) -> None:
 )
 def test_contradicting_scores_of_val(setup: Setup, scores: dict[str, Any]) -> None:
     setup.edit_summary(scores=scores)
-    assert "gives the scores of val in two ways" in setup.refusal()
+    assert "contains contradictory scores of val" in setup.refusal()
 
 
 @pytest.mark.parametrize(
@@ -240,7 +242,7 @@ def test_a_log_must_reach_the_last_step(
     if complete:
         setup.prepare()
     else:
-        assert f"does not reach the last step, {STEPS}, with its score" in setup.refusal()
+        assert f"does not end with a row and a val score of the last step, {STEPS}" in setup.refusal()
 
 
 def test_a_score_before_the_last_step(setup: Setup) -> None:
@@ -248,7 +250,7 @@ def test_a_score_before_the_last_step(setup: Setup) -> None:
     rows = [row for row in make_rows(setup.run.summary) if row["event"] == "step"]
     write_log(setup.folder / "metrics.jsonl", [*rows, {"event": "eval", **BEST}, {"event": "eval", **early}])
     setup.edit_summary(last=early, scores={"val": {"last": early, "best": BEST}})
-    assert "does not reach the last step" in setup.refusal()
+    assert "does not end with a row and a val score of the last step" in setup.refusal()
 
 
 # -- the report
@@ -281,10 +283,10 @@ def test_the_figures_that_a_report_must_quote(run: str, official: str, full: str
 def test_no_report(setup: Setup) -> None:
     setup.report.unlink()
     message = setup.refusal()
-    assert f"no report {setup.report}" in message
+    assert f"there is no report {setup.report}" in message
     assert f"mainrun report {setup.run.id} --out {setup.report}" in message
     setup.report.mkdir()
-    assert f"no report {setup.report}" in setup.refusal()
+    assert f"there is no report {setup.report}" in setup.refusal()
 
 
 @pytest.mark.skipif(
@@ -293,13 +295,15 @@ def test_no_report(setup: Setup) -> None:
 )
 def test_an_unreadable_report(setup: Setup) -> None:
     setup.report = Path("/proc/self/mem")
-    assert "/proc/self/mem cannot be read (Input/output error); make it: mainrun report" in setup.refusal()
+    assert (
+        "/proc/self/mem cannot be read (Input/output error); create it with mainrun report" in setup.refusal()
+    )
 
 
 def test_a_report_of_another_run(setup: Setup) -> None:
     setup.report.write_bytes(make_pdf(["run other", "full 2.0000"]))
     assert (
-        f"it lacks run {setup.run.id}, official 3.0000; make it: mainrun report {setup.run.id}"
+        f"it lacks run {setup.run.id}, official 3.0000; create it with mainrun report {setup.run.id}"
         in setup.refusal()
     )
     setup.report.write_bytes(b"%PDF no")
@@ -315,7 +319,7 @@ def test_the_size_limit_of_the_report(
     room = 20_000 + more - len(data)
     setup.report.write_bytes(data + b"\n" * room)
     if refused:
-        assert "20.0 kB; a submission may be at most 20.0 kB" in setup.refusal()
+        assert "20.0 kB, but a submission may have at most 20.0 kB" in setup.refusal()
     else:
         setup.prepare()
 
@@ -437,7 +441,7 @@ def test_failed_guards_are_listed_with_their_fixes(setup: Setup) -> None:
 @pytest.mark.parametrize("name", ["fingerprints", "tokenizer"])
 def test_other_titles_than_in_training(setup: Setup, name: str) -> None:
     setup.result[name] = "other"
-    assert f"the corpus now gives another {name} than run {setup.run.id} was trained on" in setup.refusal()
+    assert f"the {name} of the corpus changed after run {setup.run.id} was trained" in setup.refusal()
 
 
 # -- the size and the file
@@ -455,7 +459,7 @@ def test_the_limits_of_a_submission(limit: str, monkeypatch: pytest.MonkeyPatch)
         prepare._check_size(files, data)
     message = str(caught.value)
     assert f"has 4 files and {bundle.format_size(len(data))} (3.3 kB unpacked)" in message
-    assert message.endswith("the largest: a (2.0 kB), c (1.0 kB), b (0.3 kB)")
+    assert message.endswith("the largest files are a (2.0 kB), c (1.0 kB), b (0.3 kB)")
     zip_limit = bundle.format_size(bundle.MAX_ZIP_BYTES)
     unpacked_limit = bundle.format_size(bundle.MAX_UNPACKED_BYTES)
     assert (

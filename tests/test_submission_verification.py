@@ -163,7 +163,7 @@ def test_a_changed_or_missing_file(case: Case, name: str) -> None:
     assert changed.same_class and changed.machine_differences == []
     assert changed.tolerance == changed.steps == changed.total_steps == 0
     del case.files[name]
-    assert case.refusal() == f"there is no {name}"
+    assert case.refusal() == f"the bundle has no {name}"
     assert case.calls == [] and case.notes == []
 
 
@@ -202,10 +202,10 @@ def test_a_figure_that_contradicts_the_summary(case: Case, name: str) -> None:
     summary = make_run(best=BEST, last=score()).summary
     figures = {k: summary[k] for k in ("last", "best", "steps", "params", "weights")}
     case.manifest = {"figures": figures | {name: 17}}
-    assert case.refusal() == f"{name} of the figures is 17 in the manifest, {summary[name]!r} in the summary"
+    assert case.refusal() == f"the figure {name} is 17 in the manifest, {summary[name]!r} in the summary"
     del figures[name]
     case.manifest = {"figures": figures}
-    assert case.refusal().startswith(f"{name} of the figures is None in the manifest") and case.calls == []
+    assert case.refusal().startswith(f"the figure {name} is None in the manifest") and case.calls == []
 
 
 @pytest.mark.parametrize("state", ["running", "interrupted", None])
@@ -291,7 +291,7 @@ def test_an_incomplete_result(case: Case) -> None:
 
 def test_another_number_of_steps(case: Case) -> None:
     case.result["of"] = 5
-    assert case.refusal() == "its config implies 5 steps, but the summary says 4"
+    assert case.refusal() == "the config of the run implies 5 steps, but the summary says 4"
     del case.result["of"]
     assert case.verify().verified
 
@@ -300,14 +300,14 @@ def test_another_number_of_steps(case: Case) -> None:
 def test_facts_that_follow_from_code_and_config(case: Case, name: str) -> None:
     true = make_run(best=BEST).summary[name]
     case.result[name] = "other"
-    assert case.refusal() == f"{name} is {true!r} in the run, 'other' by its code and config"
+    assert case.refusal() == f"{name} is {true!r} in the run, 'other' according to its code and config"
     del case.result[name]
     assert case.verify().verified
 
 
 def test_another_source(case: Case) -> None:
     case.result["versions"] = VERSIONS | {"mainrun": "6" * 64}
-    assert case.refusal() == "the run was trained by source 555555555555, the code is source 666666666666"
+    assert case.refusal() == "the run was trained by source 555555555555, but the code is source 666666666666"
 
 
 def test_two_sources(case: Case) -> None:
@@ -315,7 +315,7 @@ def test_two_sources(case: Case) -> None:
         "run/summary.json", lambda summary: summary["all_versions"].append(VERSIONS | {"mainrun": "4" * 64})
     )
     sources = "444444444444, 555555555555"
-    assert case.refusal() == f"the run was trained by source {sources}, the code is source 555555555555"
+    assert case.refusal() == f"the run was trained by source {sources}, but the code is source 555555555555"
 
 
 def test_other_weights(case: Case) -> None:
@@ -335,7 +335,7 @@ def test_other_weights(case: Case) -> None:
 
 def test_unusable_weights(case: Case) -> None:
     case.result["unusable"] = "torn"
-    assert case.refusal() == "the last weights are in the bundle and cannot be used: torn"
+    assert case.refusal() == "the last weights are in the bundle, but cannot be used: torn"
     case.result["last"] = []
     assert case.verify().verified
 

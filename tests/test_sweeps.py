@@ -73,7 +73,7 @@ def tiny_study(**changes: Any) -> Study:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"space": {"seed": {"values": [1, 2]}}}, "space.seed: a seed is not a setting"),
+        ({"space": {"seed": {"values": [1, 2]}}}, "space.seed: the seed is not a hyperparameter"),
         (
             {"space": {"epochs": {"values": [1, 2]}}},
             "space.epochs: the number of epochs is fixed by the task",
@@ -154,7 +154,7 @@ def tiny_study(**changes: Any) -> Study:
         ({"space": {"timescale": {"low": 0.0, "high": 2.0}}}, "space.timescale is a time"),
         ({"budget": {}}, "budget is empty"),
         ({"budgets": {}}, "unknown key budgets (did you mean 'budget'?)"),
-        ({"set": SET | {"dev_frac": 0.0}}, "there is no dev split to search on"),
+        ({"set": SET | {"dev_frac": 0.0}}, "dev_frac=0 leaves no dev split for the search"),
         ({"set": SET | {"n_head": 3}}, "preset 'baseline' with [set]"),
         ({"objective": "val/full"}, "objective='val/full' is not allowed"),
     ],

@@ -491,7 +491,7 @@ def test_a_failed_run_ends_the_confirmation_and_its_workers(
     setup.trainer.failing = lambda cfg: cfg.seed == SEED + 102
     run = setup.base.model_copy(update={"seed": SEED + 102}).run_id
     setup.trainer.failure = failure
-    with pytest.raises(MainrunError, match=f"^{run} cannot be trained: no such corpus$") as error:
+    with pytest.raises(MainrunError, match=f"^the run {run} cannot be trained: no such corpus$") as error:
         confirm(setup.search)
     assert type(error.value) is kind
     assert setup.trainer.closed
@@ -512,7 +512,7 @@ def test_a_run_without_its_score_is_damage(tmp_path: Path, summary: Any) -> None
 
     setup.trainer.train = damage
     with pytest.raises(
-        RunError, match=r"summary\.json is damaged: it has no score of dev; restore it, or remove "
+        RunError, match=r"summary\.json is damaged: it has no score for dev; restore it, or remove "
     ):
         confirm(setup.search)
 

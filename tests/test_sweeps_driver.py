@@ -439,7 +439,9 @@ def test_a_budget_below_the_number_of_written_trials_is_refused(
 ) -> None:
     monkeypatch.setattr(database, "StudyDatabase", lambda *arguments: FakeDatabase(*arguments, written=4))
     study = Prepared(tmp_path, [1.0] * 3, rungs=None)
-    with pytest.raises(UsageError, match="has 4 trials, but the budget allows 3; a budget can only grow"):
+    with pytest.raises(
+        UsageError, match="has 4 trials, but the budget allows only 3; a budget can only grow"
+    ):
         study.run()
     assert not study.trainer.tasks
     assert Prepared(tmp_path / "b", [1.0] * 4, rungs=None).run() == states("dddd")
@@ -545,7 +547,7 @@ def test_a_score_is_read_by_step_and_split(tmp_path: Path) -> None:
     assert search.run_score(search.base, 4) == 2.0, "the last one counts if the run was resumed"
     assert search.run_score(search.base, 2) == 7.0
     with pytest.raises(
-        RunError, match=rf"{folder} has no score of dev at step 8: its metrics\.jsonl was changed"
+        RunError, match=rf"{folder} has no score of dev at step 8, because its metrics\.jsonl was changed"
     ):
         search.run_score(search.base, 8)
 
@@ -925,7 +927,8 @@ def test_titles_that_have_changed_are_refused(tmp_path: Path, monkeypatch: pytes
     file.write_text(json.dumps(data))
     with pytest.raises(
         UsageError,
-        match=r"^the titles of synthetic have changed since .* was started; restore them, or .*--as NAME",
+        match=r"^the titles of synthetic have changed since .* was started; "
+        r"restore the titles, or .*--as NAME",
     ):
         start_search(tmp_path, monkeypatch, GOOD)
 
@@ -957,7 +960,7 @@ def test_a_damaged_tokens_json_is_named(tmp_path: Path, text: str, message: str)
     with pytest.raises(RunError) as error:
         Search(make_study(), tmp_path, Trainer(lambda cfg, step: 1.0), str, lambda: None)
     assert str(error.value).startswith(f"{file} is damaged: it ") and message in str(error.value)
-    assert "remove it and run the same command again" in str(error.value)
+    assert "remove the file and run the same command again" in str(error.value)
 
 
 def test_enough_tokens_for_one_step_are_accepted(tmp_path: Path) -> None:
@@ -981,7 +984,7 @@ def test_a_killed_dry_run_is_started_again(
         pytest.param(
             (-9, "", ""),
             MainrunError,
-            "the base of the study cannot be trained: it ended without a message",
+            "the base config of the study cannot be trained: the process ended without a message",
             20,
             id="always killed",
         ),
@@ -995,21 +998,21 @@ def test_a_killed_dry_run_is_started_again(
         pytest.param(
             (2, "", "x\nerror: no corpus"),
             UsageError,
-            "the base of the study cannot be trained: no corpus",
+            "the base config of the study cannot be trained: no corpus",
             1,
             id="usage",
         ),
         pytest.param(
             (1, "", "error: odd"),
             MainrunError,
-            "the base of the study cannot be trained: odd",
+            "the base config of the study cannot be trained: odd",
             1,
             id="a crash",
         ),
         pytest.param(
             (1, "", " \n"),
             MainrunError,
-            "the base of the study cannot be trained: it ended without a message",
+            "the base config of the study cannot be trained: the process ended without a message",
             1,
             id="no message",
         ),

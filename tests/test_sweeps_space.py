@@ -51,7 +51,7 @@ def list_faults(space: dict[str, dict[str, Any]], **fields: Any) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("seed", "a seed is not a setting, and a study that searches it fits noise"),
+        ("seed", "the seed is not a hyperparameter, and a search over seeds would fit noise"),
         ("epochs", "the number of epochs is fixed by the task"),
         ("max_steps", "the number of steps is fixed by the task"),
         ("corpus", "the data is fixed by the task"),
@@ -360,7 +360,7 @@ def test_values_that_conflict_with_the_growth_schedule_are_not_faults() -> None:
         pytest.param(
             {"optimizer": []},
             {"optimizer": OPTIMIZERS},
-            ["optimizer has no values, so it is never true; write at least one value."],
+            ["optimizer has no values, so the condition is never met; write at least one value."],
             id="no value",
         ),
         pytest.param(
@@ -372,7 +372,7 @@ def test_values_that_conflict_with_the_growth_schedule_are_not_faults() -> None:
         pytest.param(
             {"optimizer": ["sgd"]},
             {"optimizer": OPTIMIZERS | {"when": {"bias": [True]}}, "bias": {"values": [True, False]}},
-            ["optimizer has a condition itself; let space.momentum depend on what optimizer depends on."],
+            ["optimizer also has a condition; give space.momentum the condition of optimizer instead."],
             id="a conditional parameter",
         ),
         pytest.param(

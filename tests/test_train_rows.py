@@ -1291,7 +1291,7 @@ def test_a_score_that_is_no_number_ends_the_run(tmp_path: Path, monkeypatch: pyt
     found = go(small(), tmp_path, error=Diverged)
     lr = Plan(found.cfg, 10_000).at(2).lr
     assert found.said == (
-        f"the score at step 3 of 9 is not a number after lr {lr:g}; lower lr, lr_aux or weight_decay "
+        f"the score at step 3 of 9 is not finite after lr {lr:g}; lower lr, lr_aux or weight_decay "
         "(the last checkpoint before this step is kept)"
     )
     assert [step for step, _ in found.saved] == [2] and [row["step"] for row in found.rows("eval")] == [1]

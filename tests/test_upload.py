@@ -175,11 +175,11 @@ def test_retry_after_is_obeyed(zipped: Path) -> None:
         (answer(304), "answered 304 Not Modified", 1),
         (answer_early(413), "answered 413", 1),
         (answer_early(403), "answered 403", 1),
-        (answer(500), "answered 500 Internal Server Error, 4 times", 4),
-        (reset, "the connection was closed before the server answered, 4 times", 4),
-        (answer_half, "4 times", 4),
-        (garbage, "4 times", 4),
-        (hang, "no answer for 0.4 s, 4 times", 4),
+        (answer(500), "answered 500 Internal Server Error, in 4 tries", 4),
+        (reset, "the connection was closed before the server answered, in 4 tries", 4),
+        (answer_half, "in 4 tries", 4),
+        (garbage, "in 4 tries", 4),
+        (hang, "no answer for 0.4 s, in 4 tries", 4),
     ],
 )
 def test_a_failure_is_reported_and_the_file_is_kept(
@@ -256,7 +256,7 @@ def test_a_certificate_of_another_host(
 def test_https_to_an_http_server(zipped: Path) -> None:
     with serving(answer(200)) as server:
         message, notes = failed(zipped, server.url.replace("http:", "https:"))
-    assert "4 times" in message and len(notes) == 3
+    assert "in 4 tries" in message and len(notes) == 3
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_https_to_an_http_server(zipped: Path) -> None:
         ("https://x.org/a b", "not an HTTP address"),
         ("https://x.org/\r\nHost: y", "not an HTTP address"),
         ("https://ann" + ":secret9@x.org/a", "with a name or password"),
-        ("http://x.org/a", "write https://"),
+        ("http://x.org/a", "use https://"),
     ],
 )
 def test_invalid_addresses(url: str, message: str) -> None:

@@ -19,7 +19,7 @@ from mainrun.store.checkpoint import fit_errors, sha256_tensors
 from mainrun.store.nodes import Damaged, Node, Store, contradicts_parent
 from mainrun.train import Setup, State, TrainStep, score, set_up
 
-REACH = 10_000  # the maximum number of steps of a segment that is trained again
+REACH = 10_000  # the maximum length of a segment that is trained again, in steps
 Row = dict[str, Any]  # a row of metrics.jsonl
 
 
@@ -71,7 +71,7 @@ def audit(store: Store, segments: int, seed: int | None = None, reach: int = REA
     rest.sort(key=lambda target: target.node.state not in states)
     for target in rest[: segments - len(picked)]:
         if target.node.state in states:
-            distance = f"the nearest state before it is {target.steps:,} steps away"
+            distance = f"the nearest earlier state is {target.steps:,} steps before the node"
             yield AuditResult(target.node, "skipped", f"{distance}; use --reach {target.steps}")
         else:
             yield AuditResult(
@@ -96,7 +96,7 @@ def _audit_node(store: Store, target: _Target, nodes: Mapping[str, Node]) -> Aud
     node = target.node
     try:
         if contradicts_parent(node, nodes.get(node.parent)):
-            raise Damaged(f"the node {node.parent[:12]} is not the parent that this node names")
+            raise Damaged(f"the node {node.parent[:12]} is not the parent that this node describes")
         node = store.node(node.key)
         segment = _prepare(store, node, target.start)
         if isinstance(segment, AuditResult):
@@ -113,7 +113,7 @@ def _audit_node(store: Store, target: _Target, nodes: Mapping[str, Node]) -> Aud
         AttributeError,
         ArithmeticError,
         AssertionError,
-    ) as e:  # these errors show that mainrun did not write the node
+    ) as e:  # these errors mean that mainrun did not write the node
         return AuditResult(node, "differs", f"it cannot be trained again ({type(e).__name__}: {e})")
     try:
         rows = segment.train(node)
@@ -142,8 +142,7 @@ class _Segment:
             if row["event"] == "eval" and row["step"] >= node.begins:
                 scored_steps.add(row["step"])
         rows = retrain(self.setup, self.controller, node.step, lambda step: step in scored_steps)
-        # The node contains the score at the step `begins`, unless an earlier run had already stored this
-        # score.
+        # The node also contains the score at the step `begins`, unless an earlier run had already stored it.
         return [row for row in rows if row["event"] == "eval" or row["step"] > node.begins]
 
 
@@ -204,7 +203,7 @@ def retrain(
         yield {"event": "step", "tokens": growth.plan.tokens(state.step), **row.fields()}
 
 
-# -- comparisons: each function describes a difference, or returns an empty text if there is no difference
+# -- comparisons: each function below describes a difference, or returns "" if there is no difference
 
 
 def _header_difference(node: Node, segment: _Segment) -> str:
@@ -213,15 +212,15 @@ def _header_difference(node: Node, segment: _Segment) -> str:
         return f"its official scores have geometry {node.geometry}, but its config says {list(cfg.geometry)}"
     presented = segment.setup.plan.tokens(node.step) * cfg.passes
     if node.tokens_processed != presented:
-        tokens = f"{node.tokens_processed:,} tokens were presented"
-        return f"it says that {tokens}, but its steps present {presented:,}"
+        tokens = f"{node.tokens_processed:,} tokens were processed"
+        return f"it says that {tokens}, but its steps process {presented:,} tokens"
     return ""
 
 
 def _tensor_difference(stored: dict[str, Any], trained: dict[str, Any]) -> str:
     missing = sorted({*stored} ^ {*trained})
     if missing:
-        return f"the tensor {missing[0]} is missing in the store or after training again"
+        return f"the tensor {missing[0]} exists only in the store or only after training again"
     differing = []
     for name in sorted(trained):
         if sha256_tensors(iter([("", stored[name])])) != sha256_tensors(iter([("", trained[name])])):
@@ -230,7 +229,7 @@ def _tensor_difference(stored: dict[str, Any], trained: dict[str, Any]) -> str:
         return ""
     names = ", ".join(differing[:3])
     more = ", ..." if len(differing) > 3 else ""
-    return f"{len(differing)} of {len(trained)} tensors: {names}{more}"
+    return f"{len(differing)} of {len(trained)} tensors differ: {names}{more}"
 
 
 def _row_difference(node: Node, rows: list[Row]) -> str:
@@ -242,12 +241,12 @@ def _row_difference(node: Node, rows: list[Row]) -> str:
         for name in sorted({*row, *stored_row} - {"seconds"}):
             if stored_row.get(name) != row.get(name):
                 return (
-                    f"{name} at step {row['step']}: {stored_row.get(name)!r} in the store, "
-                    f"{row.get(name)!r} now"
+                    f"{name} at step {row['step']} is {stored_row.get(name)!r} in the store, "
+                    f"but {row.get(name)!r} after training again"
                 )
     if stored:
         event, step, _ = next(iter(stored))
-        return f"the store has a row that training again does not write: {event} of step {step}"
+        return f"the store has a row that training again does not produce: {event} of step {step}"
     return ""
 
 

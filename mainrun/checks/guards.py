@@ -1,17 +1,17 @@
 """The guards: checks that a run has computed its scores correctly and honestly.
 
-Each guard detects one trick, and the docstring of the guard describes this trick. A guard returns one of
-three verdicts:
+Each guard detects one trick, which the docstring of the guard describes. A guard returns one of three
+verdicts:
 
-    pass    the guard found no problem
-    flag    the run is honest, but its score cannot be compared with the scores of the task
-    fail    the score is wrong or was obtained by a trick
+    pass: the guard found no problem
+    flag: the run is honest, but its score cannot be compared with the scores of the task
+    fail: the score is wrong or was obtained by a trick
 
 Every run calls all guards when training has finished. `mainrun submit` calls the guards with all=True. With
-all=True, the guards check every title and more positions, and load the corpus again.
+all=True, the guards check every title and more token positions, and reload the corpus.
 
 To add a guard, write a function whose docstring begins with "Detect", and add the function to GUARDS.
-reports/submission explains how to fix the failure of each guard.
+The package reports/submission explains how to fix each failure.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from mainrun.data.token_cache import TokenData
 from mainrun.data.tokenizer import EOS, PAD, UNK
 from mainrun.plan.plan import Plan
 
-LONGEST_WORD = 20  # the maximum number of characters of a word
+LONGEST_WORD = 20  # a token with more characters is treated as a phrase
 TARGET_NAMES = ("target", "targets", "labels", "y")  # the names that a target argument of `forward` may have
 
 Status = Literal["pass", "flag", "fail"]
@@ -52,7 +52,7 @@ EvalRow = dict[str, Any]  # a row of metrics.jsonl that contains an evaluation
 
 @dataclass(frozen=True)
 class Evidence:
-    """The results of a run that the guards check. The guards recompute as many results as possible."""
+    """The results of a run that the guards check. Where possible, the guards recompute the results."""
 
     cfg: TrainConfig
     corpus: Corpus
@@ -90,8 +90,7 @@ def guards(e: Evidence, *, all: bool = False) -> list[Guard]:
         try:
             status, detail = check(e, all)
         except Exception as error:
-            # If the evidence cannot be read, the guard fails, so that a long run does not end with a
-            # traceback.
+            # A guard that raises an error counts as failed, so that a long run does not end with a traceback.
             status = "fail"
             detail = f"the evidence cannot be read: {type(error).__name__}: {error}"
         results.append(Guard(name, status, detail))
@@ -120,16 +119,16 @@ def coverage(e: Evidence, all: bool) -> Verdict:
         n = len(e.data.splits[split])
         if last["tokens"] != n:
             return fail(
-                f"the full score covers {last['tokens']:,} of {n:,} tokens of {split}; it must cover all"
+                f"the full score of {split} covers {last['tokens']:,} tokens, but must cover all {n:,} tokens"
             )
     n = len(e.data.splits["val"])
     share = scoring.official_coverage(n, e.cfg.geometry)
     if share < MIN_COVERAGE:
         return flag(
-            f"official covers {share:.2%} of the validation tokens, below {MIN_COVERAGE:.0%}: "
-            "compare the full score only"
+            f"the official score covers {share:.2%} of the validation tokens, "
+            f"which is below {MIN_COVERAGE:.0%}; compare only the full score"
         )
-    return passed(f"official covers {share:.1%}, full covers all {n:,} tokens")
+    return passed(f"the official score covers {share:.1%} of val, and the full score covers all {n:,} tokens")
 
 
 def geometry(e: Evidence, all: bool) -> Verdict:
@@ -142,14 +141,15 @@ def geometry(e: Evidence, all: bool) -> Verdict:
             where = _where(row)
             if not _close(row["coverage"], expected):
                 return fail(
-                    f"{where}: official covers {row['coverage']:.4f}; spans of {spans} cover {expected:.4f}"
+                    f"{where}: the official score covers {row['coverage']:.4f}, "
+                    f"but spans of {spans} tokens cover {expected:.4f}"
                 )
             if row["tokens"] != rows[0]["tokens"]:
                 return fail(
                     f"{where}: {row['tokens']:,} tokens were scored, "
                     f"but at step {rows[0]['step']} {rows[0]['tokens']:,} tokens were scored"
                 )
-    return passed(f"spans of {spans} tokens at every evaluation")
+    return passed(f"every evaluation used spans of {spans} tokens")
 
 
 def denominator(e: Evidence, all: bool) -> Verdict:
@@ -160,12 +160,10 @@ def denominator(e: Evidence, all: bool) -> Verdict:
         n_bytes = sum(len(title.encode()) + 1 for title in titles)
         if e.data.chars[split] != chars:
             return fail(
-                f"{split} was divided by {e.data.chars[split]:,} characters; its raw titles have {chars:,}"
+                f"{split} counts {e.data.chars[split]:,} characters, but its raw titles have {chars:,}"
             )
         if e.data.bytes[split] != n_bytes:
-            return fail(
-                f"{split} was divided by {e.data.bytes[split]:,} bytes; its raw titles have {n_bytes:,}"
-            )
+            return fail(f"{split} counts {e.data.bytes[split]:,} bytes, but its raw titles have {n_bytes:,}")
         if split == "train":
             continue
         for row in _eval_rows(e, split):
@@ -178,7 +176,7 @@ def denominator(e: Evidence, all: bool) -> Verdict:
                 if not _close(total, nats):
                     return fail(
                         f"{_where(row)}: {name} corresponds to {total:,.1f} nats, but the loss to "
-                        f"{nats:,.1f}: the score was divided by a wrong number"
+                        f"{nats:,.1f} nats: the score was divided by a wrong number"
                     )
     val_chars = e.data.chars["val"]
     val_bytes = e.data.bytes["val"]
@@ -226,7 +224,7 @@ def same_evaluate(e: Evidence, all: bool) -> Verdict:
     result, formula = _known_answer()
     if not _close(result, formula):
         return fail(
-            f"evaluate gives {result}, but the formula gives {formula}: a function that it calls was replaced"
+            f"evaluate gives {result}, but the formula gives {formula}: evaluate calls a replaced function"
         )
     # The tolerance allows for different rounding on different machines.
     tolerance = 1e-3 if e.cfg.dtype == "bfloat16" else 1e-4
@@ -244,14 +242,14 @@ def same_evaluate(e: Evidence, all: bool) -> Verdict:
         ):
             if not agrees:
                 return fail(
-                    f"on {split} the weights have {name} {score[name]:.4f}, "
+                    f"on {split}, the weights have {name} {score[name]:.4f}, "
                     f"but the last evaluation says {row[name]:.4f}"
                 )
-    return passed(f"evaluate {now[:12]}, from start to end")
+    return passed(f"the hash of scoring.py was {now[:12]} from start to end")
 
 
 def _replaced_function() -> str:
-    """Return a message if a function in memory differs from scoring.py. Otherwise, return an empty text."""
+    """Return a message if a function in memory differs from scoring.py, otherwise an empty string."""
     path = Path(scoring.__file__)
     module_code = compile(path.read_text(encoding="utf-8"), path, "exec", dont_inherit=True)
     for code in module_code.co_consts:
@@ -266,12 +264,15 @@ def _replaced_function() -> str:
         if name.split(".")[0] != "mainrun":
             continue
         if getattr(module, "evaluate", scoring.evaluate) is not scoring.evaluate:
-            return f"{name} has another function evaluate"
+            return f"the module {name} has a different function named evaluate"
     return ""
 
 
 def _known_answer() -> tuple[float, float]:
-    """Score a small model with `evaluate` and with the formula. Return full + official for both scores."""
+    """Score a small model with `evaluate`, and again with an explicit formula.
+
+    For each method, return the sum of the full score and the official score.
+    """
     table = torch.linspace(-1, 1, 64).reshape(8, 8).sin()
     model = nn.Embedding.from_pretrained(table)
     tokens = np.array([3, 1, 4, 1, 5, 7, 2, 6, 5, 3, 5, 1, 7, 7, 3, 2, 3, 1], dtype=np.uint16)
@@ -304,7 +305,7 @@ def no_learning(e: Evidence, all: bool) -> Verdict:
             return fail(f"evaluate changed {len(changed)} parameters or buffers, such as {min(changed)}")
         if modes != [module.training for module in e.model.modules()]:
             return fail("evaluate changed a module from training to evaluation mode, or back")
-        _evaluate(e, tokens[::-1].copy())  # a model with a memory would remember these tokens
+        _evaluate(e, tokens[::-1].copy())  # these tokens would change a model that learns during evaluation
         second = _evaluate(e, tokens)
     if second != first:
         return fail(f"the same tokens had loss {first.loss} at first and loss {second.loss} later")
@@ -330,7 +331,7 @@ def targets_unseen(e: Evidence, all: bool) -> Verdict:
     outputs_with_other_target = _logits_during_evaluate(e, other, n)
     gap = max(_gap(a, b) for a, b in zip(outputs, outputs_with_other_target, strict=True))
     if gap > _tolerance(e, outputs[0]):
-        return fail(f"another last target changed logits by {gap:.3g}, although the inputs were the same")
+        return fail(f"changing the last target changed logits by {gap:.3g}, but no input was changed")
     for name in list(inspect.signature(e.model.forward).parameters)[1:]:
         if name not in TARGET_NAMES:
             continue
@@ -339,7 +340,7 @@ def targets_unseen(e: Evidence, all: bool) -> Verdict:
         gap = max(_gap(with_targets, _forward(e.model, idx)) for with_targets in logits)
         if gap > _tolerance(e, logits[0]):
             return fail(f"forward({name}=...) changed logits by {gap:.3g}")
-    return passed("the logits are the same with other targets")
+    return passed("the logits do not depend on the targets")
 
 
 def _logits_during_evaluate(e: Evidence, tokens: np.ndarray, n: int) -> list[Tensor]:
@@ -373,8 +374,8 @@ def _causality(e: Evidence, all: bool) -> Verdict:
     T = idx.shape[1]
     cuts = _cuts(T, all)
     shuffled = idx[:, torch.from_numpy(np.random.default_rng(0).permutation(T))]
-    # A model may derive attention masks from <eos> and <pad>. One changed row therefore continues with <eos>
-    # tokens only, and another changed row continues with <pad> tokens only.
+    # A model may derive attention masks from <eos> and <pad>. Therefore, some of the changed rows continue
+    # with only <eos> tokens, and others with only <pad> tokens.
     futures = [shuffled, idx.flip(1) // 2, torch.full_like(idx, EOS), torch.full_like(idx, PAD)]
     changed = []
     kept = []  # for each changed row, the number of leading tokens that were not changed
@@ -401,12 +402,12 @@ def _causality(e: Evidence, all: bool) -> Verdict:
         gap = _gap(logits[0], batch[0, :length])
         if gap > allowed:
             return fail(
-                f"a row cut to {length} of {T} tokens changed logits by {gap:.3g} (allowed {allowed:.1g})"
+                f"cutting a row to {length} of {T} tokens changed logits by {gap:.3g} (allowed {allowed:.1g})"
             )
     positions = ", ".join(map(str, cuts))
     return passed(
-        f"logits are the same with other tokens after positions {positions}, in a shorter row, "
-        "and in a batch with other rows"
+        f"the logits do not depend on later tokens (checked after positions {positions}), "
+        "on the length of the row, or on other rows in the batch"
     )
 
 
@@ -418,9 +419,9 @@ def _cuts(T: int, all: bool) -> list[int]:
 
 
 def random_start(e: Evidence, all: bool) -> Verdict:
-    """Detect a run that starts from trained weights, by the loss after the first training step."""
+    """Detect a run that starts from trained weights, which give a very low loss after the first step."""
     if e.initial_weights != "random":
-        return fail(f"the weights came from {e.initial_weights}; the task starts from random weights")
+        return fail(f"the initial weights are from {e.initial_weights}; the task requires random weights")
     first = _eval_rows(e)[0]
     if first["step"] != 1:
         return fail(
@@ -430,9 +431,9 @@ def random_start(e: Evidence, all: bool) -> Verdict:
     vocab = e.data.tokenizer.vocab_size
     _, targets = Batches(e.cfg, e.data.splits["train"]).at(0)
     counts = np.bincount(targets.ravel(), minlength=vocab)[None]
-    # After one training step, a model that started from random weights has learned no more than token counts.
-    # The floor is the lowest val loss of a prediction from the token counts of the first batch, over several
-    # smoothing values.
+    # After one training step, a model that started from random weights has learned at most the token counts
+    # of the first batch. The floor is therefore slightly below the val loss of a unigram model of this batch.
+    # Use the smoothing value that gives the lowest loss.
     alpha = np.array([[1.0], [0.3], [0.1], [0.03], [0.01], [0.003]])
     losses = -np.log((counts + alpha) / (counts.sum() + alpha * vocab))[:, e.data.splits["val"]].mean(axis=1)
     floor = 0.95 * min(float(losses.min()), math.log(vocab))
@@ -441,7 +442,7 @@ def random_start(e: Evidence, all: bool) -> Verdict:
             f"loss {first['loss']:.3f} after step 1 is below {floor:.3f}, "
             "the lowest loss that the token counts of the first batch allow"
         )
-    return passed(f"loss {first['loss']:.3f} after step 1; no random start is below {floor:.3f}")
+    return passed(f"loss {first['loss']:.3f} after step 1; a random start cannot be below {floor:.3f}")
 
 
 # -- the data
@@ -480,11 +481,11 @@ def no_val_tokens(e: Evidence, all: bool) -> Verdict:
         word = e.data.tokenizer.decode([int(token)]).strip()
         if len(word.split()) > 1 or len(word) > LONGEST_WORD:
             text = text or "\n".join(e.corpus.train)
-            # If the token's text also occurs in train, split into other tokens, the token reveals nothing
-            # about val.
+            # A token reveals nothing about val if its text also occurs in train, where it is split into
+            # several tokens.
             if word not in text:
                 return fail(f"token {token} = {word!r} is longer than a word and occurs only in validation")
-    return passed(f"no validation-only token is longer than a word (fitted on {e.cfg.tokenizer_fit})")
+    return passed(f"no validation-only token is longer than a word (tokenizer_fit={e.cfg.tokenizer_fit})")
 
 
 def data_known(e: Evidence, all: bool) -> Verdict:
@@ -497,8 +498,8 @@ def data_known(e: Evidence, all: bool) -> Verdict:
         for name, fingerprint in fingerprints.items():
             if claimed[name] != fingerprint:
                 return fail(
-                    f"{where} claims fingerprint {claimed[name][:12]} for {name}; "
-                    f"its titles have {fingerprint[:12]}"
+                    f"{where} claims fingerprint {claimed[name][:12]} for {name}, "
+                    f"but the titles have fingerprint {fingerprint[:12]}"
                 )
     corpus = e.cfg.corpus
     origin = e.corpus.origin
@@ -536,13 +537,13 @@ def task_rules(e: Evidence, all: bool) -> Verdict:
         if getattr(cfg, name) != value:
             wrong.append(f"{name}={getattr(cfg, name)} (the task: {value})")
     if not cfg.shuffle:
-        wrong.append("shuffle=false (the task: a permutation by its seed)")
+        wrong.append("shuffle=false (the task: true)")
     n = TASK["num_titles"]
     n_val = round(n * TASK["val_frac"])
     known = len(e.corpus.train) + len(e.corpus.dev)
     val = len(e.corpus.val)
     if cfg.num_titles == n and cfg.val_frac == TASK["val_frac"] and (known, val) != (n - n_val, n_val):
-        wrong.append(f"{known:,} + {val:,} titles (the task: {n - n_val:,} + {n_val:,})")
+        wrong.append(f"{known:,} train and {val:,} val titles (the task: {n - n_val:,} and {n_val:,})")
     if not is_task_data:
         wrong.append(f"corpus={cfg.corpus} is not the task's data ({', '.join(HUB_REVISIONS)})")
     if wrong:
@@ -574,14 +575,14 @@ def presentations(e: Evidence, all: bool) -> Verdict:
                 f"the ledger says {name}={e.ledger[name]:.6g}; the config gives {value:.6g} {counted_as}"
             )
     detail = f"each token was shown {per_token:.2f} times in {e.cfg.epochs} epochs {counted_as}"
-    # The sources of a mix contribute distinct titles, so repeated titles come from the mix's weights. The
-    # code counts repeated titles itself, because the number in the run's records may be wrong.
+    # The sources of a mix contain distinct titles, so titles are repeated only because of the mix's weights.
+    # Count the repeated titles here, because the number in the run's records may be wrong.
     train = e.corpus.train
     repeats = len(train) - len(set(train))
     if e.cfg.corpus.startswith("mix:") and repeats:
         most = Counter(train).most_common(1)[0][1]
         return flag(
-            f"{detail}; {repeats:,} of an epoch's {len(train):,} titles are repeats from the mix's weights, "
+            f"{detail}; the weights of the mix repeat {repeats:,} of an epoch's {len(train):,} titles, "
             f"and one title occurs {most} times"
         )
     return passed(detail)
@@ -663,7 +664,7 @@ def _windows(e: Evidence, rows: int, longest: int | None = None) -> Tensor:
 
 
 def _forward(model: nn.Module, idx: Tensor, **targets: Tensor) -> Tensor:
-    """Return the logits that `evaluate` would use, of shape (B, T, V). Restore the model afterward."""
+    """Return the logits that `evaluate` would use, with shape (B, T, V). Restore the model afterward."""
     with _restored(model), torch.no_grad():
         model.eval()
         output = model(idx, **targets)
@@ -673,9 +674,9 @@ def _forward(model: nn.Module, idx: Tensor, **targets: Tensor) -> Tensor:
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Restore the model's tensors, the model's modes and torch's random state after a `with` block.
+    """Restore the model's tensors, its training modes and torch's random state after a `with` block.
 
-    The context manager yields a copy of the model's tensors, which is made before the block runs.
+    The context manager yields copies of the tensors, which are made before the block runs.
     """
     before = _tensors(model)
     modes = [(module, module.training) for module in model.modules()]
@@ -692,7 +693,7 @@ def _restored(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies of all parameters and buffers, including the buffers that the state dict omits."""
+    """Return copies of all parameters and buffers, including non-persistent buffers."""
     tensors = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         tensors[name] = tensor.detach().clone()
@@ -726,8 +727,8 @@ def _gap(a: Tensor, b: Tensor) -> float:
 def _tolerance(e: Evidence, logits: Tensor, *, same_shape: bool = True) -> float:
     """Return the largest difference between logits that rounding can cause.
 
-    Matrix products of different shapes are rounded differently, especially in bfloat16. If a model sees
-    tokens that improve its score unfairly, the logits change by much more than this tolerance.
+    Matrix products of different shapes are rounded differently, especially in bfloat16. If a model
+    illegally depends on a token, the logits change by much more than this tolerance.
     """
     scale = max(1.0, float(logits.float().abs().nan_to_num(posinf=0.0).max()))
     if e.cfg.dtype == "bfloat16":

@@ -1,4 +1,4 @@
-"""`mainrun grow verify`: repeat a run's growth operations (ops) with all checks of these operations."""
+"""`mainrun grow verify`: repeat the growth operations (ops) of a run, together with all their checks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Row = dict[str, Any]  # a row of growth.jsonl
 
 
 class RepeatedCheck(NamedTuple):
-    """One check of a repeated op. `same` is True if the run's journal has an identical row."""
+    """One check of a repeated op. `same` is True if the run's growth.jsonl has an identical row."""
 
     op: str
     name: str
@@ -37,10 +37,10 @@ class RepeatedCheck(NamedTuple):
 
 
 def repeat_ops(run: RunDir, store: Store | None) -> Iterator[RepeatedCheck]:
-    """Repeat every op that changes the architecture, and compare the checks of the op with the run's journal.
+    """Repeat every op that changes the architecture, and compare its checks with the run's growth.jsonl.
 
-    If the store has the state before an op, this state is loaded. The op and the steps after the op are
-    always computed again.
+    If the store contains the state before an op, this state is loaded instead of trained again. The op and
+    the steps after the op are always computed again.
     """
     cfg = run.config()
     journal = read_journal(run)
@@ -60,7 +60,7 @@ def repeat_ops(run: RunDir, store: Store | None) -> Iterator[RepeatedCheck]:
 
 
 def _compare(journal: list[Row], repeated: list[Row]) -> Iterator[RepeatedCheck]:
-    """Yield all checks of the repeated ops. Then yield a check for each journal row that was not repeated."""
+    """Yield all checks of the repeated ops. Then yield a check for each row that was not repeated."""
     expected = _comparable(journal)
     for row in _comparable(repeated):
         same = row in expected
@@ -71,12 +71,12 @@ def _compare(journal: list[Row], repeated: list[Row]) -> Iterator[RepeatedCheck]
     repeated_events = {(row["event"], row["op"]) for row in repeated}
     for row in expected:
         if (row["event"], row["op"]) not in repeated_events:
-            detail = "the run's journal has this row, but the op did not repeat it"
+            detail = "growth.jsonl of the run has this row, but the repeated op did not write it"
             yield RepeatedCheck(row["op"], row["name"], row["step"], "journal", True, False, detail)
 
 
 def _comparable(rows: list[Row]) -> list[Row]:
-    """Return the rows with checks of architecture ops, without the values that NOT_COMPARED lists."""
+    """Return the rows that contain checks of architecture ops, without the keys in NOT_COMPARED."""
     comparable = []
     for row in rows:
         if row["event"] in EVENTS_WITH_CHECKS and row["name"] in ARCHITECTURE:

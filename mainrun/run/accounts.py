@@ -1,4 +1,4 @@
-"""The costs of a run so far: seconds per activity, and counts of reused steps, wasted steps and resumes."""
+"""Count the seconds that a run spends per activity, its reused and wasted steps, and its resumes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class Accounts:
-    """The costs of all sessions of a run. A checkpoint contains these costs."""
+    """Track the costs of a run over all its sessions. Checkpoints save these costs."""
 
     def __init__(self) -> None:
         self.saved = 0  # step of the last checkpoint
@@ -16,14 +16,14 @@ class Accounts:
         # Reused steps were read from the store. Wasted steps were trained, but lost when a session ended.
         self.ledger = {"reused": 0, "reused_tokens": 0, "wasted": 0}
         self.spent: dict[str, float] = {}  # seconds per activity
-        self._inner = [0.0]  # seconds measured by clocks inside the current clock
+        self._inner = [0.0]  # for each open clock, the seconds that its nested clocks measured
 
     def add(self, activity: str, seconds: float) -> None:
         self.spent[activity] = self.spent.get(activity, 0.0) + seconds
 
     @contextmanager
     def clock(self, activity: str) -> Iterator[None]:
-        """Add the time of the `with` block to an activity. An inner clock pauses the outer clock."""
+        """Add the time of the `with` block to an activity. A nested clock pauses the outer clock."""
         started = time.perf_counter()
         self._inner.append(0.0)
         try:

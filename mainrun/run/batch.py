@@ -1,4 +1,4 @@
-"""Find the steps that several runs share, and the nodes of the store that these runs need."""
+"""Find the training steps that several runs share, and the stored states that these runs need."""
 
 from __future__ import annotations
 
@@ -20,16 +20,19 @@ from mainrun.store.rundir import RunDir
 
 @dataclass
 class SharedBatch:
-    """The steps that a batch of runs must train, and the nodes through which the runs share steps."""
+    """The steps that a batch of runs must train, and the stored states through which runs share steps."""
 
     assignments: planner.Assignments
-    keep: dict[str, list[int]]  # for each run, the steps of the nodes that other runs need
+    keep: dict[str, list[int]]  # for each run, the steps whose states other runs need
     keys: list[str]  # the keys of the nodes in `keep`
     chains: dict[str, list[str]]
 
 
 def share_steps(configs: Iterable[TrainConfig], store: Store | None, out: Path | None = None) -> SharedBatch:
-    """Find the steps that the runs of a batch share. out: the folder that contains the run directories."""
+    """Find the training steps that the runs of a batch share.
+
+    out: the folder that contains the run directories.
+    """
     plans, chains = resolve(configs)
     keys = _keys_to_keep(plans, chains)
     keep: dict[str, list[int]] = {}
@@ -46,7 +49,7 @@ def share_steps(configs: Iterable[TrainConfig], store: Store | None, out: Path |
 
 
 def resolve(configs: Iterable[TrainConfig]) -> tuple[dict[str, Plan], dict[str, list[str]]]:
-    """Return the plan and the key chain of each run on this machine. Data of several runs is read once."""
+    """Return the plan of each run and the store keys of its steps. Shared data is loaded only once."""
     read: dict[tuple[Any, ...], tuple[dict[str, str], TokenData]] = {}
     plans = {}
     chains = {}
@@ -68,14 +71,18 @@ def resolve(configs: Iterable[TrainConfig]) -> tuple[dict[str, Plan], dict[str, 
 
 
 def may_share(configs: Sequence[TrainConfig]) -> bool:
-    """Whether any two of the configs are so similar that their runs could share a step."""
+    """Return whether any two configs are similar enough for their runs to share a step."""
     fields = [field for field in TrainConfig.model_fields if TrainConfig.class_of(field) == "static"]
     static = {tuple(str(getattr(cfg, field)) for field in fields) for cfg in configs}
     return len(static) < len(configs)
 
 
 def _keys_to_keep(plans: dict[str, Plan], chains: dict[str, list[str]]) -> set[str]:
-    """Return the keys of nodes at the forks of runs, and of nodes that only some of the runs score."""
+    """Return the keys of the states that the runs of a batch need from each other.
+
+    Runs need the states at which they fork. If runs with the same first key are scored at different steps or
+    with different geometries, they also need the states at all scored steps.
+    """
     keys: set[str] = set()
     for assignment in planner.assign(chains).order:
         keys.update(chains[assignment.name][step] for step in assignment.forks)
@@ -89,7 +96,7 @@ def _keys_to_keep(plans: dict[str, Plan], chains: dict[str, list[str]]) -> set[s
 
 
 def _resumed_step(run: RunDir, plan: Plan) -> int:
-    """Return the step of the checkpoint from which a run would resume, or the last step of a finished run."""
+    """Return the step from which a run would resume. For a finished run, return its last step."""
     if run.summary():
         return plan.steps
 
@@ -105,16 +112,16 @@ def _resumed_step(run: RunDir, plan: Plan) -> int:
 
 
 def starting_keys(store: Store, plans: dict[str, Plan], chains: dict[str, list[str]]) -> set[str]:
-    """Return the keys of the nodes in the store at which the runs can start."""
+    """Return the keys of the stored nodes from which the runs can start."""
     reached: dict[str, int] = {}
     try:
         states = store.states()
         keys = store.node_keys()
         for name, chain in chains.items():
             reached[name] = _reachable_step(store, states, keys, plans[name], chain)
-    except OSError:  # each run reports this error when it opens the store
+    except OSError:  # every run reports this error when it opens the store
         return set()
-    # If another run on the same chain lacks a score before a node, no run can start from this node.
+    # Remove each node that another run shares but cannot reach, because a score is missing.
     starts = {chains[name][step]: step for name, step in reached.items() if step}
     for name, chain in chains.items():
         for key, step in list(starts.items()):
@@ -126,7 +133,7 @@ def starting_keys(store: Store, plans: dict[str, Plan], chains: dict[str, list[s
 def _reachable_step(
     store: Store, states: Container[str], keys: Container[str], plan: Plan, chain: list[str]
 ) -> int:
-    """Return the last step that a run can reach through stored nodes without losing a necessary score."""
+    """Return the last step that a run can reach by reusing stored nodes, without missing a required score."""
     step = 0
     while True:
         for target in range(len(chain) - 1, step, -1):
@@ -138,7 +145,7 @@ def _reachable_step(
 
 
 def _can_use(store: Store, states: Container[str], plan: Plan, key: str, step: int, target: int) -> bool:
-    """Whether a run at `step` can continue from a node at `target`."""
+    """Return whether a run at `step` can continue from a node at `target`."""
     try:
         node = store.node(key)
         path: list[Node] = list(store.history(node, step))

@@ -1,4 +1,4 @@
-"""The log of a run: rows of metrics.jsonl, and messages for the user."""
+"""Write the log of a run: the rows of metrics.jsonl, and messages for the user."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 
 class RunLog:
-    """The log of a run, which only the leader process writes."""
+    """The log of a run. Only the leader process uses this class."""
 
     def __init__(self, run: RunDir, progress: Progress) -> None:
         self.metrics: RowLog | None = run.log("metrics.jsonl")
@@ -19,7 +19,7 @@ class RunLog:
         self._run = run
 
     def step(self, row: Row, steps: int) -> None:
-        """Log a training step. steps: the number of steps in the whole run."""
+        """Log a training step of a run that has `steps` steps in total."""
         assert self.metrics is not None
         self.metrics.append(row)
         self.progress.step(row | {"steps": steps})
@@ -43,7 +43,7 @@ class RunLog:
 
 
 class NullLog:
-    """A log that writes nothing, which all processes except the leader use."""
+    """A log that discards everything. All processes except the leader use this class."""
 
     metrics: RowLog | None = None
 

@@ -1,4 +1,4 @@
-"""Show the progress of a run on stderr. A terminal shows a bar; other outputs get one line per evaluation.
+"""Show the progress of a run on stderr. A terminal shows a bar. Other outputs get one line per evaluation.
 
 The progress display reads log rows and does not affect the training.
 """
@@ -19,33 +19,34 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]  # a row of metrics.jsonl
 
-REFRESH_SECONDS = 0.2  # the minimum time between two drawings of the bar
-REFRESH_SHARE = 0.01  # the maximum share of the run time that is spent on drawing
+REFRESH_SECONDS = 0.2  # the minimum time between two updates of the progress bar
+REFRESH_SHARE = 0.01  # the maximum share of the run time that is spent on drawing the bar
 BAR_WIDTH = 40  # the maximum width of the bar in columns
 MIN_BAR_WIDTH = 8
 
 
 class Progress:
-    """The methods of a progress display. This base class shows nothing."""
+    """The interface of a progress display. This base class shows nothing."""
 
     def start(self, cfg: TrainConfig, table: dict[str, Any], earlier: Sequence[Row] = ()) -> None:
         """Show that a run starts or resumes.
 
         table: the result of `Plan.table`.
+
         earlier: the rows that earlier sessions wrote to metrics.jsonl.
         """
 
     def step(self, row: Row) -> None:
-        """Show a "step" row of metrics.jsonl."""
+        """Show the progress after a training step, which a "step" row of metrics.jsonl describes."""
 
     def eval(self, row: Row) -> None:
-        """Show an "eval" row of metrics.jsonl."""
+        """Show the scores of an evaluation, which an "eval" row of metrics.jsonl contains."""
 
     def note(self, text: str) -> None:
         """Show a message, for example that a damaged checkpoint was skipped."""
 
     def close(self) -> None:
-        """End the display, whether or not the run succeeded. This method may be called twice."""
+        """Close the display after the run has succeeded or failed. This method may be called twice."""
 
 
 QUIET = Progress()
@@ -62,7 +63,7 @@ class LineProgress(Progress):
         self.best: float | None = min(scores, default=None)
         self.current_step = max((row["step"] for row in earlier), default=0)
         self.loss = ""
-        self.first_step: tuple[int, float] | None = None  # first step of this process, and the step's time
+        self.first_step: tuple[int, float] | None = None  # first step of this process, and its time
         self.rate = 0.0  # steps per second since the first step, including evaluations
         self.note(f"{cfg.run_id}: {self.total_steps:,} steps of {self.tokens_per_step:,} tokens")
 
@@ -111,7 +112,7 @@ class LineProgress(Progress):
 class BarProgress(LineProgress):
     """Draw a progress bar.
 
-    The training thread draws the bar rarely, so that drawing does not slow down the training.
+    The training thread draws the bar, but only rarely, so that drawing does not slow down the training.
     """
 
     def __init__(self, console: Console) -> None:
@@ -126,7 +127,7 @@ class BarProgress(LineProgress):
         with suppress(OSError):
             self.live.start()
         self.draw()
-        self.next_draw = 0.0  # the first drawing is slow because of imports, so ignore its cost
+        self.next_draw = 0.0  # the first drawing is slow because it imports modules, so ignore its cost
 
     def step(self, row: Row) -> None:
         super().step(row)
@@ -137,14 +138,14 @@ class BarProgress(LineProgress):
         self.draw()
 
     def draw(self) -> None:
-        start = time.thread_time()  # CPU time does not depend on other processes
+        start = time.thread_time()  # other processes do not affect the CPU time of this thread
         with suppress(OSError):  # the terminal may have been closed
             self.live.update(self.line(), refresh=True)
         cost = time.thread_time() - start
         self.next_draw = time.perf_counter() + max(REFRESH_SECONDS, cost / REFRESH_SHARE)
 
     def line(self) -> RenderableType:
-        """Return a line with the parts that fit into the terminal, and a bar in the remaining width."""
+        """Return a line of text that fits into the terminal, and a bar that fills the remaining width."""
         from rich.progress_bar import ProgressBar
         from rich.table import Table
 
@@ -201,12 +202,12 @@ def clock(seconds: float) -> str:
 
 
 def percent(share: float) -> str:
-    """Format a share as a percentage, rounded down. For example, 0.9698 becomes 96%, not 97%."""
+    """Format a fraction as a percentage, rounded down. For example, 0.9698 becomes 96%, not 97%."""
     return f"{int(100 * share + 1e-9)}%"
 
 
 def short(number: float) -> str:
-    """Shorten a number for display, for example to 950, 12.3k or 27.2M."""
+    """Format a number in a short form, for example as 950, 12.3k or 27.2M."""
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:
             return f"{number / size:.1f}{letter}"

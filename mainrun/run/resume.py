@@ -68,7 +68,7 @@ def resume(
         _continue(run, state, accounts, env, earlier, loaded, growth, log)
     else:
         if had_checkpoints:
-            log.note(f"{run.path} has no usable checkpoint: it starts over at step 0")
+            log.note(f"{run.path} has no usable checkpoint, so the run starts over at step 0")
         rewind(log, growth, EMPTY_LOG, EMPTY_LOG)
     # the steps after the checkpoint are lost, but the store may contain some of these steps
     lost_steps = {step for step in trained if step > state.step}
@@ -99,7 +99,7 @@ def resume(
 
 
 class Usable:
-    """Check whether a checkpoint fits the run. If the checkpoint fits, also truncate the run's logs."""
+    """Check whether a run can resume from a checkpoint. Truncate the logs to match a usable checkpoint."""
 
     def __init__(self, cfg: TrainConfig, log: RunLog, growth: Controller) -> None:
         self.cfg = cfg
@@ -107,7 +107,7 @@ class Usable:
         self.growth = growth
 
     def __call__(self, meta: Row) -> str | None:
-        """Return the reason why a checkpoint cannot be used, or None."""
+        """Return why a checkpoint cannot be used, or None if it can be used."""
         fault = checkpoint.fault(meta)
         if fault:
             return fault
@@ -118,11 +118,11 @@ class Usable:
 
 
 def rewind(log: RunLog, growth: Controller, metrics: Row, journal: Row) -> None:
-    """Truncate the logs to their sizes at a checkpoint."""
+    """Truncate the logs to the sizes that they had when a checkpoint was saved."""
     for file, mark in ((log.metrics, metrics or EMPTY_LOG), (growth.journal, journal)):
         if file and not file.rewind(mark):
-            # the user decides what to do, because starting over would lose the training so far
-            fix = "restore it, or use --fresh to start over"
+            # let the user decide, because starting over would discard the training so far
+            fix = "restore the file, or use --fresh to start over"
             raise RunError(f"{file.path} does not match the checkpoints of the run; {fix}")
 
 
@@ -136,27 +136,27 @@ def _continue(
     growth: Controller,
     log: RunLog,
 ) -> None:
-    """Load a checkpoint. Tell the user if the machine class or a version is not that of the last session."""
+    """Load a checkpoint. Tell the user if the machine class or a version changed since the last session."""
     if "evaluate_hash" not in earlier:
-        fix = "restore it, or use --fresh to start over"
-        raise RunError(f"{run.path}/env.json, which says how the run began, is missing; {fix}")
-    run.rows()  # raises an error for invalid rows, which a matching checksum does not rule out
+        fix = "restore the file, or use --fresh to start over"
+        raise RunError(f"{run.path}/env.json, which records how the run began, is missing; {fix}")
+    run.rows()  # raise an error for invalid rows, which may exist even if the checksum matches
     load_checkpoint(run, state, accounts, *loaded, growth)
-    env["evaluate_hash"] = earlier["evaluate_hash"]  # the hash from the first session reveals later edits
+    env["evaluate_hash"] = earlier["evaluate_hash"]  # keep the first hash, to detect later edits
     log.note(f"{run.path} resumes after step {state.step}")
     compared = (
-        ("machine class", "machine_classes", env["machine_class"]),
-        ("version of mainrun or of a library", "all_versions", env["versions"]),
+        ("the machine class", "machine_classes", env["machine_class"]),
+        ("the version of mainrun or of a library", "all_versions", env["versions"]),
     )
     for what, key, current in compared:
         if earlier.get(key, [current])[-1] != current:
-            log.note(f"this is a different {what}: from here on the bits are not those of an undisturbed run")
+            log.note(f"{what} has changed: from here on, results may differ from an uninterrupted run")
 
 
 def steps_trained(rows: list[LogRow], end: int) -> set[int]:
-    """Return the steps that a run trained itself, according to the rows of metrics.jsonl.
+    """Return the steps that a run trained and did not reuse, according to the rows of metrics.jsonl.
 
-    Rows beyond the end of the run are ignored.
+    Steps after the end of the run are ignored.
     """
     trained: set[int] = set()
     last = 0
@@ -177,7 +177,7 @@ def follow_leader(run: RunDir, state: State, accounts: Accounts, device: Device,
         return
 
     def is_leaders(meta: Row) -> str:
-        return "" if meta.get("step") == step else "the leader chose another"
+        return "" if meta.get("step") == step else "the leader chose another checkpoint"
 
     loaded = checkpoint.load_newest(run.checkpoints, is_leaders, lambda _: None)
     if loaded is None:

@@ -1,7 +1,9 @@
-"""A session of a run, which starts at a checkpoint or at step 0 and ends when the run is done or stopped.
+"""Train a run from its last checkpoint, or from step 0, until the run is done or stopped.
 
-from mainrun.run.session import train
-summary = train(cfg, Path("runs"))
+For example:
+
+    from mainrun.run.session import train
+    summary = train(cfg, Path("runs"))
 """
 
 from __future__ import annotations
@@ -50,18 +52,18 @@ def train(
     keep: Iterable[int] = (),
     until: int = 0,
 ) -> Row:
-    """Train a config to the end and return the summary.
+    """Train the run of a config to the end, and return the summary of the run.
 
-    Continue from the last checkpoint of the run, and reuse steps from the store.
+    Training continues from the last checkpoint of the run, and reuses steps from the store.
 
-    keep: further steps after which the state is kept in the store.
+    keep: additional steps after which the state is saved in the store.
 
-    until: the step after which to stop. 0 means the end of the run.
+    until: the step after which to stop. The value 0 means the end of the run.
     """
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())  # catch signals even while data is prepared
         started = time.perf_counter()
-        check_writable(Path(out))  # find an error now, because reading the data may take long
+        check_writable(Path(out))  # fail before reading the data, which may take long
         setup = set_up(cfg)
         check_spans(cfg, setup.data)
         data_seconds = time.perf_counter() - started
@@ -146,7 +148,7 @@ def start_session(
     stop: StopSignal,
     until: int,
 ) -> Session:
-    """Start a session in all processes, from the last checkpoint of the run."""
+    """Start a session from the last checkpoint of the run, or from step 0 if there is no checkpoint."""
     cfg = setup.cfg
     device = setup.device
     journal = None
@@ -177,7 +179,7 @@ def ending(run_dir: RunDir, session: Session) -> Iterator[None]:
         if session.device.leads:
             state = STATUS.get(getattr(e, "exit_code", 1), "failed")
             status = {"state": state, "step": session.state.step, "steps": session.plan.steps}
-            with suppress(MainrunError):  # the user must see `e`, not an error from this write
+            with suppress(MainrunError):  # an error from this write must not hide `e`
                 run_dir.write("status.json", {**status, "why": str(e) or type(e).__name__})
         raise
     finally:
@@ -188,7 +190,7 @@ def ending(run_dir: RunDir, session: Session) -> Iterator[None]:
 
 
 class Session:
-    """A `Run` for the loop in mainrun/train.py that supports checkpoints, the store, growth and signals."""
+    """A run that the training loop executes, with checkpoints, the store, growth and signal handling."""
 
     def __init__(
         self,
@@ -219,7 +221,7 @@ class Session:
         self.until = until
         self.batches = Batches(setup.cfg, setup.data.splits["train"])
         self.slow_steps = SlowSteps(self.device.threads, self.device.torch_device.type)
-        self._began: float | None = None  # start time of the steps that are not logged yet
+        self._began: float | None = None  # start time of the first step that is not logged yet
         self._compiles = self.device.compile  # whether the next step compiles the model
 
     @property
@@ -234,7 +236,7 @@ class Session:
             raise self._diverged(e) from None
 
     def _diverged(self, e: NotFinite) -> Diverged:
-        """Save the state before a loss that is not finite, and return the error for the user."""
+        """Save the state before a NaN or infinite loss, and return an error that explains the divergence."""
         self._log_steps(e.rows)
         kept = "the last checkpoint before this step is kept"
         row = e.row
@@ -274,7 +276,7 @@ class Session:
         return f"{cause} at step {step} of {self.plan.steps}; everything is saved; {fix}"
 
     def _any_process_stops(self) -> bool:
-        # `any_process` makes all processes wait for each other, so do not call `any_process` often
+        # do not call `any_process` at every step, because it makes all processes wait for each other
         if self.device.world > 1 and self.state.step % self.device.read_every:
             return False
         return self.device.any_process(bool(self.stop.name))
@@ -326,7 +328,7 @@ class Session:
         finite = all(math.isfinite(row["loss"]) for row in rows)
         if self.device.any_process(not finite):
             lr = self.plan.at(step - 1).lr
-            got = f"the score at step {step} of {self.plan.steps} is not a number after lr {lr:g}"
+            got = f"the score at step {step} of {self.plan.steps} is not finite after lr {lr:g}"
             fix = "lower lr, lr_aux or weight_decay"
             raise Diverged(f"{got}; {fix} (the last checkpoint before this step is kept)")
         for row in rows:
@@ -334,7 +336,7 @@ class Session:
             self.run_log.eval(row, self.plan.steps)
 
     def _score(self) -> list[Row]:
-        """Return the scores of the weights. Only the leader computes scores."""
+        """Score the current weights if this process is the leader. Otherwise, return an empty list."""
         if not self.device.leads:
             return []
         with self.accounts.clock("evaluation"):
@@ -348,7 +350,7 @@ class Session:
             pass
 
     def _settle_once(self) -> bool:
-        """Share the state and decide about growth. Return True if this method must be called again."""
+        """Share the state, and decide about growth. Return True if this method must be called again."""
         state = self.state
         self.sharing.publish(state)
         before = state.step

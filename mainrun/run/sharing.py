@@ -1,13 +1,14 @@
 """Share training steps between runs through the store, so that no step is trained twice.
 
-A node is a stored state. At the start and at each node, a run looks for the latest node on the run's key
-chain and continues from this node. If there is no such node, the run takes the lease on the next node and
-trains up to this node. If another run already has the lease, the run waits until the node is written.
+A node is a training state in the store. At the start and after each node, a run looks for the latest stored
+node among its own later steps, and continues from that node. If the store has no such node, the run takes a
+lease on its next node and trains up to that node. If another run already holds the lease, the run waits until
+the node is written.
 
-Two runs with different targets may share steps up to a fork. One run then trains the shared steps, and the
-other run waits. The waiting run creates the file wants/KEY to request a node at the fork, and the training
-run writes this node. A background thread writes the nodes. If the store fails, the run continues, but some
-steps may be trained twice.
+Two runs that train towards different nodes may share steps up to a fork. In that case, one run trains the
+shared steps while the other run waits. The waiting run requests a node at the fork by creating the file
+wants/KEY, and the training run then writes the node. A background thread writes the nodes. If the store
+cannot be used, the run continues without the store, and some steps may be trained twice.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from mainrun.train import State
 
 Row = dict[str, Any]
 POLL = 0.1  # seconds between two checks of a lease
-# the errors that an invalid lease or config of another run may raise
+# the errors that may be raised by reading the invalid lease or config of another run
 MISREAD = (
     MainrunError,
     LookupError,
@@ -49,7 +50,7 @@ MISREAD = (
     AssertionError,
 )
 CHANCE = random.SystemRandom()  # a random generator that does not influence training
-LOSSES = ("step", "eval")  # the events of metrics.jsonl; all other events belong to growth.jsonl
+LOSSES = ("step", "eval")  # the events in metrics.jsonl; all other events are in growth.jsonl
 
 
 def row_identity(row: Row) -> tuple[Any, ...]:
@@ -67,42 +68,45 @@ class OtherRun(NamedTuple):
 
 
 class Course:
-    """The keys of the steps in a run, and the steps at which the run keeps nodes."""
+    """The store keys of a run's steps, and the steps after which the run saves its state in the store."""
 
     def __init__(
         self, cfg: TrainConfig, begun: dict[str, Any], plan: Plan, keep: Iterable[int], until: int
     ) -> None:
         self.cfg = cfg
-        self.begun = begun  # the values from which the first key is computed
+        self.begun = begun  # the values that determine the first key
         self.geometry = list(cfg.geometry)
         self._keep = frozenset(keep)
         self._until = until
         self.follow(plan)
 
     def follow(self, plan: Plan) -> None:
-        """Recompute the keys for a plan that growth has changed."""
+        """Recompute the keys after growth has changed the plan."""
         self.plan = plan
         self.keys = lineage.chain(lineage.root(self.begun), plan)
         self.until = min(self._until or plan.steps, plan.steps)
-        # step 1 is always scored, but a node after step 1 would save only one step
+        # exclude step 1: it is always scored, but a node after step 1 would save only one step
         stops = {*plan.breaks, *plan.eval_steps - {1}, *self._keep, self.until}
         self.stops = stops & set(range(1, self.until + 1))
         self.steps = {key: step for step, key in enumerate(self.keys[: self.until + 1]) if step}
 
     def certain_until(self, step: int) -> int:
-        """Return the step up to which the plan cannot change, because no undecided operation can fire."""
+        """Return the last step that growth can no longer affect.
+
+        Growth decides about undecided operations only at scored steps.
+        """
         if not self.plan.undecided:
             return self.until
         later = [score for score in self.plan.eval_steps if score > step]
         return min([self.until, *later])
 
     def scores_between(self, begin: int, end: int) -> list[int]:
-        """Return the steps after `begin` and before `end` at which the run is scored."""
+        """Return the steps after `begin` and before `end` at which the model is scored."""
         return sorted(step for step in self.plan.eval_steps if begin < step < end)
 
 
 class NodeReader:
-    """Find the nodes in the store that a run can use, and the log rows up to these nodes."""
+    """Find the stored nodes from which a run can continue, and the log rows up to these nodes."""
 
     def __init__(self, store: Store, course: Course, note: Callable[[str], None]) -> None:
         self.store = store
@@ -112,7 +116,7 @@ class NodeReader:
         self._reported: set[str] = set()
 
     def usable(self, step: int) -> Iterator[tuple[Node, list[Node]]]:
-        """Yield each usable node after a step, and the list of nodes up to this node. The latest is first."""
+        """Yield the usable nodes after a step, latest first, each with the list of nodes that lead to it."""
         course = self.course
         keys = self.store.node_keys()
         states: Container[str] | None = None
@@ -130,11 +134,11 @@ class NodeReader:
             if not missing:
                 yield path[-1], path
             else:
-                # this run trains up to the steps with missing scores, and keeps nodes at these steps
+                # this run must compute the missing scores, so it also saves nodes at these steps
                 self.extra_stops |= missing
 
     def _path(self, key: str, target: int, step: int, states: Container[str]) -> list[Node]:
-        """Return the nodes from `step` to `target` in order. Return an empty list if a node is missing."""
+        """Return the nodes from `step` to `target` in order, or an empty list if they cannot be used."""
         try:
             node = self.store.node(key)
             if node.step != target:
@@ -149,19 +153,20 @@ class NodeReader:
     def rows_for_run(
         self, path: list[Node], since: int, written: Container[tuple[Any, ...]] = ()
     ) -> Iterator[Row]:
-        """Yield the rows that this run would have logged if this run had trained the steps after `since`.
+        """Yield the rows that this run would have logged if it had trained the steps after `since` itself.
 
         path: the nodes that contain the rows.
-        written: the identities of rows that growth.jsonl already contains.
+
+        written: the identities of the rows that are already in growth.jsonl.
         """
         course = self.course
-        # two nodes may contain the same score, because a run that starts at a node may score the node again
+        # two nodes may contain the same score, because a run that continues from a node may score it again
         scored: set[tuple[int, str]] = set()
         for node in path:
             for row in node.rows:
                 step = row["step"]
                 if row["event"] not in LOSSES:
-                    # growth rows of step `since` are missing if the run stopped before the operations
+                    # the run may have stopped after step `since` but before the growth operations there
                     if step >= since and row_identity(row) not in written:
                         yield row
                     continue
@@ -198,13 +203,13 @@ class LeaseHolder:
         self.lease: Lease | None = None
         self.wanted: frozenset[int] = frozenset()  # steps at which waiting runs request a node
         self.passed = 0  # the step up to which other runs can no longer request nodes
-        self.due: list[int] = []  # steps of nodes to keep; nodes after `written` are not in the store yet
+        self.due: list[int] = []  # steps of nodes to save; nodes after the step `written` are not saved yet
         self.written = 0
         self._requested: set[str] = set()  # keys that this run has requested from other runs
-        self._forks: dict[tuple[str, str], int] = {}  # maps the key and the run of a lease to a fork
+        self._forks: dict[tuple[str, str], int] = {}  # for each lease, the last step shared with its holder
 
     def follow(self) -> None:
-        """Discard the forks and the lease that became invalid because growth has changed the course."""
+        """Clear the known forks, and release the lease if the changed plan no longer needs the lease."""
         self._forks.clear()
         if self.lease and self.lease.key not in self.course.steps:
             self.free()
@@ -220,8 +225,8 @@ class LeaseHolder:
         self.lease = self.leases.acquire(course.keys[target], self.beat, **about)
 
     def beat(self) -> Row:
-        """Return what a heartbeat writes to the lease file: the step up to which all nodes are written."""
-        if self.device.world == 1:  # several processes would have to agree on the nodes to keep
+        """Return the heartbeat data for the lease file: the step up to which all nodes have been written."""
+        if self.device.world == 1:  # several processes would first have to agree on the nodes to save
             with suppress(OSError):
                 keys = self.store.wants() & self.course.steps.keys()
                 self.wanted = frozenset(self.course.steps[key] for key in keys)
@@ -230,7 +235,7 @@ class LeaseHolder:
         return {"at": min([passed, *unwritten])}
 
     def keeps(self, step: int) -> bool:
-        """Return whether to keep the state after a step in the store.
+        """Return whether the state after `step` must be saved in the store.
 
         After this call, other runs can no longer request a node at this step.
         """
@@ -241,7 +246,7 @@ class LeaseHolder:
         return kept
 
     def other_run(self, step: int) -> OtherRun | None:
-        """Return the run that will train the most steps for this run, with all scores that this run needs."""
+        """Return the run that will train the most steps and compute all necessary scores for this run."""
         others = []
         limit = self.course.certain_until(step)
         for key, holder in self.leases.active().items():
@@ -254,16 +259,16 @@ class LeaseHolder:
         return max(others, default=None)
 
     def _meeting(self, key: str, holder: Row, fork: int, limit: int) -> int:
-        """Return the step of the next shared node that another run will write, or 0 for no such node."""
+        """Return the step of the next node that another run will save for this run, or 0 for no node."""
         target = self.course.steps.get(key, 0)
         if 0 < target <= limit:
             return target
-        # the other run has a different target, but this run may be early enough to request a node at the fork
+        # the other run trains towards another node, but may not have passed the fork yet
         at = holder.get("at")
         return fork if isinstance(at, int) and at < fork else 0
 
     def _leaves_scores(self, holder: Row, step: int, meets: int) -> bool:
-        """Whether another run computes all scores that this run needs up to the step `meets`."""
+        """Return whether another run computes all scores that this run needs before the step `meets`."""
         needed = self.course.scores_between(step, meets)
         if not needed:
             return True
@@ -272,7 +277,7 @@ class LeaseHolder:
         return isinstance(scores, list) and same_spans and all(score in scores for score in needed)
 
     def fork(self, key: str, holder: Row) -> int:
-        """Return the last step that this run shares with the holder of a lease, or 0 if unknown."""
+        """Return the last step that this run shares with the holder of a lease, or 0 if it is unknown."""
         known = (key, str(holder.get("run")))
         if known not in self._forks:
             self._forks[known] = 0
@@ -282,7 +287,7 @@ class LeaseHolder:
 
     def _shared_steps(self, key: str, holder: Row) -> int:
         course = self.course
-        same_start = holder["root"] == course.keys[0]  # equal first keys mean equal data and equal machines
+        same_start = holder["root"] == course.keys[0]  # equal first keys imply equal data and machines
         if self.device.world > 1 or not same_start:
             return 0
         plan = Plan(from_dict(holder["config"]), course.plan.train_tokens, holder.get("fired", ()))
@@ -292,12 +297,12 @@ class LeaseHolder:
         return min(planner.shared_steps(course.keys, theirs), course.until)
 
     def want(self, other: OtherRun) -> None:
-        """Request a node at the fork of both runs, unless the other run already trains up to this node."""
+        """Ask another run to save a node at the fork, unless it is already training up to that node."""
         key = self.course.keys[other.fork]
         if not other.fork or key == other.key or key in self._requested:
             return
         self._requested.add(key)
-        with suppress(OSError):  # if the request fails, the other run may not write the node
+        with suppress(OSError):  # without the request, the other run may not save the node
             self.store.want(key, self.course.cfg.run_id)
 
     def free(self) -> None:
@@ -326,7 +331,7 @@ class NodeWriter:
         self._pending: Node | None = None  # the node that is being written
 
     def due(self, step: int) -> bool:
-        """Return whether the state after a step must be written now."""
+        """Return whether the state after `step` must be written to the store now."""
         kept = step in self.course.stops or step in self.holder.due
         return kept and step != self.before[0]
 
@@ -335,7 +340,7 @@ class NodeWriter:
         if self._writing:
             self._writing.result()
         if not self.on:
-            self.holder.free()  # other runs must not wait for a node that is never written
+            self.holder.free()  # other runs must not wait for a node that will never be written
             return
         self.before, self.rows = self.unwritten()
         tensors = {name: t.detach().to("cpu", copy=True) for name, t in state.tensors().items()}
@@ -376,21 +381,21 @@ class NodeWriter:
         try:
             self.store.begin(node.root, self.course.begun)
             if node.begins and not self.store.files.exists(f"nodes/{node.parent}"):
-                raise Refused(f"the rows up to step {node.begins} are no longer in the store")
+                raise Refused(f"the log rows up to step {node.begins} are no longer in the store")
             self.store.save(node, tensors, lease.check if lease else lambda: None)
             self.store.evict({node.key})
             return True
         except Fenced as e:
-            self.note(f"step {node.step} is not kept in the store: {e}")
+            self.note(f"step {node.step} is not saved in the store: {e}")
         except Refused as e:
-            self.stop(f"step {node.step} and later steps are not kept in the store: {e}")
+            self.stop(f"step {node.step} and later steps are not saved in the store: {e}")
         except OSError as e:
             problem = f"the store {self.store} cannot be written ({e})"
             if e.errno in NO_SPACE:
                 problem = f"no space left in the store {self.store}"
-            self.stop(f"{problem}; nothing more is kept in it")
-        except Exception as e:  # library errors, for example from safetensors, must not end the run
-            self.stop(f"the store {self.store} cannot be written ({e!r}); nothing more is kept in it")
+            self.stop(f"{problem}; no more steps are saved in it")
+        except Exception as e:  # errors from libraries such as safetensors must not end the run
+            self.stop(f"the store {self.store} cannot be written ({e!r}); no more steps are saved in it")
         finally:
             self.holder.written = node.step
             if lease and (lease.key == node.key or not self.on):
@@ -450,13 +455,14 @@ class Sharing:
         """Start a session.
 
         lost_steps: the steps that this run trained but lost when a session ended.
+
         on_lost_steps_recovered: a function to call after lost steps were recovered from the store.
         """
         self.lost_steps = lost_steps
         self.on_lost_steps_recovered = on_lost_steps_recovered
 
     def follow(self, plan: Plan) -> None:
-        """Switch to a plan that growth has changed."""
+        """Update the keys and the lease after growth has changed the plan."""
         self.course.follow(plan)
         self.holder.follow()
 
@@ -465,7 +471,7 @@ class Sharing:
         self.writer.rows.append(row)
 
     def keeps(self, step: int) -> bool:
-        """Return whether to keep the state after a step in the store. Call this method before the step."""
+        """Return whether to save the state after `step` in the store. Call this method before the step."""
         return self.holder.keeps(step)
 
     # -- reusing nodes
@@ -510,7 +516,7 @@ class Sharing:
                     self.holder.want(other)
                     if not waiting:
                         waiting = (
-                            f"waiting for {other.run}, which trains the shared steps up to {other.meets}"
+                            f"waiting for {other.run}, which trains the shared steps up to step {other.meets}"
                         )
                         self.note(waiting)
                 elif self._take_lease(state.step):
@@ -520,7 +526,7 @@ class Sharing:
             except OSError as e:
                 reason = e.strerror or e
                 self.writer.stop(
-                    f"the store {self.store} cannot be used ({reason}); nothing more is kept in it"
+                    f"the store {self.store} cannot be used ({reason}); no more steps are saved in it"
                 )
                 self.holder.free()
                 return
@@ -533,7 +539,7 @@ class Sharing:
     def _take_lease(self, step: int) -> bool:
         """Take the lease on the next node.
 
-        Return False if another run has this lease or a conflicting lease.
+        Return False if another run holds this lease or a conflicting lease.
         """
         self.holder.acquire(step)
         if not self.reads:
@@ -569,7 +575,7 @@ class Sharing:
         return False
 
     def _add_scores_as_stops(self) -> None:
-        if self.device.world == 1:  # several processes would have to agree on the nodes to keep
+        if self.device.world == 1:  # several processes would first have to agree on the nodes to save
             self.course.stops |= self.reader.extra_stops
         self.reader.extra_stops.clear()
 
@@ -595,7 +601,7 @@ class Sharing:
         for row in self.reader.rows_for_run(path, first, written):
             if row["event"] == "eval":
                 scored = scored or row["step"] == last
-                # compute the growth figures again, because the other run may have another growth schedule
+                # recompute the growth figures, because the other run may have a different growth schedule
                 row = {key: value for key, value in row.items() if key not in FIGURES}
                 row |= growth.figures(row["step"])
             target = log if row["event"] in LOSSES else journal
@@ -612,7 +618,7 @@ class Sharing:
         self.note(f"{steps} are reused from the store ({trained_by})")
 
     def report_other_versions(self) -> None:
-        """Tell the user if the store has steps of this run from another machine class or version."""
+        """Tell the user if the store has steps of this run that another machine class or version trained."""
         begun = self.course.begun
         root = lineage.root(begun)
         closest: list[str] | None = None
@@ -635,7 +641,8 @@ class Sharing:
         if closest:
             reasons = "; ".join(closest[:4])
             self.note(
-                f"the store has this run's first steps with other bits, so they are not reused ({reasons})"
+                f"the store has this run's first steps only from a different environment, "
+                f"so they are not reused ({reasons})"
             )
 
     # -- writing nodes
@@ -650,7 +657,7 @@ class Sharing:
     # -- the checkpoints of the run
 
     def checkpoint_meta(self, step: int) -> Row | None:
-        """Return the checkpoint data that the next node will need, or None if no nodes are written."""
+        """Return the data to checkpoint for the next node, or None if no more nodes will be written."""
         if not self.writer.on:  # after an error, log rows may be missing
             return None
         before, rows = self.writer.unwritten()
@@ -660,13 +667,13 @@ class Sharing:
         """Restore the data that `checkpoint_meta` returned when the checkpoint was saved."""
         if not meta:
             steps = f"the steps up to {step} were trained without a store"
-            self.writer.stop(f"{steps}: no steps of this run are kept in the store")
+            self.writer.stop(f"{steps}, so no steps of this run are saved in the store")
             return
         if meta["key"] != self.course.keys[step]:
-            # the state has different bits, so the state must not be stored with the keys of this run
+            # the state comes from a different environment, so it must not be stored with the keys of this run
             self.reads = False
-            steps = f"the steps up to {step} were trained elsewhere and have other bits"
-            self.writer.stop(f"{steps}: this run neither reads from the store nor adds to it")
+            steps = f"the steps up to {step} were trained in a different environment"
+            self.writer.stop(f"{steps}, so this run neither reads from the store nor writes to it")
             return
         self.writer.before = (meta["before"][0], meta["before"][1])
         self.writer.rows = list(meta["rows"])

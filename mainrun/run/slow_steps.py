@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 
 WINDOW = 5.0  # seconds of training before each check
-LEAST_CORES = 1.1  # the minimum average number of cores that two threads use if no thread waits
+LEAST_CORES = 1.1  # if several threads use fewer cores than this on average, they wait for cores
 
 
 class SlowSteps:
-    """Warn once if steps on several threads take much longer than their CPU time.
+    """Warn once if the threads of a training step spend much of their time waiting for CPU cores.
 
     Every matrix product waits for its slowest thread. If another process uses one of two cores, a run on two
     threads is therefore many times slower than a run on one thread.
@@ -29,7 +29,7 @@ class SlowSteps:
             self._started = (time.perf_counter(), time.process_time())
 
     def check(self, steps: int) -> str:
-        """Stop the clocks after some steps. Return a warning the first time that steps are slow, or ""."""
+        """Stop the clocks. Return a warning if these steps are the first slow steps, or an empty string."""
         if not self.on:
             return ""
         self.steps += steps
@@ -49,6 +49,6 @@ class SlowSteps:
     def _warning(self) -> str:
         wall = self.wall / self.steps
         processor = self.processor / self.steps
-        work = f"its {self.threads} threads compute {processor:.2g} s in all"
-        step = f"a step takes {wall:.2g} s, of which {work}"
-        return f"{step}: they wait for busy cores; --set threads=1 may be faster"
+        work = f"its {self.threads} threads compute for only {processor:.2g} s in total"
+        step = f"a step takes {wall:.2g} s, but {work}"
+        return f"{step}, because they wait for busy cores; --set threads=1 may be faster"

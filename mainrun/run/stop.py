@@ -9,9 +9,9 @@ from typing import Any
 
 
 class StopSignal:
-    """Remember the first SIGTERM or SIGINT, so that a run stops between two steps.
+    """Record SIGTERM and SIGINT, so that a run stops between two steps.
 
-    A SIGINT after the first signal stops the run immediately.
+    A SIGINT that follows another signal stops the run immediately.
     """
 
     last = ""  # name of the last signal, even if the signal came too late to stop a session

@@ -35,7 +35,7 @@ def summarize(
     presentations = count_presentations(setup, plan, state)
     flops = sum(segment["flops"] for segment in segments)
     if not cfg.growth.ops:
-        flops = state.tokens * segments[0]["flops_per_token"]  # processed tokens include repetitions
+        flops = state.tokens * segments[0]["flops_per_token"]  # counts every pass over a token
     summary = {
         "run": cfg.run_id,
         "preset": cfg.preset,
@@ -161,14 +161,14 @@ def finish(
     seconds = sum(accounts.spent.values())
     trained = plan.tokens(plan.steps) - accounts.ledger["reused_tokens"]
     summary |= {"seconds": seconds, "tokens_per_s": trained / seconds, "spent": accounts.spent}
-    # Write status.json first. A run with a summary.json never starts again, so a wrong status would remain.
+    # Write status.json first, because a run with a summary.json never starts again to correct its status.
     run.write("status.json", {"state": "done", "step": state.step, "steps": plan.steps})
     run.write("summary.json", summary)
     return summary
 
 
 def peak() -> int:
-    """Return the peak memory of this process in bytes. On a GPU, return the peak GPU memory."""
+    """Return the peak memory of this process in bytes. If a GPU is used, return the peak GPU memory."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     return peak_memory()

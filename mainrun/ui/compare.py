@@ -1,6 +1,6 @@
 """Compare finished runs in a table.
 
-Use the score `full` to rank runs. The score `official` is shown with the share of the validation titles that
+Use the score `full` to rank runs. The score `official` is shown with the share of the validation tokens that
 this score covers. Runs that were scored on different titles are refused, because their scores are not
 comparable.
 """
@@ -54,7 +54,7 @@ def load_summary(run: RunDir) -> dict[str, Any]:
     summary = run.summary()
     if summary is None:
         state = run.status().get("state", "not started")
-        fix = "run the `mainrun train` command that started it again to resume"
+        fix = "to resume the run, repeat its `mainrun train` command"
         if state == "diverged":
             fix = "it would diverge again, so train a config with a lower lr or a longer warm-up"
         raise RunError(f"run {run.path.name} is not finished ({state}); {fix}")
@@ -80,9 +80,9 @@ def _check_scores(run: RunDir, summary: dict[str, Any]) -> None:
         for key, value in summary[name].items():
             if key not in row or row[key] != value:
                 raise RunError(
-                    f"{run.path}/summary.json gives {shown(value, 60)} for {key} of the {name} score, "
-                    f"but metrics.jsonl gives {shown(row.get(key), 60)}; "
-                    "one of them was changed after the run: restore it, or train again with --fresh"
+                    f"{run.path}/summary.json says {shown(value, 60)} for {key} of the {name} score, "
+                    f"but metrics.jsonl says {shown(row.get(key), 60)}; "
+                    "one of the files was changed after the run; restore it, or train again with --fresh"
                 )
 
 
@@ -90,7 +90,7 @@ def _check_scores(run: RunDir, summary: dict[str, Any]) -> None:
 
 
 def rows(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one row of figures per run. Each run is compared with the first run."""
+    """Return one table row per run. Each row compares the run with the first run."""
     first = summaries[0]
     for other in summaries[1:]:
         _check_same_data(first, other)
@@ -210,8 +210,8 @@ def _notes(table: list[dict[str, Any]]) -> list[str]:
     notes = []
     if any(row["official_flagged"] for row in table):
         notes.append(
-            f"(!) covers less than {MIN_COVERAGE:.0%} of val, so this official score is not comparable; "
-            "`full` covers all of val."
+            f"(!) This official score covers less than {MIN_COVERAGE:.0%} of val, so it is not comparable. "
+            "The score `full` covers all of val."
         )
     for row in table:
         if row["reused"]:
@@ -226,7 +226,7 @@ def _notes(table: list[dict[str, Any]]) -> list[str]:
 
 
 def _verdict(guards: dict[str, list[str]]) -> str:
-    """Return a string that names the guards that failed and the guards that flagged the run."""
+    """Return a string that lists the guards that failed and the guards that flagged the run."""
     parts = []
     for status in ("fail", "flag"):
         if guards[status]:

@@ -1,4 +1,4 @@
-"""Functions that all commands share, for errors, common options, output streams and tables.
+"""Functions that all commands use to handle errors, common options, output streams and tables.
 
 This module does not import torch, and imports Rich only to print a table.
 """
@@ -100,7 +100,7 @@ def is_leader() -> bool:
 def _drop_odd_sizes() -> None:
     """Remove COLUMNS and LINES from the environment if they are not decimal numbers.
 
-    Rich accepts all Unicode digits, such as superscripts, and then fails to convert these digits to an
+    Rich accepts any Unicode digits in these variables, such as superscripts, but fails to convert them to an
     integer.
     """
     for name in ("COLUMNS", "LINES"):
@@ -124,7 +124,7 @@ PATH_OPTIONS = ("--figures", "--log", "--out", "--report", "--run", "--runs", "-
 def _check_text(args: Sequence[str]) -> None:
     """Raise UsageError if an argument is not valid text.
 
-    Arguments are written to JSON files, tables and PDFs.
+    Arguments must be valid text because they are written to JSON files, tables and PDFs.
     """
     for previous, arg in pairwise(["", *args]):
         if arg == "" and previous in PATH_OPTIONS:
@@ -137,14 +137,14 @@ def _check_text(args: Sequence[str]) -> None:
         if encoding != "utf-8":
             fix = f"the locale supports only {encoding}; set PYTHONUTF8=1 or LC_ALL=C.UTF-8"
         else:
-            fix = "write it in UTF-8, and rename files whose names are not UTF-8"
+            fix = "encode it as UTF-8, and rename files whose names are not UTF-8"
         raise UsageError(f"got the argument {inputs.shown(arg)}, which is not UTF-8 text; {fix}")
 
 
 def _check_caches() -> None:
     """Check the environment variables for the cache folder.
 
-    An early check makes the error message name the variable that is wrong.
+    This early check lets the error message name the wrong variable.
     """
     for name in ("MAINRUN_CACHE", "XDG_CACHE_HOME"):
         folder = os.environ.get(name)
@@ -169,7 +169,7 @@ def _fail(e: BaseException, kind: str, text: str, code: int, args: Sequence[str]
     if "--debug" in args:
         traceback.print_exception(e)
     if not is_leader():
-        # Rank 0 usually prints the same error and exits. Then torchrun ends this process during the wait.
+        # Rank 0 usually prints the same error and exits, and torchrun then ends this process while it waits.
         time.sleep(5)
         kind = f"{kind} in process {os.environ['RANK']}"
     print(f"{kind}: {_readable(text)}", file=sys.stderr, flush=True)
@@ -194,7 +194,7 @@ def _readable(text: str) -> str:
 
 
 def _usage_message(e: typer.TyperException) -> str:
-    """Return the message of a Typer error, with the most similar option and the command for the help."""
+    """Return the message of a Typer error, with a suggested option and the command that shows the help."""
     text = e.format_message().rstrip(".")
     ctx = getattr(e, "ctx", None)
     if ctx is None:
@@ -221,17 +221,20 @@ def validate_paths(param: typer.CallbackParam, value: Any) -> Any:
 
 
 Preset = Annotated[
-    str, typer.Option("--preset", metavar="NAME|FILE", help="A preset, a TOML file, or NAME:STEP.")
+    str,
+    typer.Option(
+        "--preset", metavar="NAME|FILE", help="A preset, a step of a preset (NAME:STEP), or a TOML file."
+    ),
 ]
 Sets = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one field. Can be repeated.")
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a config field. Can be repeated.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
+Json = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
 Out = Annotated[
     Path,
     typer.Option("--out", metavar="DIR", callback=validate_paths, help="The folder of the run directories."),
 ]
-# The function `_fail` looks for the option --debug in the arguments of the command.
+# The commands ignore the value of --debug, because `_fail` searches the command-line arguments for it.
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -240,7 +243,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Tune the memory allocator before torch is imported. At exit, shut down the process group."""
+    """Tune the memory allocator before torch is imported, and destroy the process group at exit."""
     from mainrun.core.hardware import tune_allocator
 
     tune_allocator()
@@ -275,7 +278,7 @@ def stoppable() -> Iterator[None]:
                 "stopped outside the training steps; nothing is lost; run the same command again to resume"
             ) from None
         print(
-            "stopped at once; run the same command again to resume from the last checkpoint",
+            "stopped immediately; run the same command again to resume from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )
@@ -293,21 +296,21 @@ def check_regular_file(path: Path, option: str, begins: bytes, kind: str) -> Non
 
     Empty files and earlier outputs of the same kind may be overwritten.
 
-    begins: the bytes with which every file of the expected kind begins.
+    begins: the first bytes of every file of the expected kind.
     """
     if path.is_dir():
         what = "a folder"
     elif path.exists() and not path.is_file():
         what = "a device or a pipe, not a file"
     elif path.is_file() and path.stat().st_size and path.open("rb").read(len(begins)) != begins:
-        what = "a file of another kind, which would be overwritten"
+        what = "a file of another kind and would be overwritten"
     else:
         return
-    raise UsageError(f"got {option} {path}, {what}; give the name of a new file, or of an earlier {kind}")
+    raise UsageError(f"got {option} {path}, which is {what}; give a new file or an earlier {kind}")
 
 
 class _Outlet(io.FileIO):
-    """A raw output stream that never raises. After the first write error, the stream drops all output."""
+    """A raw output stream that never raises errors. After the first error, the stream drops all output."""
 
     fault: OSError | None = None
 
@@ -354,8 +357,8 @@ def _guarded(stream: TextIO | None, fd: int) -> TextIO:
 def _final_code(code: int) -> int:
     """Flush stdout and return the exit code.
 
-    A full disk is an error. A closed pipe is not an error, because programs such as `head` close their input
-    early.
+    A write error on stdout, such as a full disk, counts as an error of the command. A closed pipe is not
+    an error, because programs such as `head` close their input early.
     """
     if sys.stdout is None:
         return code

@@ -26,10 +26,10 @@ from mainrun.store.rundir import disk_errors
 
 SEED = int(TASK["seed"])
 STUDY = "demo"
-# The exit codes of a step that was stopped by a signal.
+# The exit codes of a demo step that was stopped by a signal.
 STOPPED = (Interrupted.exit_code, 128 + signal.SIGINT, -signal.SIGINT, -signal.SIGTERM)
-# Signals that the demo passes on to the running command. A command that is training saves its state when it
-# receives SIGINT or SIGTERM.
+# Maps each signal that the demo receives to the signal that it sends to the running command. A command that
+# is training saves its state when it receives SIGINT or SIGTERM.
 PASSED_ON = {
     signal.SIGINT: signal.SIGINT,
     signal.SIGTERM: signal.SIGTERM,
@@ -44,11 +44,11 @@ class DemoStep(NamedTuple):
 
 
 class StepFailed(MainrunError):
-    """The error for a failed step of the demo. The demo exits with the exit code of this step."""
+    """The error for a failed step of the demo. The exit code of the demo is the exit code of this step."""
 
     def __init__(self, step: DemoStep, code: int) -> None:
         super().__init__(
-            f"the demo's {step.name} step failed with exit code {code}, for the reason above; "
+            f"the demo's {step.name} step failed with exit code {code} (see the error above); "
             "run the same command again to resume"
         )
         self.exit_code = max(code, 1)
@@ -81,16 +81,16 @@ def demo_steps(files: Files, sets: Sequence[str]) -> list[DemoStep]:
         steps.append(DemoStep("train", f"the baseline and the optimized recipe, seed {seed}", train))
     grow = ["train", "--preset", "demo-grown", *options, "--out", files.out]
     steps.append(
-        DemoStep("grow", "twice the layers after half of the tokens; the first half is already trained", grow)
+        DemoStep("grow", "double the layers after half of the tokens; the first half is reused", grow)
     )
     sweep = ["sweep", STUDY, *options, "--out", files.studies]
-    steps.append(DemoStep("sweep", "12 trials, then the best of them against the base on fresh seeds", sweep))
+    steps.append(DemoStep("sweep", "12 trials, then the best trial against the base on fresh seeds", sweep))
     report = ["report", files.out, "--out", files.report, "--title", "Mainrun demo"]
-    steps.append(DemoStep("report", "one PDF about all of that", report))
+    steps.append(DemoStep("report", "one PDF about these runs and this study", report))
     steps.append(
         DemoStep(
             "submit",
-            "run all guards; put the run, its code and the report into a zip; send nothing",
+            "run all guards, and put the run, its code and the report into a zip; nothing is sent",
             files.submit_command(),
         )
     )
@@ -130,7 +130,7 @@ def run_demo(out: Path, sets: Sequence[str], why_not_submittable: Callable[[], s
             print(f"      {line}", flush=True)
         print(f"      {clock(time.monotonic() - step_start)}", flush=True)
     print(f"\nThe whole demo took {clock(time.monotonic() - start)}.")
-    print(f"These are its results, and what to try next (after `. {_activate_script()}`):\n")
+    print(f"Its results, each with a command to try next (after `. {_activate_script()}`):\n")
     for result, command in _next_commands(files, submitted=not obstacle):
         print(f"  {result}\n      {shlex.join(['mainrun', *command])}")
     print(f"\nTo delete everything: rm -r {shlex.quote(files.out)}")
@@ -150,7 +150,7 @@ def _highlights(step: DemoStep, out: Path, output: str) -> list[str]:
 
 
 def _next_commands(files: Files, submitted: bool) -> Iterator[tuple[str, list[str]]]:
-    """Yield pairs that consist of a result of the demo and a command that uses this result."""
+    """Yield each result of the demo, together with a command that uses this result."""
     out = Path(files.out)
     ids = [path.parent.name for path in sorted(out.glob("*/summary.json"))]
     yield f"{len(ids)} runs: {out}/demo-*", ["compare", "--out", files.out, *ids]
@@ -167,7 +167,7 @@ def _next_commands(files: Files, submitted: bool) -> Iterator[tuple[str, list[st
         summary = json.loads((out / files.run_id / "summary.json").read_text(encoding="utf-8"))
         yield f"the submission: {files.bundle}", ["verify", files.bundle, "--steps", str(summary["steps"])]
     else:
-        yield "no submission, for the reason above", files.submit_command()
+        yield "no submission (see the reason above)", files.submit_command()
 
 
 def _run(step: DemoStep, log: Path) -> str:
@@ -196,9 +196,9 @@ def _run(step: DemoStep, log: Path) -> str:
 
 @contextmanager
 def _process(command: list[str], stderr: IO[str] | None) -> Iterator[subprocess.Popen[str]]:
-    """Start a command in its own process group, and pass signals on to the command.
+    """Start a command in a separate process group, and forward signals to the command.
 
-    Without a separate process group, the command would receive each Ctrl-C in a terminal twice.
+    In a shared process group, the command would receive each Ctrl-C from a terminal twice.
     """
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, text=True, process_group=0

@@ -108,7 +108,7 @@ def _cores() -> Diagnosis:
 
 def _cpu() -> Diagnosis:
     flags = cpu_flags()
-    detail = f"{cpu_name()}: {', '.join(flags) or 'no wide vector instructions known'}"
+    detail = f"{cpu_name()}: {', '.join(flags) or 'no known wide vector instructions'}"
     limits = cpu_limits()
     if limits:
         detail += ", limited by " + ", ".join(f"{name}={value}" for name, value in limits.items())
@@ -123,7 +123,7 @@ def _gpu(torch: dict[str, Any]) -> Diagnosis:
     gpus = torch.get("gpus", [])
     if gpus:
         return Diagnosis("gpu", "ok", ", ".join(gpus))
-    return Diagnosis("gpu", "ok", "torch sees none; runs use the CPU")
+    return Diagnosis("gpu", "ok", "torch finds no GPU, so runs use the CPU")
 
 
 def _memory() -> Diagnosis:
@@ -131,11 +131,11 @@ def _memory() -> Diagnosis:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         available = _available_memory()
     except (ValueError, OSError):
-        fix = "`mainrun train --dry-run` shows how much a run needs"
+        fix = "`mainrun train --dry-run` shows how much memory a run needs"
         return Diagnosis("memory", "warn", "cannot be read on this system", fix)
     detail = f"{available / 1e9:.1f} GB available of {total / 1e9:.1f} GB"
     if available < MEMORY_WARN:
-        fix = "`mainrun train --dry-run` shows how much a run needs; grad_accum lowers it"
+        fix = "`mainrun train --dry-run` shows how much memory a run needs; a higher grad_accum reduces it"
         return Diagnosis("memory", "warn", detail, fix)
     return Diagnosis("memory", "ok", detail)
 
@@ -197,5 +197,5 @@ def _hub() -> Diagnosis:
     reachable, detail = hub_reachable()
     if reachable:
         return Diagnosis("hub", "ok", detail)
-    fix = "the corpora hn and hn-2025 need the hub once; synthetic and file:PATH never do"
+    fix = "hn and hn-2025 must be downloaded from the hub once; synthetic and file:PATH need no download"
     return Diagnosis("hub", "warn", detail, fix)

@@ -46,6 +46,7 @@ def estimate(cfg: TrainConfig, probe: bool = False, store: bool = False) -> dict
     """Return the resolved plan of a run and its estimated cost.
 
     probe: whether to measure the time of a few training steps.
+
     store: whether the run saves states in a store.
     """
     _, device, _, data, plan = set_up(cfg)
@@ -132,7 +133,7 @@ def probe_time(
         x, y = batches.at(i)
         probe.step(device.put(x), device.put(y))
 
-    # The first step allocates memory. On a GPU, more warm-up steps precede the recording of a CUDA graph.
+    # The first step allocates memory. On a GPU, a CUDA graph is recorded after further warm-up steps.
     warmup = 1
     if probe.train_step.forward_backward.on:
         warmup += WARM
@@ -152,7 +153,7 @@ def probe_time(
         costs, saves = compile_balance(cfg, plan, device.torch_device.type, device.threads)
         # Compiling the model saves at most a third of the training time.
         training += costs - min(saves, training / 3)
-    # The final guards count as one more evaluation, because they take as long as an evaluation.
+    # The guards at the end of the run take about as long as one more evaluation.
     evaluations = len(plan.eval_steps) + 1
     checkpoints = math.ceil(plan.steps / plan.checkpoint_every)
     checkpoint_seconds = _bytes(probe.state.tensors().values()) / DISK_SPEED
@@ -196,15 +197,15 @@ def _evaluation_seconds(cfg: TrainConfig, model: GPT, data: TokenData, split: st
 # -- estimating the memory
 
 PROCESS = 500_000_000  # the amount of RAM that Python, torch and other libraries need, in bytes
-# The peak size of the heap, relative to the peak size of a training step's temporary tensors. Tensors that
-# stay allocated do not fragment the heap (see docs/log/growth.md).
+# The factor by which fragmentation of the heap increases the memory for temporary tensors. Tensors that stay
+# allocated do not fragment the heap (see docs/log/growth.md).
 FRAGMENTATION = 1.28
 # The memory in bytes that torch.compile keeps allocated. A compiled training step does not fragment the heap.
 COMPILER = 100_000_000
 
 
 class LiveBytes(TorchDispatchMode):
-    """While this mode is active, count the bytes of all live tensors and record the peak of the count."""
+    """A dispatch mode that counts the bytes of all live tensors and records the peak of this count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -245,7 +246,7 @@ def estimate_memory(plan: Plan, device: Device, vocab_size: int, store: bool = F
     for segment, end in zip(plan.segments, ends, strict=True):
         if end > segment.first:
             configs.append(segment.cfg)
-    # Add the models that result from operations that wait for a loss.
+    # Add the models of growth operations that are triggered by a loss, because they are not in the plan yet.
     configs += plan.cfg.segment_configs[len(plan.segments) :]
     peaks = [_segment_memory(cfg, device, vocab_size, store) for cfg in _largest_segments(configs)]
     peaks += _operation_memory(configs, device, vocab_size)
@@ -255,8 +256,8 @@ def estimate_memory(plan: Plan, device: Device, vocab_size: int, store: bool = F
 def _largest_segments(configs: list[TrainConfig]) -> list[TrainConfig]:
     """Return, for each model of a run, the config that needs the most memory.
 
-    The config with the most rows per pass needs the most memory. Among configs with equally many rows, the
-    config with the highest dropout needs the most memory.
+    The config with the most rows per forward pass needs the most memory. Among configs with the same number
+    of rows, the config with the highest dropout needs the most memory.
     """
     static = [field for field in TrainConfig.model_fields if TrainConfig.class_of(field) == "static"]
     largest: dict[str, TrainConfig] = {}
@@ -272,7 +273,7 @@ def _rows_and_dropout(cfg: TrainConfig) -> tuple[int, float]:
 
 
 def _operation_memory(configs: list[TrainConfig], device: Device, vocab_size: int) -> Iterator[int]:
-    """Yield the peak memory of each operation that replaces the model."""
+    """Yield the peak memory of each growth operation that replaces the model."""
     sizes = [size(cfg.model_copy(update={"vocab_size": vocab_size})) for cfg in configs]
     for old, new in pairwise(sizes):
         # The old weights are freed before the new optimizer state is allocated.
@@ -284,6 +285,7 @@ def _process_memory(device: Device, peak: int, persistent: int) -> int:
     """Return the peak memory of the process.
 
     peak: the peak size of the tensors in the process.
+
     persistent: the size of the tensors that stay allocated between training steps.
     """
     if device.torch_device.type == "cuda":
@@ -330,7 +332,7 @@ def _optimizer_state(cfg: TrainConfig, state: State) -> list[Tensor]:
     """Allocate the optimizer state.
 
     The optimizers of mainrun allocate their state and their temporary tensors during a step. The optimizers
-    of torch are fused. Fused optimizers cannot step on fake tensors, and need no temporary tensors.
+    of torch are fused. A fused optimizer cannot run on fake tensors, and needs no temporary tensors.
     """
     moments = []
     for optimizer in state.optimizers.all:
@@ -346,7 +348,7 @@ def _optimizer_state(cfg: TrainConfig, state: State) -> list[Tensor]:
 
 
 def _evaluate(model: GPT, cfg: TrainConfig, vocab_size: int) -> None:
-    """Run the largest batch of an evaluation in the same way as mainrun.data.scoring does."""
+    """Evaluate one batch of the largest size that mainrun.data.scoring uses."""
     device = model.embed.weight.device
     rows = max(1, scoring.LOGITS[device.type] // (cfg.block_size * vocab_size))
     with torch.no_grad():
@@ -355,9 +357,10 @@ def _evaluate(model: GPT, cfg: TrainConfig, vocab_size: int) -> None:
 
 
 class LossMemory(torch.autograd.Function):
-    """Allocate as much memory as `kernels.cross_entropy`.
+    """A stand-in for `kernels.cross_entropy` that allocates the same amount of memory.
 
-    The loss function allocates the gradient of the logits and two float32 copies of a chunk of the logits.
+    `kernels.cross_entropy` allocates the gradient of the logits, and two float32 copies of a chunk of the
+    logits.
     """
 
     @staticmethod

@@ -31,7 +31,7 @@ def plan(
     ] = "optimized",
     sets: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change one field. Can be repeated."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Set a config field. Can be repeated."),
     ] = None,
     tokens: Annotated[
         int | None,
@@ -40,12 +40,12 @@ def plan(
             min=1,
             max=10**13,
             metavar="N",
-            help="Tokens per epoch. Also show the steps, and warn about operations that cannot fire.",
+            help="Training tokens per epoch. Used to show steps, and to find operations that cannot fire.",
         ),
     ] = None,
     speed: Annotated[
         float | None,
-        typer.Option("--speed", min=1.0, metavar="FLOP/S", help="With --train-tokens: also show the time."),
+        typer.Option("--speed", min=1.0, metavar="FLOP/S", help="With --train-tokens, also show the time."),
     ] = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -88,8 +88,8 @@ def verify(
     """Repeat the growth operations of a run and all their checks.
 
     Each operation starts from the state that the run had before the operation. The state is read from the
-    store. If the store does not contain the state, it is trained again. The exit code is 1 if a check fails,
-    or if an operation gives another result than in the run.
+    store. If the store does not contain the state, the steps up to it are trained again. The exit code is 1
+    if a check fails, or if an operation gives a different result than in the run.
     """
     from mainrun.checks.repeat import repeat_ops
     from mainrun.store.rundir import RunDir
@@ -104,15 +104,15 @@ def verify(
         show_table(["op", "step", "check", "", "details"], lines)
     failed = [check for check in checks if not check["ok"]]
     if failed:
-        raise MainrunError(f"{len(failed)} of {len(checks)} checks fail; see the table")
+        raise MainrunError(f"{len(failed)} of {len(checks)} checks failed; see the table")
     if not all(check["same"] for check in checks):
-        raise MainrunError("the ops gave other results than in the run; see the table")
+        raise MainrunError("the repeated ops gave different results than in the run; see the table")
 
 
 def _verdict(check: Row) -> str:
     if not check["ok"]:
         return "FAILS"
-    return "ok" if check["same"] else "ok, but not as in the run"
+    return "ok" if check["same"] else "ok, but different from the run"
 
 
 def _row(segment: SegmentForecast) -> Row:
@@ -149,7 +149,7 @@ def _show(rows: list[Row]) -> None:
         "parameters": lambda row: f"{row['params']:,}",
         "active": lambda row: f"{row['active']:,}",
         "FLOPs per token": lambda row: f"{row['flops_per_token']:.3g}",
-        "optimiser": lambda row: f"{short(row['optimizer_bytes'])}B",
+        "optimizer": lambda row: f"{short(row['optimizer_bytes'])}B",
     }
     if any(row["steps"] is not None for row in rows):
         columns["steps"] = lambda row: "" if row["steps"] is None else f"{row['steps']:,}"

@@ -9,7 +9,7 @@ import typer
 from mainrun.errors import UsageError
 from mainrun.ui.console import Debug, Json, emit, field_value, show_table
 
-# The symbols that stand for the bounds of a JSON schema in the table.
+# The symbols that the table shows for the bounds in a JSON schema.
 BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
 # A listing is a tuple of the --json output, the table header and the table rows.
@@ -70,7 +70,7 @@ def _description(preset: str) -> str:
 
 
 def _fields_of(name: str) -> Listing:
-    """List the fields that a preset sets. Each step of a ladder is compared with the previous step."""
+    """List the fields that a preset sets. Each step of a preset is compared with the previous step."""
     from mainrun.config import TrainConfig
     from mainrun.plan.recipes import load
 
@@ -123,7 +123,7 @@ def _allowed_values(schema: dict[str, Any]) -> str:
         (kind,) = (option for option in schema["anyOf"] if option.get("type") != "null")
         return f"{_allowed_values(kind)}, or none"
     if "$ref" in schema:
-        return "a table, or its file"
+        return "a table, or the path of a file"
     if "enum" in schema:
         return " | ".join(schema["enum"])
     names = {"boolean": "true | false", "string": "text"}

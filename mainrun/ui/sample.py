@@ -28,7 +28,7 @@ def load_model(run: RunDir) -> tuple[GPT, Tokenizer]:
     cfg = run.config()
     tokenizer = Tokenizer.from_json(run.text("tokenizer.json"))
     if run.config_file().get("tokenizer", tokenizer.digest) != tokenizer.digest:
-        raise RunError(f"{run.path}/tokenizer.json is not the one that the run was trained with; {run.fix}")
+        raise RunError(f"{run.path}/tokenizer.json is not the tokenizer of the training run; {run.fix}")
 
     def fault(meta: dict[str, Any]) -> str:
         return checkpoint.fault(meta) or _wrong_config(meta, cfg)
@@ -37,7 +37,7 @@ def load_model(run: RunDir) -> tuple[GPT, Tokenizer]:
     loaded = checkpoint.load_newest(run.checkpoints, fault, skipped.append)
     if loaded is None:
         raise RunError(
-            f"{run.path} has no usable checkpoint; run the `mainrun train` command of this run to write one"
+            f"{run.path} has no usable checkpoint; to write one, repeat its `mainrun train` command"
         )
     for text in skipped:
         warnings.warn(text, stacklevel=3)
@@ -90,6 +90,6 @@ def _choose(logits: Tensor, temperature: float) -> int:
     """Choose the next token of a title."""
     if temperature < MIN_TEMPERATURE:
         return int(logits.argmax())
-    # All values are at most 0, so that their exponentials cannot overflow.
+    # All values are at most 0, so their exponentials cannot overflow.
     scaled = (logits - logits.max()) / temperature
     return int(scaled.softmax(-1).multinomial(1))

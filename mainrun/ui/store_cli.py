@@ -1,4 +1,4 @@
-"""`mainrun store`: list, check and clean the store of shared steps.
+"""`mainrun store`: list, check and clean the store of shared training steps.
 
 Only the command `audit` imports torch.
 """
@@ -69,7 +69,7 @@ def _check_out(folder: Path, out: Path) -> None:
 
 
 def _open(place: str, size: str) -> Store:
-    """Open a store. Convert any error of fsspec, for example for an unknown URL scheme, to UsageError."""
+    """Open a store. Convert every error of fsspec, such as an unknown URL scheme, to UsageError."""
     from mainrun.store import nodes
 
     try:
@@ -85,13 +85,13 @@ def _parse_size(text: str) -> int:
     """Parse a size such as 20GB and return the number of bytes."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) *([kmgt]?)b?", text.strip().lower())
     if not match:
-        fix = "write a number of bytes followed by K, M, G or T, like 20GB"
+        fix = "give a number with the unit KB, MB, GB or TB, like 20GB"
         raise UsageError(f"got --store-size {inputs.shown(text, 80)}; {fix}")
     number, unit = match.groups()
     return int(float(number) * 1000 ** " kmgt".index(unit or " "))
 
 
-app = commands("List, check and clean the store of shared steps.")
+app = commands("List, check and clean the store of shared training steps.")
 
 
 @app.command("ls")
@@ -162,7 +162,7 @@ def du(
     store = open_store(place, out, must=True)
     nodes, damaged = store.summary()
     states = store.states()
-    useful: list[Node] = []  # nodes that have a state, and the ancestors of such nodes
+    useful: list[Node] = []  # nodes with a stored state, and the ancestors of these nodes
     ancestors: set[str] = set()
     for node in sorted(nodes, key=lambda node: -node.step):
         if node.state in states or node.key in ancestors:
@@ -196,7 +196,7 @@ def gc(
     size: Annotated[
         str,
         typer.Option(
-            "--store-size", metavar="SIZE", help="Evict the least recently used states beyond this size."
+            "--store-size", metavar="SIZE", help="Evict the least recently used states above this store size."
         ),
     ] = "20GB",
     as_json: Json = False,
@@ -220,9 +220,9 @@ def gc(
 def verify(
     out: Out = Path("runs"), place: StorePlace = None, as_json: Json = False, debug: Debug = False
 ) -> None:
-    """Read all files of the store, and list damaged and foreign files.
+    """Read all files of the store, and list the files that are damaged or do not belong to the store.
 
-    The exit code is 1 if there are any.
+    The exit code is 1 if any file is damaged or does not belong to the store.
     """
     store = open_store(place, out, must=True)
     faults = store.verify()
@@ -231,16 +231,16 @@ def verify(
     elif faults:
         print(*faults, sep="\n")
     else:
-        print(f"{len(store.node_keys()):,} nodes, all as they were written")
+        print(f"{len(store.node_keys()):,} nodes; no file is damaged")
     if faults:
-        count = "1 finding" if len(faults) == 1 else f"{len(faults)} findings"
+        count = "found 1 fault" if len(faults) == 1 else f"found {len(faults)} faults"
         raise MainrunError(f"{count}; runs skip damaged files, and `mainrun store gc` removes them")
 
 
 @app.command("audit")
 def audit(
     segments: Annotated[
-        int, typer.Option("--segments", min=1, max=1_000_000, help="Number of segments.")
+        int, typer.Option("--segments", min=1, max=1_000_000, help="Number of segments to train again.")
     ] = 3,
     seed: Annotated[
         int | None,
@@ -252,7 +252,7 @@ def audit(
             "--reach",
             metavar="STEPS",
             min=1,
-            help="Maximum number of steps between a segment and its starting state.",
+            help="Maximum number of steps to train again for one segment.",
         ),
     ] = 10_000,
     out: Out = Path("runs"),
@@ -301,7 +301,7 @@ def pin(key: NodeKey, out: Out = Path("runs"), place: StorePlace = None, debug: 
 
 @app.command("unpin")
 def unpin(key: NodeKey, out: Out = Path("runs"), place: StorePlace = None, debug: Debug = False) -> None:
-    """Remove the protection of a node from eviction."""
+    """Allow a pinned node to be evicted again."""
     store = open_store(place, out, must=True)
     pins = [name for name in store.files.names("pins") if name.startswith(f"node-{key}")]
     if len(pins) != 1:
@@ -320,10 +320,10 @@ def _node(store: Store, beginning: str) -> Node:
 
     matches = sorted(key for key in store.node_keys() if key.startswith(beginning))
     if not matches:
-        got = f"no node of the store {store} begins with {beginning!r}"
+        got = f"no node key in the store {store} begins with {beginning!r}"
         raise UsageError(f"{got}; `mainrun store ls` lists all nodes")
     if len(matches) > 1:
-        got = f"{len(matches):,} nodes of the store {store} begin with {beginning!r}"
+        got = f"{len(matches):,} node keys in the store {store} begin with {beginning!r}"
         raise UsageError(f"{got}; give more characters of the key")
     key = matches[0]
     try:

@@ -43,7 +43,7 @@ Fresh = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show the resolved plan and its cost, without training.")
 ]
-Probe = Annotated[bool, typer.Option("--probe", help="With --dry-run: measure the time of a few steps.")]
+Probe = Annotated[bool, typer.Option("--probe", help="With --dry-run, measure the time of a few steps.")]
 ShowPlan = Annotated[
     bool, typer.Option("--plan", help="Show which steps are already trained, without training.")
 ]
@@ -53,17 +53,19 @@ Until = Annotated[
         "--until",
         min=0,
         metavar="STEP",
-        help="Stop after this step. 0 trains to the end. The same command resumes the run.",
+        help="Stop after this step. The value 0 trains to the end of the run.",
     ),
 ]
-NoStore = Annotated[bool, typer.Option("--no-store", help="Train all steps, and share none with other runs.")]
+NoStore = Annotated[
+    bool, typer.Option("--no-store", help="Train all steps, and share no steps with other runs.")
+]
 StoreSize = Annotated[
     str,
     typer.Option(
-        "--store-size", metavar="SIZE", help="Evict the least recently used states beyond this size."
+        "--store-size", metavar="SIZE", help="Evict the least recently used states above this store size."
     ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show only errors.")]
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class TrainOptions:
 class Results:
     """The results of all runs that one command trains."""
 
-    # The summary of each finished run, by preset name.
+    # The summary of each finished run. The key is the preset name.
     summaries: dict[str, Summary] = field(default_factory=dict)
     diverged: list[str] = field(default_factory=list)  # a message for each run that diverged
 
@@ -112,7 +114,7 @@ def train(
     from mainrun.plan.recipes import load
 
     if probe and not dry_run:
-        raise UsageError("got --probe without --dry-run; add --dry-run, or leave --probe out to train")
+        raise UsageError("got --probe without --dry-run; add --dry-run, or remove --probe to train")
     _refuse_conflicts(dry_run=dry_run, plan=plan, until=until, fresh=fresh, no_store=no_store, place=place)
     configs = load(preset, sets or [])
     store = None if no_store else open_store(place, out, size)
@@ -161,7 +163,7 @@ def _train_all(configs: list[TrainConfig], options: TrainOptions) -> Results:
     with _shared_batch(configs, options.store) as (order, keep):
         for number, cfg in enumerate(order, 1):
             if StopSignal.last:  # a signal arrived during the final scoring of the previous run
-                done = f"{StopSignal.last} after {number - 1} of {len(order)} runs"
+                done = f"stopped by {StopSignal.last} after {number - 1} of {len(order)} runs"
                 raise Interrupted(f"{done}; run the same command again to resume")
             label = f"[{number}/{len(configs)}] " if len(configs) > 1 else ""
             try:
@@ -179,9 +181,9 @@ def _train_all(configs: list[TrainConfig], options: TrainOptions) -> Results:
 def _shared_batch(
     configs: list[TrainConfig], store: Store | None
 ) -> Iterator[tuple[list[TrainConfig], dict[str, list[int]]]]:
-    """Yield the runs in the best order, and the steps at which each run must save a node.
+    """Yield the runs in the best order, and the steps at which each run must save its state in the store.
 
-    In the best order, the runs share the most steps. The saved nodes are pinned in the store until all runs
+    In the best order, the runs share the most steps. The saved states are pinned in the store until all runs
     are done.
     """
     if store is None or len(configs) < 2:
@@ -254,7 +256,7 @@ def _keeping_traceback(run: RunDir) -> Iterator[None]:
     except Exception as e:
         if run.path.is_dir():
             path.write_text(traceback.format_exc(), encoding="utf-8")
-            e.add_note(f"it is saved in {path}")
+            e.add_note(f"the traceback is saved in {path}")
         raise
     with suppress(OSError):  # another program may have created a folder with the same name
         path.unlink(missing_ok=True)
@@ -296,7 +298,7 @@ def _show_results(summaries: list[Summary], out: Path) -> None:
     except RunError as e:  # the runs of a preset may use different data
         for summary in summaries:
             compare.show(compare.rows([summary]), screen)
-        print(f"no comparison: {e}", file=sys.stderr)
+        print(f"the runs cannot be compared: {e}", file=sys.stderr)
     for summary in summaries:
         screen.print(f"{out / summary['run']}", markup=False, soft_wrap=True)
 
@@ -322,7 +324,7 @@ def _show_plan(configs: list[TrainConfig], store: Store | None, out: Path, as_js
         forks = ", ".join(map(str, each.forks))
         lines.append([each.name, str(each.steps), str(each.begin), str(each.end), each.after or "", forks])
     show_table(["run", "steps to train", "from step", "to step", "after run", "keeps nodes at"], lines)
-    times = "" if saving is None else f", {saving:.2f} times fewer"
+    times = "" if saving is None else f"; ratio: {saving:.2f}"
     print(f"requested steps: {requested:,}; to train: {to_train:,}{times}; --plan trains nothing")
 
 
@@ -365,7 +367,7 @@ def _estimate_rows(cost: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if first == last:
             yield key, field_value(first)
         else:
-            yield key, f"{field_value(first)} at the first step, {field_value(last)} at the last"
+            yield key, f"{field_value(first)} at the first step, {field_value(last)} at the last step"
     for key, value in cost["machine_class"].items():
         yield key, field_value(value)
 
@@ -373,9 +375,9 @@ def _estimate_rows(cost: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _eta_basis(cost: dict[str, Any]) -> str:
     """Describe how the time of a run was estimated."""
     if "probe" not in cost:
-        return "plus evaluations and checkpoints; --probe measures them"
+        return "plus the time for evaluations and checkpoints, which --probe measures"
     probe = cost["probe"]
     times = f"{probe['step_seconds']:.3g} s per step, {probe['evaluation_seconds']:.3g} s per evaluation"
     if probe["compiles"]:
-        times += "; measured without compiling, whose gain is estimated"
+        times += " without torch.compile, whose speedup is estimated"
     return f"(measured: {times})"

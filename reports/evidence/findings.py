@@ -12,7 +12,8 @@ from reports.evidence.load import Recipe, ReportData, Run, Study
 from reports.evidence.studies import importance, ledger
 from reports.evidence.tables import fixed, get_flops, get_seconds, integer, scientific
 
-# If the training times of two runs of the same recipe differ by more than this factor, the machine was busy.
+# If the training times of two runs of one recipe differ by more than the factor BUSY, the report says that
+# the machine was busy.
 BUSY = 1.25
 
 
@@ -89,7 +90,7 @@ def count_seeds(count: int) -> str:
 
 
 def describe_seeds(change: stats.Difference) -> str:
-    """Return a text with the number of seeds in a comparison, which says whether the seeds are paired."""
+    """Describe how many seeds a comparison has, and whether the seeds are paired."""
     if change.paired:
         return f"{len(change.seeds)} paired seeds"
     return f"{change.n_a} and {change.n_b} seeds, not paired"

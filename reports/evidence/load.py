@@ -88,7 +88,7 @@ class Run:
 
     @cached_property
     def resolved(self) -> Plan:
-        """The plan that the run followed, in which the step of each growth op is read from the journal."""
+        """The plan that the run followed. The step of each growth op is read from the journal."""
         fired = []
         if self.journal:
             for row in self.ops:
@@ -245,7 +245,7 @@ class ReportData:
 
 @dataclass
 class _Collector:
-    """Collects run directories and studies, and the faults of these inputs."""
+    """Collects run directories and studies, and error messages about these inputs."""
 
     runs: dict[Path, RunDir] = field(default_factory=dict)
     studies: dict[Path, Path] = field(default_factory=dict)
@@ -273,8 +273,8 @@ class _Collector:
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         if not added:
             self.faults.append(
-                f"{folder} holds no run and no exported study; "
-                "`mainrun train` and `mainrun sweep export` make them"
+                f"{folder} contains no run and no exported study; "
+                "create one with `mainrun train` or `mainrun sweep export`"
             )
 
     def read(self, sources: Iterable[Source], read: Callable[[Source], Item]) -> list[Item]:
@@ -328,7 +328,7 @@ def _repeated_seeds(recipes: Sequence[Recipe]) -> Iterator[str]:
             if len(paths) > 1:
                 yield (
                     f"seed {seed} of {recipe.name} was given more than once ({', '.join(paths)}); "
-                    "give only one of these runs, because a seed counts once"
+                    "give only one of these runs, because each seed counts only once"
                 )
 
 
@@ -337,7 +337,8 @@ def _read_run(folder: RunDir) -> Run:
     missing = _missing(folder.path, ("env.json", "metrics.jsonl", "tokenizer.json"), Path.is_file)
     if missing:
         raise RunError(
-            f"{folder.path} lacks {missing}; restore what is missing, or train the run again with --fresh"
+            f"the run {folder.path} lacks {missing}; "
+            "restore the missing files, or train the run again with --fresh"
         )
     run = Run(
         path=folder.path,
@@ -378,7 +379,7 @@ def _check_run(folder: RunDir, run: Run) -> None:
         _ = run.resolved
     except (MainrunError, LookupError, AssertionError) as error:
         raise RunError(
-            f"{folder.path} cannot have trained as its config.json and growth.jsonl say ({error}); "
+            f"the config.json and the growth.jsonl of {folder.path} contradict each other ({error}); "
             f"{folder.fix}"
         ) from None
 
@@ -424,8 +425,8 @@ def _read_study(path: Path) -> Study:
     missing = _missing(path, EXPORT, os.path.lexists)
     if missing:
         raise RunError(
-            f"the study {path} lacks {missing}; "
-            "`mainrun sweep` writes both at the end of a study; resume the study"
+            f"the study {path} lacks {missing}, which `mainrun sweep` writes at the end of a study; "
+            "resume the study"
         )
     import pyarrow.parquet
 
@@ -440,8 +441,8 @@ def _read_study(path: Path) -> Study:
         raise RunError(f"the study {path} cannot be read (trials.parquet: {reason}); {advice}") from None
     if trials and not {"trial", "state", "value"} <= trials[0].keys():
         raise RunError(
-            f"the study {path} is not in the format of `mainrun sweep export` "
-            f"(no trial, state and value); {advice}"
+            f"the study {path} is not in the format of `mainrun sweep export`, "
+            f"because trials.parquet must have the columns trial, state and value; {advice}"
         )
     fault = _first_fault(trials, _trial_shape)
     if fault:
@@ -499,16 +500,19 @@ def _mixed_data(runs: Sequence[Run], studies: Sequence[Study]) -> list[str]:
 
     Scores cannot be compared if they were computed from different titles or different evaluation spans.
     """
-    tables: list[tuple[str, Mapping[str, Any]]] = []  # pairs of a source name and recorded facts
+    tables: list[tuple[str, Mapping[str, Any]]] = []  # pairs of a name and the recorded facts
     for run in runs:
         tables.append((run.id, run.summary))
     for study in studies:
         tables.append((f"study {study.name}", study.facts))
     faults = []
     for name in SAME:
-        advice = "report runs of the same titles and splits together"
+        advice = "report only runs with the same titles and splits together"
         faults += _unequal(f"{name} fingerprint", tables, partial(_digest, name=name), advice)
-    advice = "train them with one --set official_geometry=ROWSxTOKENS (the steps come from the store)"
+    advice = (
+        "train the runs again with the same --set official_geometry=ROWSxTOKENS "
+        "(mainrun reads the steps from the store)"
+    )
     faults += _unequal("evaluation geometry", tables, _geometry, advice)
     return faults
 
@@ -537,7 +541,7 @@ def _unequal(
     get: Callable[[Mapping[str, Any]], str | None],
     advice: str,
 ) -> list[str]:
-    """Return a fault if a value is not equal in all sources. Sources that lack the value are ignored."""
+    """Return an error message if a value differs between sources. Ignore sources that lack the value."""
     sources: dict[str, list[str]] = {}
     for source, table in tables:
         value = get(table)
@@ -571,7 +575,7 @@ def _recipe_key(cfg: TrainConfig) -> str:
 
 
 def _group_into_recipes(runs: Sequence[Run]) -> tuple[Recipe, ...]:
-    presets: dict[str, dict[str, list[Run]]] = {}  # preset -> (recipe key -> runs)
+    presets: dict[str, dict[str, list[Run]]] = {}  # maps a preset and a recipe key to runs
     for run in sorted(runs, key=lambda run: (run.cfg.preset, run.cfg.seed, run.id)):
         recipes = presets.setdefault(run.cfg.preset, {})
         recipes.setdefault(_recipe_key(run.cfg), []).append(run)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from reportlab.platypus import Flowable
 
 LOST = re.compile(r"\b(worse|slower|fail(s|ed)?|diverge[sd]?|did not help|lost)\b")
-LONGEST_POINT = 240  # the maximum number of characters in a point that is quoted from the log
+LONGEST_POINT = 240  # the maximum length of a bullet point that is quoted from the log
 
 
 @dataclass
@@ -88,7 +88,7 @@ def make_tables(data: ReportData) -> Iterator[Table]:
 def headline(data: ReportData) -> Table | None:
     """Make the table on page 1, which compares the baseline with the optimized recipe.
 
-    If the two recipes are compared by paired seeds, the table includes only the paired seeds.
+    If the two recipes are compared by paired seeds, the table includes only these seeds.
     """
     pair = [recipe for recipe in (data.baseline, data.optimised) if recipe is not None]
     if not pair:
@@ -150,7 +150,7 @@ def first_page(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flow
 
 
 def run_figures(section: str, report: Report, drawings: Mapping[str, Drawing]) -> list[Flowable]:
-    """Return the run figures of a section, together with the captions of the figures."""
+    """Return the figures of a section that show runs, with their captions."""
     flowables: list[Flowable] = []
     for name, row in registry.RUNS.items():
         if row.section == section:
@@ -168,7 +168,7 @@ def section_of_figures(section: str, report: Report, drawings: Mapping[str, Draw
 
 
 def _result(data: ReportData) -> Iterator[Flowable]:
-    """Yield the scores of the baseline and the optimized recipe in large type, and the difference."""
+    """Yield the scores of the two main recipes in large type, and a description of the difference."""
     change = findings.claim(data).difference
     if change is None or data.baseline is None or data.optimised is None:
         yield paragraph("No headline figure", "big")
@@ -230,7 +230,7 @@ def recipes(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowabl
     if noise:
         yield paragraph(
             f"Noise floor: {fixed(4)(noise.floor)} nats per character. The seed alone changes full by "
-            f"{fixed(4)(noise.sd)} (standard deviation inside recipes, {noise.df} degrees of freedom). In "
+            f"{fixed(4)(noise.sd)} (standard deviation within recipes, {noise.df} degrees of freedom). In "
             "95 of 100 cases, two single runs of one recipe differ by less than the floor, so smaller "
             "differences are not counted as differences."
         )
@@ -356,7 +356,7 @@ def missing_sections(report: Report, drawings: Mapping[str, Drawing]) -> Iterato
     if not growth_figure.grown_runs(report.data):
         yield "growth (no run has growth ops)"
     if not report.samples:
-        yield "samples (not requested, or no checkpoint to write them)"
+        yield "samples (not requested, or no run has a checkpoint)"
     if report.log is None:
         yield "the log (no folder docs/log next to the code)"
 

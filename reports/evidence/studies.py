@@ -50,7 +50,7 @@ def with_field(trials: Trials, field: str) -> list[dict[str, Any]]:
 
 
 def ledger(study: Study) -> dict[str, float]:
-    """Return the number of steps that a study and its confirmation asked for, trained, reused and wasted.
+    """Return how many steps a study and its confirmation requested, trained, reused and wasted.
 
     If the export has no total, sum the steps of all trials.
     """
@@ -111,7 +111,7 @@ def rungs(study: Study) -> list[RungValues]:
 
 @dataclass(frozen=True)
 class Scale:
-    """The positions of the values of a config field on an axis.
+    """The positions on an axis at which the values of a config field are drawn.
 
     The position of a number is the number itself. The position of any other value is the value's index in
     `names`.

@@ -129,11 +129,11 @@ class Column:
 
     head: str
     format: Format = text
-    share: float = 0.0  # width relative to other columns; 0 fits the width to the cells
+    share: float = 0.0  # the width relative to other columns, or 0 to fit the width to the cells
 
     @property
     def right(self) -> bool:
-        """Whether the cells of the column are aligned to the right, which is the case for numbers."""
+        """Whether the cells of the column are aligned to the right, as numbers are."""
         return self.format not in (text, setting)
 
 
@@ -326,7 +326,7 @@ def _guard_result(run: Run) -> str:
 
 
 def ablation(data: ReportData) -> Table | None:
-    """Make the table of an ablation, which shows the change of the score at each step and a verdict."""
+    """Make the table of an ablation, which shows the change of the score at each step and a verdict on it."""
     if not data.ladder:
         return None
     scores = ladder_scores(data.ladder)
@@ -375,8 +375,8 @@ def _settings(differences: Iterable[tuple[str, Any, Any]], without: Sequence[str
 def verdict(change: stats.Difference, noise: stats.Noise | None, p: float | None = None) -> str:
     """Judge whether a difference between two recipes is larger than the noise.
 
-    The verdict is "better" or "worse" only if the difference exceeds the noise floor, the confidence interval
-    excludes zero, and the p-value (if given) is significant.
+    The verdict is "better" or "worse" only if all evidence agrees. The difference must exceed the noise
+    floor, the confidence interval must exclude zero, and the p-value, if given, must be significant.
     """
     if change.interval is None or noise is None:
         return "no claim: one seed"
@@ -535,7 +535,7 @@ def _was_rolled_back(op: Mapping[str, Any]) -> bool:
 
 
 def commands(data: ReportData) -> Table:
-    """Make the table of the commands with which the runs were trained."""
+    """Make the table of the commands that trained the runs."""
     ids: dict[str, list[str]] = {}
     for run in data.runs:
         arguments = run.env.get("command", ["", "(not recorded)"])[1:]

@@ -1,7 +1,7 @@
 """Pack and unpack bundles. A bundle is the zip file of a submission.
 
-`pack` writes the same bytes whenever the files are the same. `read` is safe even if a bundle comes from a
-stranger.
+`pack` always creates the same zip file from the same files. `read` is safe even for a bundle from an
+untrusted source.
 
 A bundle contains MANIFEST.json and report.pdf. The folder run/ in the bundle contains files of the run, and
 the folder code/ contains files of a git commit.
@@ -53,9 +53,9 @@ class BundleError(UsageError):
 
 
 def refusal(path: Path, error: BundleError) -> BundleError:
-    """Return an error that also contains the path of the bundle.
+    """Return an error whose message contains the path of the bundle and the message of `error`.
 
-    If the message of `error` does not say how to fix the problem, the new error also contains a suggestion.
+    If the message of `error` does not say how to fix the problem, the new message suggests a fix.
     """
     fix = "" if ";" in str(error) else GET_A_NEW_COPY
     return BundleError(f"{path} is refused: {error}{fix}")
@@ -144,8 +144,8 @@ def escape(name: str) -> str:
 def pack(files: Mapping[str, bytes], executables: Iterable[str] = ()) -> bytes:
     """Create a zip archive of the files.
 
-    The archive has the same bytes whenever the files are the same, because its names are sorted and its dates
-    are fixed.
+    The same files always give the same archive, because the names in the archive are sorted and the dates are
+    fixed.
     """
     executables = set(executables)
     buffer = io.BytesIO()
@@ -177,20 +177,20 @@ def read(path: Path) -> dict[str, bytes]:
     except BundleError as e:
         raise refusal(path, e) from None
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, OverflowError) as e:
-        raise BundleError(f"{path} is not an intact zip file ({e}); get a new copy") from None
+        raise BundleError(f"{path} is not an intact zip file ({e}); get a new copy of the bundle") from None
 
 
 def _read_zip(path: Path) -> bytes:
     problem = inputs.not_a_file(path)
     if problem in ("does not exist", "is a folder"):
-        raise UsageError(f"no file {path}; {GIVE_A_BUNDLE}")
+        raise UsageError(f"there is no file {path}; {GIVE_A_BUNDLE}")
     if problem:
         raise UsageError(f"{path} {problem.partition('; ')[0]}; {GIVE_A_BUNDLE}")
     zip_bytes = path.stat().st_size
     if zip_bytes > MAX_ZIP_BYTES:
         raise BundleError(
-            f"it is {format_size(zip_bytes)}; "
-            f"a bundle may be at most {format_size(MAX_ZIP_BYTES)}{GET_A_NEW_COPY}"
+            f"the zip file has a size of {format_size(zip_bytes)}, "
+            f"but a bundle may have at most {format_size(MAX_ZIP_BYTES)}{GET_A_NEW_COPY}"
         )
     try:
         return path.read_bytes()
@@ -201,7 +201,8 @@ def _read_zip(path: Path) -> bytes:
 def _check_entries(entries: list[zipfile.ZipInfo], zip_bytes: int) -> None:
     if len(entries) > MAX_FILES:
         raise BundleError(
-            f"it has {len(entries):,} files; a bundle may have at most {MAX_FILES:,}{GET_A_NEW_COPY}"
+            f"the zip file contains {len(entries):,} files, "
+            f"but a bundle may contain at most {MAX_FILES:,}{GET_A_NEW_COPY}"
         )
     for entry in entries:
         _check_entry(entry)
@@ -212,7 +213,8 @@ def _check_entries(entries: list[zipfile.ZipInfo], zip_bytes: int) -> None:
     if unpacked > MAX_UNPACKED_BYTES:
         limit = format_size(MAX_UNPACKED_BYTES)
         raise BundleError(
-            f"it unpacks to {format_size(unpacked)}; a bundle may unpack to at most {limit}{GET_A_NEW_COPY}"
+            f"the unpacked files have a size of {format_size(unpacked)}, "
+            f"but the files of a bundle may have at most {limit}{GET_A_NEW_COPY}"
         )
     _check_layout(entries, zip_bytes)
 
@@ -227,12 +229,12 @@ def _check_layout(entries: list[zipfile.ZipInfo], zip_bytes: int) -> None:
     for entry in sorted(entries, key=lambda entry: entry.header_offset):
         if entry.header_offset != end:
             name = escape(entry.filename)
-            raise BundleError(f"{name} shares bytes with another file, or hidden bytes precede it")
+            raise BundleError(f"the file {name} overlaps another file, or has hidden bytes before it")
         name_bytes = len(entry.filename.encode())
         end += LOCAL_HEADER_BYTES + name_bytes + entry.compress_size
         directory += DIRECTORY_ENTRY_BYTES + name_bytes
     if end + directory != zip_bytes:
-        raise BundleError("it has hidden bytes between its files and its directory, inside it or after it")
+        raise BundleError("the zip file has hidden bytes before, inside or after its central directory")
 
 
 def _check_entry(entry: zipfile.ZipInfo) -> None:
@@ -242,7 +244,7 @@ def _check_entry(entry: zipfile.ZipInfo) -> None:
     if entry.orig_filename != name:
         raise BundleError(f"the name {escape(entry.orig_filename)} contains a zero byte")
     if entry.is_dir():
-        raise BundleError(f"{shown} is a folder, and a bundle lists only files")
+        raise BundleError(f"{shown} is a folder, but a bundle must contain only files")
     problem = name_problem(name)
     if problem:
         raise BundleError(f"the name {shown!r} is not allowed: {problem}")
@@ -284,15 +286,17 @@ def write(files: Mapping[str, bytes], folder: Path) -> None:
 def read_manifest(files: Mapping[str, bytes]) -> dict[str, Any]:
     """Read the manifest of a bundle, and check the format version and the structure of the manifest."""
     if MANIFEST not in files:
-        raise BundleError(f"it has no {MANIFEST}; {GIVE_A_BUNDLE}")
+        raise BundleError(f"the zip file has no {MANIFEST}; {GIVE_A_BUNDLE}")
     try:
         manifest = inputs.parse_json(files[MANIFEST].decode())
         if manifest["format"] != FORMAT:
-            problem = f"it has format {manifest['format']}, but this version reads format {FORMAT}"
-            raise BundleError(f"{problem}; use the version of mainrun that made it")
+            raise BundleError(
+                f"the bundle has format {manifest['format']}, but this version of mainrun reads format "
+                f"{FORMAT}; use the version of mainrun that made the bundle"
+            )
         _check_shape(manifest)
     except (ValueError, KeyError, TypeError):
-        raise BundleError(f"its {MANIFEST} cannot be read; {GIVE_A_BUNDLE}") from None
+        raise BundleError(f"the {MANIFEST} of the bundle cannot be read; {GIVE_A_BUNDLE}") from None
     return manifest
 
 

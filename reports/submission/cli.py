@@ -26,7 +26,7 @@ def _note(text: str) -> None:
 def submit(
     run: Annotated[
         str | None,
-        typer.Option("--run", metavar="RUN", help="The run. Default: the only finished run."),
+        typer.Option("--run", metavar="RUN", help="The run to submit. By default, the only finished run."),
     ] = None,
     runs: Annotated[
         Path,
@@ -37,18 +37,18 @@ def submit(
     report: Annotated[
         Path,
         typer.Option(
-            "--report", metavar="PDF", callback=validate_paths, help="A report that quotes the run."
+            "--report", metavar="PDF", callback=validate_paths, help="The report, which must quote the run."
         ),
     ] = Path("report.pdf"),
     out: Annotated[
         Path,
-        typer.Option("--out", metavar="ZIP", callback=validate_paths, help="Where to write the bundle."),
+        typer.Option("--out", metavar="ZIP", callback=validate_paths, help="The path of the new bundle."),
     ] = Path("submission.zip"),
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check and list everything, but write and send nothing.")
+        bool, typer.Option("--dry-run", help="Run all checks and list the files, but write and send nothing.")
     ] = False,
     url: Annotated[
-        str | None, typer.Option("--upload", metavar="URL", help="Also upload the bundle, by HTTP PUT.")
+        str | None, typer.Option("--upload", metavar="URL", help="Upload the bundle to this URL by HTTP PUT.")
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Upload without asking.")] = False,
     timeout: Annotated[
@@ -61,20 +61,20 @@ def submit(
     """Bundle a run with its code and report.
 
     All guards are run. The report must quote the run, and the commit must contain the code that trained the
-    run. Files that look like keys are refused. Nothing is uploaded without --upload.
+    run. Files that look like secret keys are refused. Nothing is uploaded without --upload.
     """
     from reports.submission import prepare
     from reports.submission.upload import check_url
 
     if yes and url is None:
-        raise UsageError("got --yes without --upload; add --upload URL, or leave --yes out")
+        raise UsageError("got --yes without --upload; add --upload URL, or omit --yes")
     if url:
         check_url(url)
     if url and not yes and not dry_run and not sys.stdin.isatty():
-        raise UsageError("got --upload without a terminal to ask on; add --yes to upload without asking")
+        raise UsageError("--upload cannot ask for confirmation without a terminal; add --yes to confirm")
     check_regular_file(out, "--out", b"PK", "zip")
     if not out.absolute().parent.is_dir():
-        raise UsageError(f"got --out {out}, whose folder does not exist; make it, or give another path")
+        raise UsageError(f"the folder of --out {out} does not exist; create the folder, or give another path")
     submission = prepare.prepare(prepare.choose_run(run, runs), report, out, _note)
     if dry_run:
         _show_submission(submission, None, as_json)
@@ -145,7 +145,7 @@ def _upload(submission: Submission, out: Path, url: str, yes: bool, timeout: flo
         size = format_size(len(submission.data))
         _note(f"{out} ({size}) will be sent to {target}; type the run's id, {run_id}, to send it:")
         if sys.stdin.readline().strip() != run_id:
-            raise MainrunError(f"not sent, because the run's id was not typed; {out} is kept")
+            raise MainrunError(f"the bundle was not sent, because the run's id was not typed; {out} is kept")
     status = upload(out, url, _note, timeout=timeout)
     _note(f"sent to {target}: {status}")
 
@@ -161,13 +161,13 @@ def verify(
             "--steps",
             min=1,
             metavar="N",
-            help="How many steps to train again. The steps of the whole run repeat all of it.",
+            help="The number of steps to train again. The number of steps of the run repeats the whole run.",
         ),
     ] = 10,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Replay a bundle, and compare its figures.
+    """Train the first steps of a bundle again, and compare the results with the bundle.
 
     This command executes the code of the bundle. The exit code is 0 if the bundle is verified, 1 if it is not
     verified, and 2 if the file is not a bundle.
@@ -217,7 +217,7 @@ def _show_verdict(verdict: Verdict) -> None:
 
 
 def _show_comparison(verdict: Verdict) -> None:
-    """Print how strictly numbers were compared, and whether the bundle contains the installed trainer."""
+    """Print the tolerance of the comparison, and whether the bundle contains the installed trainer."""
     from reports.submission.bundle import escape
 
     if verdict.same_class:

@@ -57,7 +57,7 @@ def run_git(root: Path, *args: str, stdin: bytes | None = None) -> bytes:
     try:
         result = subprocess.run(command, input=stdin, capture_output=True, env=env)
     except FileNotFoundError:
-        raise UsageError("git is not installed, but a submission contains a commit; install git") from None
+        raise UsageError("a submission needs git, which is not installed; install git") from None
     if result.returncode:
         lines = result.stderr.decode("utf-8", "replace").strip().splitlines() or [str(result.returncode)]
         raise UsageError(f"git {args[0]} failed in {root}: {lines[-1]}")
@@ -115,23 +115,30 @@ def check_tree(root: Path, ignored: Iterable[Path] = ()) -> None:
     except UsageError as e:
         if "not a git repository" not in str(e):
             raise
-        problem = f"{root} is not in a git repository, but a submission contains the code of a commit"
-        fix = "get mainrun by git clone (or run git init, then `./task checkpoint`)"
-        raise UsageError(f"{problem}; {fix}") from None
+        raise UsageError(
+            f"{root} is not in a git repository, but a submission contains the code of a commit; "
+            "get mainrun with git clone (or run git init, and then `./task checkpoint`)"
+        ) from None
     if top.resolve() != root.resolve():
-        problem = f"{root} is a folder of the git repository {top}"
-        raise UsageError(f"{problem}; a submission needs mainrun in a repository of its own (git clone)")
+        raise UsageError(
+            f"{root} is only a folder in the git repository {top}; "
+            "get mainrun with git clone, because a submission needs a repository with mainrun alone"
+        )
     try:
         run_git(root, "rev-parse", "--verify", "--quiet", "HEAD^{commit}")
     except UsageError:
-        raise UsageError(f"{root} has no commit yet; `./task checkpoint` makes one") from None
+        raise UsageError(
+            f"the repository {root} has no commit yet; make one with `./task checkpoint`"
+        ) from None
     changed = _uncommitted(root, ignored)
     if changed:
         named = ", ".join(escape(name) for name in changed[:MAX_LISTED])
         if len(changed) > MAX_LISTED:
             named += f" and {len(changed) - MAX_LISTED} more"
-        fix = "`./task checkpoint` commits it (or use git commit or git stash)"
-        raise UsageError(f"the working tree is not committed: {named}; {fix}")
+        raise UsageError(
+            f"the working tree has uncommitted changes: {named}; "
+            "commit them with `./task checkpoint` (or use git commit or git stash)"
+        )
 
 
 def _uncommitted(root: Path, ignored: Iterable[Path]) -> list[str]:
@@ -169,7 +176,7 @@ def _read_objects(root: Path, entries: list[TreeEntry]) -> Iterator[bytes]:
         header_end = output.index(b"\n", position)
         _, kind, size = output[position:header_end].split()
         if kind != b"blob":
-            raise UsageError(f"git object {entry.object_id} is not a file; `git fsck` says what is wrong")
+            raise UsageError(f"git object {entry.object_id} is not a file; run `git fsck` to find the damage")
         start = header_end + 1
         end = start + int(size)
         yield output[start:end]
@@ -182,9 +189,10 @@ def _check_size(entries: list[TreeEntry]) -> None:
         return
     largest = sorted(entries, key=lambda entry: -entry.size)[:3]
     named = ", ".join(f"{escape(entry.name)} ({format_size(entry.size)})" for entry in largest)
-    limits = f"at most {format_size(MAX_UNPACKED_BYTES)}, or {format_size(MAX_ZIP_BYTES)} as a zip"
+    limits = f"{format_size(MAX_UNPACKED_BYTES)} ({format_size(MAX_ZIP_BYTES)} as a zip file)"
     raise UsageError(
-        f"the code of the commit is {format_size(total)}; a submission may be {limits}; remove {named}"
+        f"the files of the commit have a size of {format_size(total)}, "
+        f"but a submission may have at most {limits}; remove {named}"
     )
 
 
@@ -224,5 +232,5 @@ def _refuse(problems: Iterable[str]) -> None:
     shown = lines[:MAX_LISTED]
     if len(lines) > MAX_LISTED:
         shown.append(f"and {len(lines) - MAX_LISTED} more")
-    fix = "remove it (git rm, git commit); a committed key is no longer secret, so replace it"
+    fix = "remove it with git rm and git commit; a committed key is no longer secret, so replace it"
     raise UsageError("\n  ".join(["a submission must not contain:", *shown]) + f"\n{fix}")

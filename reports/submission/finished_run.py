@@ -41,7 +41,7 @@ def complete_summary(run: RunDir) -> dict[str, Any]:
 
 def _check_scores(run: RunDir, summary: dict[str, Any]) -> None:
     if summary["scores"].get("val") != {"last": summary["last"], "best": summary["best"]}:
-        raise RunError(f"{run.path}/summary.json gives the scores of val in two ways; {RESTORE}")
+        raise RunError(f"{run.path}/summary.json contains contradictory scores of val; {RESTORE}")
 
 
 def _check_run_id(run: RunDir, summary: dict[str, Any]) -> None:
@@ -49,9 +49,11 @@ def _check_run_id(run: RunDir, summary: dict[str, Any]) -> None:
     if summary["run"] == run_id:
         return
     if summary["run"] == run.path.name:
-        problem = f"{run.path} was trained by other code: the current code names its config {run_id}"
-        raise RunError(f"{problem}; check out the commit that trained it, or train it again")
-    raise RunError(f"{run.path}/summary.json belongs to the run {summary['run']}; {RESTORE}")
+        raise RunError(
+            f"the run {run.path} was trained by different code: the current code gives its config the id "
+            f"{run_id}; check out the commit that trained the run, or train the run again"
+        )
+    raise RunError(f"{run.path}/summary.json belongs to another run, {summary['run']}; {RESTORE}")
 
 
 def _check_last_rows(run: RunDir, summary: dict[str, Any]) -> None:
@@ -62,8 +64,10 @@ def _check_last_rows(run: RunDir, summary: dict[str, Any]) -> None:
             last_steps[row["event"]] = row["step"]
     steps = summary["steps"]
     if last_steps != {"step": steps, "eval": steps}:
-        problem = f"{run.path}/metrics.jsonl does not reach the last step, {steps}, with its score"
-        raise RunError(f"{problem}; {RESTORE}")
+        raise RunError(
+            f"{run.path}/metrics.jsonl does not end with a row and a val score of the last step, {steps}; "
+            f"{RESTORE}"
+        )
 
 
 def pdf_text(data: bytes, name: str) -> str:
@@ -73,8 +77,9 @@ def pdf_text(data: bytes, name: str) -> str:
     try:
         return "\n".join(page.extract_text() for page in PdfReader(io.BytesIO(data)).pages)
     except Exception as e:  # pypdf raises errors of many types if a file is damaged
-        problem = f"{name} is not a readable PDF ({type(e).__name__}: {e})"
-        raise UsageError(f"{problem}; make it again: mainrun report") from None
+        raise UsageError(
+            f"{name} is not a readable PDF ({type(e).__name__}: {e}); create it again with mainrun report"
+        ) from None
 
 
 def missing_quotes(text: str, summary: dict[str, Any]) -> list[str]:

@@ -79,7 +79,7 @@ def secret_name(path: str) -> str:
         if folder.lower() in SECRET_FOLDERS:
             return f"{folder}/ is a folder for keys"
     if SECRET_NAMES.fullmatch(name) and not TEMPLATES.fullmatch(name):
-        return "files of this name hold keys or passwords"
+        return "files with this name usually contain keys or passwords"
     return ""
 
 

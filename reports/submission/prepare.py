@@ -41,10 +41,10 @@ FIXES = {
         "restore the scoring.py that the run began with (git log shows it), or train again with --fresh"
     ),
     "no_learning": (
-        "a model must not change while it is scored: remove the state that its forward keeps, and train again"
+        "a model must not change while it is scored: remove the state that forward keeps, and train again"
     ),
     "targets_unseen": "the model's forward must not use targets: remove them, and train again",
-    "causality": "a position may attend only to itself and to earlier ones: fix the mask, and train again",
+    "causality": "a position may attend only to itself and earlier positions: fix the mask, and train again",
     "random_start": "start from random weights: do not load other weights, and train again with --fresh",
     "lossless_tokens": (
         "decoding must return the title: use tokenizer=bpe or unigram unchanged, and train again"
@@ -55,7 +55,7 @@ FIXES = {
     "data_known": (
         "restore the titles that the run was trained on, or train on the current titles with --fresh"
     ),
-    "task_rules": "submit a run of the task as it is given: its epochs, seed, titles and val_frac",
+    "task_rules": "submit a run with the epochs, seed, titles and val_frac of the task",
     "presentations": (
         "the ledger must count every forward pass: restore the count in train.py, "
         "and train again with --fresh"
@@ -71,7 +71,7 @@ class Submission:
     data: bytes  # the content of the zip file
     commit: Commit
     manifest: dict[str, Any]
-    flags: list[str]  # the reasons that guards give why the scores are not comparable with the task's
+    flags: list[str]  # reasons from guards why the scores cannot be compared with the task's scores
     notes: list[str]
 
 
@@ -81,10 +81,14 @@ def choose_run(name: str | None, runs: Path) -> RunDir:
         return find(name, runs)
     finished = sorted(path.parent.name for path in runs.glob("*/summary.json"))
     if not finished:
-        raise UsageError(f"got no --run, and {runs} has no finished run; train one, then give --run RUN")
+        raise UsageError(
+            f"no --run was given, and {runs} has no finished run; train a run, then give --run RUN"
+        )
     if len(finished) > 1:
-        problem = f"got no --run, and {runs} has several finished runs ({', '.join(finished[:5])})"
-        raise UsageError(f"{problem}; name one with --run RUN")
+        raise UsageError(
+            f"no --run was given, and {runs} has several finished runs ({', '.join(finished[:5])}); "
+            "choose one of them with --run RUN"
+        )
     return RunDir(runs / finished[0])
 
 
@@ -145,13 +149,16 @@ def write(submission: Submission, out: Path) -> None:
 
 def _read_report(path: Path, summary: dict[str, Any]) -> bytes:
     """Read the report, and check that the report quotes the run and contains no key."""
-    fix = f"make it: mainrun report {summary['run']} --out {path}"
+    fix = f"create it with mainrun report {summary['run']} --out {path}"
     if not path.is_file():
-        raise UsageError(f"no report {path}; {fix}")
+        raise UsageError(f"there is no report {path}; {fix}")
     report_bytes = path.stat().st_size
     if report_bytes > bundle.MAX_ZIP_BYTES:
         limit = format_size(bundle.MAX_ZIP_BYTES)
-        raise UsageError(f"{path} is {format_size(report_bytes)}; a submission may be at most {limit}; {fix}")
+        raise UsageError(
+            f"the report {path} has a size of {format_size(report_bytes)}, "
+            f"but a submission may have at most {limit}; {fix}"
+        )
     try:
         data = path.read_bytes()
     except OSError as e:
@@ -159,7 +166,7 @@ def _read_report(path: Path, summary: dict[str, Any]) -> bytes:
     text = pdf_text(data, str(path))
     missing = missing_quotes(text, summary)
     if missing:
-        raise UsageError(f"{path} does not quote this run: it lacks {', '.join(missing)}; {fix}")
+        raise UsageError(f"the report {path} does not quote this run: it lacks {', '.join(missing)}; {fix}")
     check_leaks({f"{path.name} (its text)": text.encode("utf-8", "replace")})
     return data
 
@@ -173,7 +180,7 @@ def _run_files(run: RunDir) -> tuple[dict[str, bytes], list[str]]:
     for name in [*names, *checkpoint_files]:
         path = run.path / name
         if path.is_symlink():
-            raise RunError(f"{path} is a link; put the file itself in its place")
+            raise RunError(f"{path} is a link; replace the link with the file")
         check_regular_file(path)
         files[RUN + name] = path.read_bytes()
     return files, notes
@@ -201,15 +208,19 @@ def _run_guards(run: RunDir, commit: Commit, summary: dict[str, Any]) -> list[di
         code = Path(folder)
         bundle.write(commit.files, code)
         if not (code / "mainrun" / "replay.py").is_file():
-            problem = f"commit {commit.id[:12]} has no mainrun/replay.py, which runs the guards"
-            raise UsageError(f"{problem}; update the repository")
+            raise UsageError(
+                f"commit {commit.id[:12]} has no mainrun/replay.py, which runs the guards; "
+                "update the repository"
+            )
         result = run_replay(code, "guards", run.path)
     _check_source(result["versions"]["mainrun"], commit, summary)
     _check_guards(result["guards"], summary)
     for name in ("fingerprints", "tokenizer"):
         if result[name] != summary[name]:
-            problem = f"the corpus now gives another {name} than run {summary['run']} was trained on"
-            raise UsageError(f"{problem}; restore the corpus, or train again")
+            raise UsageError(
+                f"the {name} of the corpus changed after run {summary['run']} was trained; "
+                "restore the corpus, or train the run again"
+            )
     return result["guards"]
 
 
@@ -218,9 +229,11 @@ def _check_source(source: str, commit: Commit, summary: dict[str, Any]) -> None:
     if trained_by == {source}:
         return
     named = ", ".join(sorted(other[:12] for other in trained_by))
-    problem = f"run {summary['run']} was trained by source {named}"
-    fix = "check out the commit that trained it, or train it again with this one (--fresh)"
-    raise UsageError(f"{problem}, but commit {commit.id[:12]} is source {source[:12]}; {fix}")
+    raise UsageError(
+        f"run {summary['run']} was trained by source {named}, "
+        f"but commit {commit.id[:12]} is source {source[:12]}; "
+        "check out the commit that trained the run, or train the run again with this commit (--fresh)"
+    )
 
 
 def _check_guards(guards: list[dict[str, Any]], summary: dict[str, Any]) -> None:
@@ -246,5 +259,5 @@ def _check_size(files: dict[str, bytes], data: bytes) -> None:
     raise UsageError(
         f"the submission has {len(files):,} files and {sizes}; "
         f"at most {bundle.MAX_FILES:,} files and {zip_limit} ({unpacked_limit} unpacked) are allowed; "
-        f"the largest: {named}"
+        f"the largest files are {named}"
     )

@@ -1,6 +1,6 @@
 """Upload a file by HTTP PUT.
 
-The upload checks the server's certificate and is retried if the failure may be temporary.
+The certificate of the server is checked. An upload is retried if its failure may be temporary.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_PAUSE = 30.0  # the maximum number of seconds between two upload attempts
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 REDIRECT_CODES = (301, 302, 307, 308)
-RETRIED_CODES = (408, 425, 429)  # mainrun retries after these status codes and after all codes from 500 on
+RETRIED_CODES = (408, 425, 429)  # uploads are also retried after all status codes of 500 or more
 
 
 @dataclass
@@ -64,13 +64,16 @@ def check_url(url: str) -> SplitResult:
     has_host = parsed.scheme in ("http", "https") and parsed.hostname and port != 0
     if not has_host or not url.isprintable() or not url.isascii() or " " in url:
         shown = parsed.scheme or url[:20]
-        raise UsageError(f"got --upload {shown}..., which is not an HTTP address; write https://HOST/PATH")
+        raise UsageError(f"--upload {shown}... is not an HTTP address; write https://HOST/PATH")
     if parsed.username or parsed.password:
-        problem = "got --upload with a name or password in the address, which logs and histories keep"
-        raise UsageError(f"{problem}; use an address signed for this upload")
+        raise UsageError(
+            "got --upload with a name or password in the address, which logs and shell histories keep; "
+            "use an address that is signed for this upload"
+        )
     if parsed.scheme == "http" and parsed.hostname not in LOOPBACK:
-        problem = f"got --upload http://{parsed.hostname}, which others on the network can read and change"
-        raise UsageError(f"{problem}; write https://")
+        raise UsageError(
+            f"others on the network can read and change an upload to http://{parsed.hostname}; use https://"
+        )
     return parsed
 
 
@@ -94,9 +97,10 @@ def upload(
         try:
             response = _put_following_redirects(path, target, timeout)
         except ssl.SSLCertVerificationError as e:
-            problem = f"the certificate of {target.hostname} is not trusted ({e.verify_message})"
-            fix = "check the address, or add the certificate authority with SSL_CERT_FILE"
-            raise MainrunError(f"{problem}; {fix}; {kept}") from None
+            raise MainrunError(
+                f"the certificate of {target.hostname} is not trusted ({e.verify_message}); "
+                f"check the address, or add the certificate authority with SSL_CERT_FILE; {kept}"
+            ) from None
         except Unreachable as e:
             problem = f"{without_query(target)}: {e}"
         else:
@@ -110,7 +114,7 @@ def upload(
             seconds = min(max(pause * 2 ** (attempt - 1), retry_after), MAX_PAUSE)
             note(f"{problem}; try {attempt + 1} of {TRIES} in {seconds:g} s")
             time.sleep(seconds)
-    raise MainrunError(f"{problem}, {TRIES} times; try again later; {kept}")
+    raise MainrunError(f"{problem}, in {TRIES} tries; try again later; {kept}")
 
 
 def _fix(status: int) -> str:
@@ -118,7 +122,7 @@ def _fix(status: int) -> str:
         return "the address does not allow this upload; ask for a new address"
     if 300 <= status < 400:
         return "the redirect has no target; ask for the right address"
-    return "ask the owner of the server what it accepts"
+    return "ask the owner of the server which uploads are allowed"
 
 
 def _put_following_redirects(path: Path, target: SplitResult, timeout: float) -> Response:
@@ -130,12 +134,14 @@ def _put_following_redirects(path: Path, target: SplitResult, timeout: float) ->
             return response
         redirect = urlsplit(urljoin(url.geturl(), response.location))
         if (redirect.scheme, redirect.netloc) != (target.scheme, target.netloc):
-            problem = f"{without_query(url)} redirects the upload to {redirect.scheme}://{redirect.netloc}"
-            fix = "if that address is right, give it to --upload"
-            raise MainrunError(f"{problem}, which is refused; {fix}; {path} is kept")
+            raise MainrunError(
+                f"{without_query(url)} redirects the upload to {redirect.scheme}://{redirect.netloc}, "
+                f"which is refused; if this address is right, give it to --upload; {path} is kept"
+            )
         url = redirect
-    problem = f"{without_query(target)} redirects the upload in a circle"
-    raise MainrunError(f"{problem}; ask for the right address; {path} is kept")
+    raise MainrunError(
+        f"{without_query(target)} redirects the upload in a circle; ask for the right address; {path} is kept"
+    )
 
 
 def _put(path: Path, url: SplitResult, timeout: float) -> Response:

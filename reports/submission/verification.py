@@ -25,8 +25,8 @@ Row = dict[str, Any]  # the type of a row in metrics.jsonl
 
 # Other machine classes round differently, and the differences grow with each training step.
 TRAINING_TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-2}
-SCORING_TOLERANCE = 1e-3  # the tolerance for scores of the final weights, which are the same everywhere
-GRAD_NORM_FACTOR = 10  # the tolerance for gradient norms, relative to the tolerance for losses
+SCORING_TOLERANCE = 1e-3  # the tolerance for scores of the final weights, which are not trained again
+GRAD_NORM_FACTOR = 10  # the tolerance for gradient norms, as a multiple of the tolerance for losses
 NOT_COMPARED = {"seconds", "reused"}
 
 # The names of the facts that both the manifest and the summary of a run contain.
@@ -47,7 +47,7 @@ class Verdict:
     tolerance: float = 0.0
     steps: int = 0  # the number of steps that were trained again
     total_steps: int = 0
-    changed_code: list[str] = field(default_factory=list)  # trainer files that differ from the installed ones
+    changed_code: list[str] = field(default_factory=list)  # trainer files that differ from the installation
 
     @property
     def verified(self) -> bool:
@@ -70,7 +70,7 @@ def verify(path: Path, steps: int, note: Callable[[str], None]) -> Verdict:
     )
     for name in (*(RUN + name for name in RUN_FILES), REPORT, CODE + "mainrun/replay.py"):
         if name not in files:
-            verdict.differences.append(f"there is no {name}")
+            verdict.differences.append(f"the bundle has no {name}")
     verdict.checked.append(f"{len(files):,} files against their sha256 in the manifest")
     if verdict.verified:
         with tempfile.TemporaryDirectory(prefix="mainrun-verify-") as folder:
@@ -133,8 +133,10 @@ def _documents(
     figures = manifest["figures"]
     for name in FIGURES:
         if figures.get(name) != summary[name]:
-            claimed = f"{name} of the figures is {figures.get(name)!r} in the manifest"
-            problems.append(f"{claimed}, {summary[name]!r} in the summary")
+            problems.append(
+                f"the figure {name} is {figures.get(name)!r} in the manifest, "
+                f"{summary[name]!r} in the summary"
+            )
     state = run.status().get("state")
     if state != "done":
         problems.append(f"status.json says {state!r}, but only a finished run can be submitted")
@@ -200,18 +202,20 @@ def _compare_facts(verdict: Verdict, result: dict[str, Any], summary: dict[str, 
     planned = result.get("of", verdict.total_steps)
     if planned != verdict.total_steps:
         verdict.differences.append(
-            f"its config implies {planned} steps, but the summary says {verdict.total_steps}"
+            f"the config of the run implies {planned} steps, but the summary says {verdict.total_steps}"
         )
     source = result["versions"]["mainrun"]
     trained_by = {versions["mainrun"] for versions in summary["all_versions"]}
     if trained_by != {source}:
         named = ", ".join(sorted(other[:12] for other in trained_by))
-        verdict.differences.append(f"the run was trained by source {named}, the code is source {source[:12]}")
+        verdict.differences.append(
+            f"the run was trained by source {named}, but the code is source {source[:12]}"
+        )
     for name in REPLAYED_FACTS:
         value = result.get(name, summary[name])
         if value != summary[name]:
             verdict.differences.append(
-                f"{name} is {summary[name]!r} in the run, {value!r} by its code and config"
+                f"{name} is {summary[name]!r} in the run, {value!r} according to its code and config"
             )
 
 
@@ -228,7 +232,7 @@ def _compare_scores(verdict: Verdict, result: dict[str, Any], rows: list[Row]) -
         verdict.checked.append("the last weights scored again")
     elif "unusable" in result:
         verdict.differences.append(
-            f"the last weights are in the bundle and cannot be used: {result['unusable']}"
+            f"the last weights are in the bundle, but cannot be used: {result['unusable']}"
         )
 
 

@@ -4,7 +4,7 @@ Each attempt to run a worker is one Ray task. Ray chooses the node of each worke
 run directories and the store are in a folder that all nodes share, so a new worker can resume a run on any
 node. Retries by Ray are disabled, because `run_until_done` already retries a task whose worker was lost.
 
-If the driver is lost, Ray ends its worker processes, and each training process ends with its Ray worker. A
+If the driver is lost, Ray stops the Ray workers. A training process stops when its Ray worker stops. A
 training process keeps the lock on its run directory until the process ends. A training process that loses the
 lock stops writing to the run directory (see `RunDir.check`).
 """
@@ -34,14 +34,14 @@ OBJECT_STORE_BYTES = 80_000_000  # close to Ray's minimum size, because only tas
 class Ray:
     """An engine that trains each task on a Ray cluster.
 
-    If `address` is empty, start a Ray cluster on this machine, which stops when the driver ends.
+    If `address` is empty, a Ray cluster is started on this machine, and is stopped when the driver ends.
     """
 
     def __init__(self, workers: int, threads: int, gpus: float, address: str) -> None:
         if importlib.util.find_spec("ray") is None:
             raise UsageError(
-                "engine 'ray' needs Ray, which is not installed; "
-                "pip install 'mainrun[ray]', or use --engine local"
+                "the engine 'ray' needs Ray, which is not installed; "
+                "install it with pip install 'mainrun[ray]', or use --engine local"
             )
         local_workers = workers or max(1, cores() // threads)
         _connect(address, num_cpus=local_workers * threads)
@@ -57,7 +57,7 @@ class Ray:
         self._closed = False
 
     def _capacity(self) -> int:
-        """Return how many trials all nodes of the cluster together can train at the same time."""
+        """Return how many trials the whole cluster can train at the same time."""
         import ray
 
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -70,8 +70,8 @@ class Ray:
             return capacity
         offers = "; ".join(_describe({name: node.get(name, 0) for name in self._resources}) for node in nodes)
         raise UsageError(
-            f"a trial needs {_describe(self._resources)}, but no node of the cluster has that "
-            f"(they have {offers}); lower threads or gpus in the study, "
+            f"a trial needs {_describe(self._resources)}, but no node of the cluster has these resources "
+            f"(the nodes have {offers}); lower threads or gpus in the study, "
             "or give --workers N if the cluster adds nodes on demand"
         )
 
@@ -130,7 +130,7 @@ def run_attempt(task: Task, folder: str) -> WorkerExit:
     try:
         while True:
             try:
-                _, stderr = process.communicate(timeout=0.5)  # time out, so that Ray can cancel the task
+                _, stderr = process.communicate(timeout=0.5)  # a timeout lets Ray cancel the task
                 return WorkerExit(process.returncode, stderr)
             except subprocess.TimeoutExpired:
                 continue
@@ -142,7 +142,7 @@ def run_attempt(task: Task, folder: str) -> WorkerExit:
 
 def _connect(address: str, num_cpus: int) -> None:
     """Connect to the Ray cluster at an address. If the address is empty, start a cluster on this machine."""
-    if address == "auto":  # RAY_ADDRESS overrides "auto", as in Ray itself
+    if address == "auto":  # as in Ray itself, RAY_ADDRESS overrides "auto"
         address = os.environ.get("RAY_ADDRESS") or "auto"
         options: dict[str, Any] = {}
     elif address:
@@ -177,13 +177,14 @@ def _check_address(address: str) -> None:
     """
     if not re.fullmatch(r"[\w.-]+:\d{1,5}", address):
         raise UsageError(
-            f"got --address {address!r}; allowed: auto, or HOST:PORT of the cluster's head, such as head:6379"
+            f"--address {address!r} is not allowed; write auto, or HOST:PORT of the cluster's head node, "
+            "such as head:6379"
         )
     host, port = address.split(":")
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
     except (OSError, OverflowError) as e:
         raise UsageError(
-            f"no Ray cluster answers at {address} ({e}); check it with `ray status --address {address}`, "
-            "or omit --address"
+            f"no Ray cluster answers at {address} ({e}); "
+            f"check the cluster with `ray status --address {address}`, or omit --address"
         ) from None

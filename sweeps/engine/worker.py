@@ -80,7 +80,7 @@ def run_until_done(task: Task, run_worker: Callable[[], WorkerExit], closed: Cal
         interrupted = code == Interrupted.exit_code
         if code == 0 or (interrupted and _reached(task.until, stderr)):
             return Outcome(True)
-        message = _last_line(stderr) or f"it ended with code {code} and without a message"
+        message = _last_line(stderr) or f"the worker ended with code {code} and without a message"
         if code == Diverged.exit_code:
             return Outcome(False, diverged=True, reason=message)
         if interrupted and "no space left" in message:  # stop the whole study if the disk is full
@@ -104,7 +104,7 @@ def _last_line(text: str) -> str:
 def _reached(until: int, stderr: str) -> bool:
     """Return whether a worker stopped at or after the step where its task ends.
 
-    A worker stops at a later step if an earlier driver has already trained the run beyond this step.
+    A worker stops at a later step if an earlier driver has already trained the run beyond the task's step.
     """
     stopped = re.search(r"stopped at step (\d+) of", stderr)
     return bool(until and stopped and int(stopped[1]) >= until)

@@ -321,7 +321,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once_with_exit_code_130(start: Callable
     running.process.send_signal(signal.SIGINT)
     code, out, err = running.end()
     assert (code, out) == (130, "")
-    assert "interrupted" not in err and "stopped at once" in err
+    assert "interrupted" not in err and "stopped immediately" in err
     path = only(running.out)
     assert not (path / "summary.json").exists()
     assert any((path / "checkpoints").iterdir()), "earlier checkpoints remain"

@@ -83,13 +83,16 @@ def test_a_second_demo_trains_nothing_and_skips_the_submission_of_changes(house:
     (house / "note.txt").touch()
     second = demo(house)
     assert {path: path.read_bytes() for path in house.glob("runs/demo/**/metrics.jsonl")} == before
-    assert "skipped: the working tree is not committed: note.txt; `./task checkpoint` commits it" in second
-    assert "no submission, for the reason above" in second and not (house / ZIP).exists()
+    assert (
+        "skipped: the working tree has uncommitted changes: note.txt; commit them with `./task checkpoint`"
+        in second
+    )
+    assert "no submission (see the reason above)" in second and not (house / ZIP).exists()
 
 
 @pytest.mark.slow
 def test_a_step_that_fails_ends_the_demo(house: Path, tmp_path: Path) -> None:
     assert demo(house, "--set", "lr=nonsense", code=2).startswith("error: lr='nonsense'")
     failed = demo(house, "--out", str(tmp_path), "--set", "num_titles=3", code=2)
-    assert "the demo's train step failed with exit code 2, for the reason above" in failed
+    assert "the demo's train step failed with exit code 2 (see the error above)" in failed
     assert failed.count("error: ") == 2 and "Traceback" not in failed

@@ -1,4 +1,4 @@
-"""Functions for the panels, ticks, labels, legends and axis limits of all figures."""
+"""Create the panels of figures, and set their ticks, labels, legends and axis limits."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def set_row_names(axes: Axes, names: Sequence[str]) -> None:
 def label_bar(axes: Axes, x: float, y: float, text: str) -> None:
     """Write a label to the right of a bar.
 
-    The gap is an offset in points instead of leading spaces, because SVG ignores leading spaces.
+    The gap before the label is an offset in points, because SVG ignores leading spaces.
     """
     axes.annotate(text, (x, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
 

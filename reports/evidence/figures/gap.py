@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def caption(_: ReportData) -> str:
     return (
         "Loss in nats per token, one line per seed. Training losses include dropout and are averaged over "
-        "the steps before the evaluation, so they may be above validation. Tokens of different tokenizers "
-        "are not comparable, so read each panel alone."
+        "the steps before the evaluation, so they may be above the validation losses. The panels cannot "
+        "be compared with each other, because the recipes may use different tokenizers."
     )
 
 

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CAPTION = (
-    "Dashed lines mark the ops, with their numbers in the table. The first scores may lie above the frame."
+    "Dashed lines mark the growth ops, which are numbered as in the table. The first scores may lie above "
+    "the frame."
 )
 AROUND = 40  # the number of steps to draw before and after each growth op
 SIZES = (("params", "params"), ("flops_per_token", "FLOPs per token"))

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CAPTION = (
-    "How much each field decides the value. If the export has no importance, it is computed by PED-ANOVA, "
-    "which compares the settings of the best quarter of the trials with those of all trials that were "
-    "trained to the end. Its shares sum to 1."
+    "How strongly each field affects the value. If the export does not contain the importance, PED-ANOVA "
+    "computes the importance. PED-ANOVA compares the settings of the best quarter of the trials with the "
+    "settings of all trials that were trained to the end, and its shares sum to 1."
 )
 NEEDS = f"an exported importance, or {FEWEST} trials trained to the end whose values differ"
 ROWS = 16

@@ -1,4 +1,4 @@
-"""Draw how many steps a study asked for, trained, reused and wasted."""
+"""Draw how many steps a study requested, trained, reused and wasted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draw a parallel coordinate plot, where the line of a trial passes through the values of its fields."""
+"""Draw a parallel coordinate plot, in which each trial is a line through the values of its fields."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CAPTION = (
-    "Trials that were trained to the end and have all of these fields. The best tenth of the trials is on "
-    "top."
+    "Each line is a trial that was trained to the end and has all of these fields. The best tenth of the "
+    "trials is drawn on top."
 )
 NEEDS = "three trials trained to the end, and two fields with more than one setting"
 FIELDS = 8
@@ -49,7 +49,7 @@ def draw(study: Study) -> Figure | None:
 
 
 def draw_field(axes: Axes, x: int, scale: Scale) -> None:
-    """Draw the vertical axis of a field, with its lowest value and its highest value as labels."""
+    """Draw the vertical axis of a field, and label the ends with the lowest and the highest value."""
     if scale.names:
         low = scale.names[0]
         high = scale.names[-1]

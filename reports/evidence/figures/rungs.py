@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 CAPTION = "The value at a rung against the value at the last rung, for trials that reached the last rung."
 NEEDS = "three trials trained to the end, with scores at a lower rung"
-PANELS = 3  # the maximum number of panels, which show the last rungs
+PANELS = 3  # the maximum number of panels; only the last rungs are shown
 
 
 def draw(study: Study) -> Figure | None:

@@ -1,4 +1,4 @@
-"""Draw the last score of every run, and the mean of each recipe with a confidence interval."""
+"""Draw the final score of every run, and the mean of each recipe with a confidence interval."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ROWS = 24  # the maximum number of recipes in the figure, which shows the best recipes
+ROWS = 24  # the maximum number of recipes in the figure; only the best recipes are shown
 
 
 def caption(_: ReportData) -> str:
     return (
         "Every run that passed its guards, and the mean of each recipe with its interval (Student's t). "
         "An interval without an end mark continues outside the frame. "
-        "The interval of two seeds can be that wide."
+        "The interval of a recipe with only two seeds can be this wide."
     )
 
 

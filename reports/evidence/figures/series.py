@@ -1,4 +1,4 @@
-"""Compute the values of a run that figures show on their axes, and draw the lines of a recipe."""
+"""Compute the values that figures show for a run, and draw the lines of a recipe."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def flops(run: Run) -> list[float]:
 
 
 def full_scores(recipes: Iterable[Recipe]) -> list[float]:
-    """Return the full scores of all evaluations of several recipes, which determine the limits of an axis."""
+    """Return the full scores of all evaluations of several recipes, to choose the limits of an axis."""
     scores: list[float] = []
     for recipe in recipes:
         for run in recipe.valid_runs:
@@ -78,7 +78,7 @@ def thin(values: Sequence[Any]) -> list[Any]:
 
 
 def headline_pair(data: ReportData) -> list[Recipe]:
-    """Return the baseline and the optimized recipe, except a recipe without valid runs."""
+    """Return the baseline and the optimized recipe. A recipe without valid runs is left out."""
     return [recipe for recipe in (data.baseline, data.optimised) if recipe is not None and recipe.valid_runs]
 
 

@@ -1,8 +1,8 @@
 """Define the common style of all figures.
 
-Lines have different dash patterns, so that they can be distinguished in a grayscale print. SVG files contain
-text as text instead of outlines, so that the text can be searched and is shown in the font of the report. SVG
-files contain no dates, so that the same data always gives the same file.
+Lines have different dash patterns, so that they can be distinguished in a grayscale print. In SVG files,
+text is stored as text instead of outlines. Readers can therefore search the text, and the PDF can show the
+text in its own font. SVG files contain no dates, so that the same data always gives the same file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 WIDTH = 6.7  # the width of a figure in inches
 FONT = "DejaVu Sans"
-# The color palette of Okabe and Ito without yellow, which color-blind readers can distinguish.
+# Color-blind readers can distinguish these colors, which are the palette of Okabe and Ito without yellow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 DASHES: tuple[Any, ...] = (
     "-",
