@@ -590,7 +590,7 @@ def _explain(error: Any, suggest: bool = True) -> str:
         return (
             f"unknown field {inputs.shown(name, 80)}{suggestion}; `mainrun presets --fields` lists all fields"
         )
-    if kind == "value_error":  # the validators of TrainConfig raise complete messages
+    if kind == "value_error":  # a validator of TrainConfig wrote the whole message
         return str(error["ctx"]["error"])
     problem = error["msg"].lower()
     if kind.startswith("bool"):

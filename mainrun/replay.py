@@ -54,7 +54,7 @@ class Replay:
         return make_controller(self.cfg, self.plan, self.setup.device, self.setup.start())
 
     def end(self, note: Callable[[str], None] = lambda _: None) -> Controller | None:
-        """Return a growth controller with the state at the last step, or None without a usable checkpoint."""
+        """Return a growth controller with the state at the last step, or None if no checkpoint is usable."""
         newest = checkpoint.load_newest(self.run.checkpoints, self._checkpoint_problem, note)
         if newest is None:
             return None

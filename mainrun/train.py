@@ -289,7 +289,7 @@ class GPT(nn.Module):
         T = idx.size(1)
         visible = self.causal[:T, :T]  # (T, T)
         if self.cfg.title_mask:
-            # <eos> belongs to the title that follows <eos>, whose first token the model predicts from <eos>
+            # the model predicts the first token of a title from <eos>, so <eos> belongs to the next title
             title = (idx == EOS).cumsum(1)  # (B, T)
             same_title = title.unsqueeze(2) == title.unsqueeze(1)  # (B, T, T)
             visible = (visible & same_title).unsqueeze(1)  # (B, 1, T, T)
@@ -558,7 +558,7 @@ class TrainStep:
         state = self.state
         state.optimizers.set_rates(inputs, state.step)
         graph = self.forward_backward.graph
-        # without a CUDA graph, the gradients have new addresses at every step
+        # without a CUDA graph, each step allocates new gradients, which a recorded update could not read
         self.optimizer_step.on = graph is not None
         self.optimizer_step((inputs.weight_decay, graph), state.optimizers.apply)
         state.average.update(inputs)

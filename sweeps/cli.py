@@ -36,7 +36,7 @@ class SweepGroup(Group):
 
 app = typer.Typer(
     cls=SweepGroup,
-    help="Search for good hyperparameters: give a study, or one of the commands below.",
+    help="Search for good hyperparameters with a study.",
     rich_markup_mode=None,
 )
 

@@ -164,7 +164,7 @@ def test_the_versions_of_every_session_are_kept(
     ]
     assert "same_evaluate" in failed(summary)
     assert any("the machine class has changed" in text for text in notes)
-    assert any("a different version of mainrun" in text for text in notes)
+    assert any("the version of mainrun or of a library has changed" in text for text in notes)
 
 
 def test_a_finished_run_is_valid_only_for_its_titles(

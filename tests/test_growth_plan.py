@@ -328,7 +328,7 @@ def test_the_plan_of_a_valid_file(tmp_path: Path) -> None:
         "parameters",
         "active",
         "FLOPs per token",
-        "optimiser",
+        "optimizer",
     ]
     assert [row[0] for row in rows] == [
         "start", "set_lr 0.0006", "stack_layers [0,0,1,1]", "widen_mlp 128", "set_attn_lora_rank 8",

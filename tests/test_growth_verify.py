@@ -243,7 +243,7 @@ def test_trap_a_grown_state_is_not_loaded_into_the_old_model() -> None:
         for name, p in first.named_parameters():
             p.copy_(saved[f"model/{name}"])
     assert len(first.blocks) == 2 and logit_change(new, first, IDX)[0] > 0.01
-    with pytest.raises(RunError, match=r"the state holds model/blocks\.2.*build the model as it was"):
+    with pytest.raises(RunError, match=r"saved state contains model/blocks\.2.*build the model as it was"):
         State(model.cfg, shaken(model.cfg)).load(saved, 4, 0)
     again = State(new.cfg, GPT(new.cfg, V).double().eval())
     again.load(saved, 4, 0)

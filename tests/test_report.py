@@ -149,7 +149,7 @@ def test_all_problems_are_reported_together(runs: Path, tmp_path: Path) -> None:
     for message in (
         f"run {base[1].name} is not finished (interrupted)",
         f"{base[2]} lacks env.json",
-        f"{opt[1]}/summary.json gives 0.5 for full of the last score",
+        f"{opt[1]}/summary.json says 0.5 for full of the last score",
         f"the study {study} lacks study.json",
         "no run 'no-such-run'",
     ):

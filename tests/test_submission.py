@@ -239,7 +239,7 @@ def test_a_report_that_is_not_a_pdf(copy: Path) -> None:
         (lambda run: _edit(run / "summary.json", _change_a_score), "contradictory scores of val"),
         (
             lambda run: _edit(run / "summary.json", lambda s: s["last"].update(full=1.0)),
-            "gives 1.0 for full of the last score",
+            "says 1.0 for full of the last score",
         ),
         (
             lambda run: _edit(run / "config.json", lambda c: c["config"].update(lr=0.5)),

@@ -556,7 +556,7 @@ def test_a_last_update_that_breaks_the_weights_diverges_too(
 
     last = estimate(cfg)["plan"]["steps"]
     monkeypatch.setattr(Optimizers, "apply", broken)
-    with pytest.raises(Diverged, match=f"the score at step {last} of {last} is not a number"):
+    with pytest.raises(Diverged, match=f"the score at step {last} of {last} is not finite"):
         train(cfg, tmp_path)
     run = RunDir(tmp_path / cfg.run_id)
     assert run.summary() is None and run.status()["state"] == "diverged"

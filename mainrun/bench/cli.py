@@ -24,7 +24,7 @@ from mainrun.ui.console import (
 if TYPE_CHECKING:
     from mainrun.config import TrainConfig
 
-app = commands("Measure training speed, and the time saved by sharing steps between runs.")
+app = commands("Measure training speed, and the time saved by shared steps.")
 
 Repeats = Annotated[
     int, typer.Option("--repeats", min=1, max=1000, help="Number of measurements. The median is reported.")

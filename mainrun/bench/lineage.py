@@ -43,8 +43,8 @@ SMALL = {
     "warmup_frac": 0.02, "threads": 1, "compile": "off", "eval_per_epoch": 0,
 }  # fmt: skip
 RATES = (2e-3, 4e-3)
-CHANGES = (0.10, 0.25, 0.40, 0.55)  # the shares of the training tokens after which dropout ends
-# The shares of the training steps after which the decay of the learning rate starts.
+CHANGES = (0.10, 0.25, 0.40, 0.55)  # dropout is switched off after these fractions of the training tokens
+# The learning rate starts to decay after these fractions of the training steps.
 STARTS = tuple(round(0.75 + 0.03 * i, 3) for i in range(8))
 MOVED = tuple(start if i % 2 == 0 else round(start - 0.015, 3) for i, start in enumerate(STARTS))
 SHAPES = ("linear", "cosine", "sqrt")
@@ -52,8 +52,8 @@ BASELINE_PARAMS = 27_172_864
 
 
 class Rung(NamedTuple):
-    share: float  # the share of a full run's steps that a trial trains at this rung
-    keep: int  # one in `keep` trials continues to the next rung
+    share: float  # a trial is scored when it has trained this fraction of all steps
+    keep: int  # one of every `keep` trials continues to the next rung
 
 
 RUNGS = (Rung(1 / 16, 4), Rung(1 / 4, 4), Rung(1.0, 1))
@@ -127,10 +127,10 @@ class StudyResult:
     way: str
     trials: int
     asked: int  # the total number of steps that all trials request
-    fewest: int  # the number of distinct steps of all trials
+    fewest: int  # the number of distinct steps, each of which must be trained once
     trained: int = 0  # the number of steps that were actually trained
     seconds: float = 0.0
-    store_seconds: float = 0.0  # the part of `seconds` that was spent in the store
+    store_seconds: float = 0.0  # the seconds that were spent on reading and writing the store
     scratch_seconds: float = 0.0  # the training time of the same trials from scratch
     compared: int = 0  # the number of trials that were also trained from scratch
     # The IDs of the runs whose results are not bit-identical.
@@ -238,7 +238,7 @@ class Bench:
         rungs = [max(1, round(rung.share * steps)) for rung in RUNGS]
         out, store = self.new_store()
         remaining = list(configs)
-        reached = dict.fromkeys(chains, 0)  # the last trained step of each trial
+        reached = dict.fromkeys(chains, 0)  # maps each trial to its last trained step
         for rung, (_, keep) in zip(rungs, RUNGS, strict=True):
             scores = {}
             for i, cfg in enumerate(remaining):
@@ -306,7 +306,7 @@ class Bench:
         summary = train(cfg, out, store=store, keep=keep)
         run = RunDir(out / cfg.run_id)
         bits = final_bits(run)
-        shutil.rmtree(run.checkpoints)  # hundreds of checkpoints would fill the disk
+        shutil.rmtree(run.checkpoints)  # the checkpoints of hundreds of runs would fill the disk
         return summary, bits
 
     def new_store(self) -> tuple[Path, Store]:

@@ -123,7 +123,8 @@ def _part(event: Any, forward_parts: dict[int, str]) -> str:
     if part:
         return part
     for outer in chain:
-        if outer.sequence_nr in forward_parts:  # a backward operation has the part of its forward operation
+        # A backward operation belongs to the same part as its forward operation.
+        if outer.sequence_nr in forward_parts:
             return forward_parts[outer.sequence_nr]
     for outer in chain:
         part = part_of(outer.name)
@@ -224,7 +225,7 @@ class Floor:
         dx = torch.empty_like(x)
         dy = torch.empty_like(y)
         dw = torch.empty_like(w)
-        self.multiply(x, w, y, dx, dy, dw)  # a warm-up call that allocates memory
+        self.multiply(x, w, y, dx, dy, dw)  # the first call allocates memory, so it is not measured
         wait(self.device)
         start = time.perf_counter()
         for _ in range(count):

@@ -58,7 +58,7 @@ class Worker:
     def ask(self, word: str) -> Answer:
         """Send a command word to the worker and return the answer of the worker."""
         assert self.process.stdin is not None
-        with suppress(OSError):  # the worker has ended, and listen() reports the reason
+        with suppress(OSError):  # if the worker has ended, listen() reports the reason
             self.process.stdin.write(word + "\n")
             self.process.stdin.flush()
         return self.listen()
@@ -117,7 +117,7 @@ def start(name: str, rival: str, tuned: bool, cfg: TrainConfig, **options: Any) 
             process.wait()
             for pipe in (process.stdin, process.stdout):
                 assert pipe is not None
-                with suppress(OSError):  # the buffer may contain a command that can no longer be sent
+                with suppress(OSError):  # a worker that has ended cannot receive a buffered command
                     pipe.close()
 
 
@@ -160,7 +160,7 @@ def make_report(
     ours = rows[OURS]
     for row in rows.values():
         row["floor_share"] = floor["seconds"] / row["seconds"]
-        row["ours_is"] = row["seconds"] / ours["seconds"]  # the speedup of mainrun over the rival
+        row["ours_is"] = row["seconds"] / ours["seconds"]  # mainrun is this many times as fast as the rival
     floor["flops"] = ready[FLOOR]["flops"]
     floor["flops_per_s"] = ready[FLOOR]["flops"] / floor["seconds"]
     estimate = ready[OURS]["memory_estimate"]

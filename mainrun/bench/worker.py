@@ -252,7 +252,7 @@ def main() -> int:
     def read_words() -> None:
         for line in sys.stdin:
             words.put(line.strip())
-        os._exit(1)  # the parent process has ended, so exit at once, even during a step
+        os._exit(1)  # exit at once when the parent process has ended, even during a step
 
     threading.Thread(target=read_words, daemon=True).start()
     try:

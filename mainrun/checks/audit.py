@@ -113,7 +113,7 @@ def _audit_node(store: Store, target: _Target, nodes: Mapping[str, Node]) -> Aud
         AttributeError,
         ArithmeticError,
         AssertionError,
-    ) as e:  # these errors mean that mainrun did not write the node
+    ) as e:  # a node that mainrun wrote never causes these errors
         return AuditResult(node, "differs", f"it cannot be trained again ({type(e).__name__}: {e})")
     try:
         rows = segment.train(node)

@@ -57,9 +57,9 @@ class Evidence:
     cfg: TrainConfig
     corpus: Corpus
     data: TokenData
-    model: nn.Module  # the model with the weights that were scored, which EMA or SWA may have averaged
+    model: nn.Module  # the model with the scored weights, which are averages in a run with EMA or SWA
     evals: list[EvalRow]  # the rows of all evaluations, in the order of the steps
-    # The keys of the ledger: train_tokens_per_epoch, presentations_per_token, forward_passes,
+    # The ledger has the keys train_tokens_per_epoch, presentations_per_token, forward_passes and
     # ensemble_members.
     ledger: dict[str, Any]
     summary: dict[str, Any]  # the run's summary, with at least the keys last, best and scores
@@ -257,7 +257,7 @@ def _replaced_function() -> str:
             continue
         live = vars(scoring).get(code.co_name)
         if isinstance(live, type):
-            continue  # a class does not keep the code object of the class body
+            continue  # Python discards the code of a class body after running it
         if getattr(live, "__code__", None) != code:
             return f"the function scoring.{code.co_name} in memory differs from the file scoring.py"
     for name, module in list(sys.modules.items()):
@@ -305,7 +305,7 @@ def no_learning(e: Evidence, all: bool) -> Verdict:
             return fail(f"evaluate changed {len(changed)} parameters or buffers, such as {min(changed)}")
         if modes != [module.training for module in e.model.modules()]:
             return fail("evaluate changed a module from training to evaluation mode, or back")
-        _evaluate(e, tokens[::-1].copy())  # these tokens would change a model that learns during evaluation
+        _evaluate(e, tokens[::-1].copy())  # a model that learns while it is scored would learn from this
         second = _evaluate(e, tokens)
     if second != first:
         return fail(f"the same tokens had loss {first.loss} at first and loss {second.loss} later")
@@ -481,8 +481,8 @@ def no_val_tokens(e: Evidence, all: bool) -> Verdict:
         word = e.data.tokenizer.decode([int(token)]).strip()
         if len(word.split()) > 1 or len(word) > LONGEST_WORD:
             text = text or "\n".join(e.corpus.train)
-            # A token reveals nothing about val if its text also occurs in train, where it is split into
-            # several tokens.
+            # A token reveals nothing about val if its text also occurs in train. In train, the text may be
+            # split into several tokens.
             if word not in text:
                 return fail(f"token {token} = {word!r} is longer than a word and occurs only in validation")
     return passed(f"no validation-only token is longer than a word (tokenizer_fit={e.cfg.tokenizer_fit})")

@@ -46,7 +46,7 @@ class Device(ProcessGroup):
         # The losses are read from a GPU once every 32 steps, because reading a loss waits for the GPU.
         self.read_every = 32 if name == "cuda" else 1
         self.seeds: list[int] = []
-        self.generators: list[torch.Generator] = []  # one generator per micro-batch on a GPU, none on a CPU
+        self.generators: list[torch.Generator] = []  # on a GPU, one random generator per micro-batch
         self.compile = cfg.compile == "on"
         self.half = cfg.dtype == "bfloat16"
         self.triton = ""  # Triton's version if a Triton kernel computes the loss, else ""

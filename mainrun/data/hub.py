@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     import numpy as np
 
 HUB_REPO = "julien040/hacker-news-posts"
-HUB_REVISIONS = {  # the task's published scores use hn-2025, and hn is a newer revision
+HUB_REVISIONS = {  # the task's published scores are based on hn-2025, and hn is a newer revision
     "hn": "d210f96ddcc592f324c3108dd1d7b7edc03ca788",
     "hn-2025": "9e21b0f3c36bd7ce50b741ce966297a7f73cae38",
 }
 ABANDONED = 3600  # a partial download counts as abandoned after this many seconds without a write
-LOCAL_ERRORS = (  # the error codes of problems with the local disk, as opposed to the hub
+LOCAL_ERRORS = (  # errors with these codes are problems of the local disk and not of the hub
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EACCES,
@@ -76,7 +76,7 @@ def open_titles(name: str, argument: str, wanted: int) -> Titles:
     path, file = _fetch(name)
     try:
         column = parquet_column(str(path), path, COLUMN)
-    except CorpusError as e:  # the download is intact, so the file on the hub itself is not as expected
+    except CorpusError as e:  # the download is intact, so the file on the hub must have a wrong format
         raise HubError(f"corpus={name}: {e}") from None
 
     def take(positions: np.ndarray) -> list[str]:
@@ -215,7 +215,7 @@ def _download(name: str, file: HubFile, cache: Path) -> Path:
         if file.damage(path):
             _delete(path)
             path = Path(hf_hub_download(HUB_REPO, file.file, **options))
-    except Exception as e:  # as in _look_up, the exceptions have no common base class
+    except Exception as e:  # the exceptions of huggingface_hub have no common base class
         raise _explained(name, file.revision, e) from e
     return path
 
@@ -264,7 +264,7 @@ def _write_note(note: Path, path: str, file: HubFile) -> None:
             os.fsync(f.fileno())
         os.replace(temporary, note)
     finally:
-        with contextlib.suppress(FileNotFoundError):  # after a rename, the temporary file no longer exists
+        with contextlib.suppress(FileNotFoundError):  # a renamed file cannot be removed
             os.unlink(temporary)
 
 

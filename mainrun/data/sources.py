@@ -29,7 +29,7 @@ class Source:
     """
 
     syntax: str  # how a user writes the source in `corpus`
-    kind: str  # the kind of source that is recorded with the titles
+    kind: str  # the name of this kind of source in the files of a run
     fixed: bool  # True if the source provides the same titles on every machine
     open: Callable[[str, str, int], Titles]
 

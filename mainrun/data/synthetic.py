@@ -486,8 +486,8 @@ class Writer:
         self.topic = 0
         self.last = ""  # the preceding word, which determines the favorites
         self.enough = 0.0  # a title with more pieces than this number gets no further phrase
-        self.topic_words: dict[tuple[int, str], list[str]] = {}  # the topic's words by (topic, kind)
-        self.words: dict[tuple[int, str], list[str]] = {}  # the lookup tables by (topic, kind)
+        self.topic_words: dict[tuple[int, str], list[str]] = {}  # maps (topic, kind) to words
+        self.words: dict[tuple[int, str], list[str]] = {}  # maps (topic, kind) to a lookup table of words
         self._make_word_tables()
         self.topics = lookup_table(range(len(TOPIC_LISTS)), zipf(TOPIC_LISTS))
         self.octaves: dict[str, list[int]] = {}

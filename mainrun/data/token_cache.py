@@ -31,7 +31,7 @@ from mainrun.files import inputs
 from mainrun.files.hashing import compact_json
 
 SPLITS = ("train", "dev", "val")
-PUBLISH_ATTEMPTS = 10  # an attempt fails if another process changes the entry at the same time
+PUBLISH_ATTEMPTS = 10  # a write is repeated if another process changes the entry at the same time
 ABANDONED = 86_400  # a temporary folder counts as abandoned if it is older than this many seconds
 
 

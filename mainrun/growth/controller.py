@@ -68,7 +68,7 @@ class Grown(NamedTuple):
     average: dict[str, Tensor] | None
     moved: IndexMap
     checks: list[PromiseCheck]
-    figures: Row  # further values to log in growth.jsonl
+    figures: Row  # additional values that are logged in growth.jsonl
 
 
 class Growth:
@@ -98,7 +98,7 @@ class Growth:
         self.losses: list[tuple[int, float]] = []  # the step and the loss of each evaluation on `split`
         self.applied = 0  # number of operations that were carried out
         self._recent: list[Recent] = []
-        self._compiling: Op | None = None  # the last operation after which the model must be compiled again
+        self._compiling: Op | None = None  # an operation whose compile time is not logged yet
         self._notes: list[str] = []
         self.restore()
 

@@ -24,7 +24,7 @@ from mainrun.plan.ops import Op
 from mainrun.plan.optimizers import state_powers
 
 MODES = ("auto", "keep", "scale", "reset", "asymmetric")
-STEP = "step"  # the state entry that counts updates, which is copied but never scaled
+STEP = "step"  # the step count of an optimiser state, which is copied but never scaled
 Factor = float | Tensor  # a factor: a number, or a tensor that can be broadcast
 
 
@@ -61,7 +61,7 @@ class Piece:
     # A dimension whose entry is None or missing is copied unchanged.
     index: tuple[Tensor | None, ...] = ()
     weight: Factor = 1.0
-    grad: Factor | None = 1.0  # new gradient / source gradient, or None if the optimiser state starts empty
+    grad: Factor | None = 1.0  # the new gradient divided by the source gradient, or None for an empty state
     plus: Tensor | None = None  # values to add, for example noise or random new elements
 
     def take(self, source: Tensor) -> Tensor:

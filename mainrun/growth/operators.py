@@ -58,7 +58,7 @@ def flow(name: str) -> tuple[str, str]:
         return spaces, ""
     rows = spaces[0]
     columns = spaces[1]
-    if name.startswith(("embed.", "positions.")):  # the rows of a lookup table are the inputs
+    if name.startswith(("embed.", "positions.")):  # each row of a lookup table belongs to one input
         return columns, rows
     return rows, columns
 
@@ -358,7 +358,7 @@ def _extended(old: int, new: int) -> Tensor:
 
 # -- experts
 
-NoisePair = tuple[str, int, int, int]  # source, shard, first copy, index of the pair
+NoisePair = tuple[str, int, int, int]  # the source, the shard, the first copy and the index of a pair
 
 
 def upcycle_moe(change: Change) -> Pieces:

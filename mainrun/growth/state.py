@@ -18,7 +18,7 @@ from mainrun.store.rundir import RowLog
 from mainrun.train import State
 
 Row = dict[str, Any]
-FIGURES = ("params", "active", "flops")  # the fields that the growth controller adds to score rows
+FIGURES = ("params", "active", "flops")  # growth adds these fields to each row of scores
 
 
 def ops_applied(plan: Plan, step: int) -> int:

@@ -67,7 +67,7 @@ def size(cfg: TrainConfig) -> Size:
     if not cfg.tie_head:
         outside += vocab * d
     frozen = len(cfg.frozen) * block.params
-    if cfg.value_residual:  # each layer except the first has one learned ratio
+    if cfg.value_residual:  # each layer except the first learns one mixing ratio
         outside += cfg.n_layer - 1
         frozen += sum(layer > 0 for layer in cfg.frozen)
     routers = [_router_params(cfg, letter) for letter in cfg.letters]

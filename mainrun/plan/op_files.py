@@ -204,7 +204,7 @@ class _OpReader:
 
     def read(self, entries: Iterable[Any]) -> tuple[Op, ...]:
         ops: list[Op] = []
-        owners: dict[str, int] = {}  # maps each op id to the place of the op
+        owners: dict[str, int] = {}  # maps the id of each op to the index of the op in the schedule
         for place, entry in enumerate(entries):
             if not isinstance(entry, dict):
                 self.faults.append((place, f"ops[{place}]={shown(entry)} is not an op; write {OP_SHAPE}."))

@@ -263,7 +263,7 @@ def _widen_model(op: Op, cfg: Config, set_by: SetBy) -> Changes:
             "widen a dense model first, and train the wide model with routed blocks afterwards"
         )
     factor = _width_factor(op.value, cfg.d_model, _origin(set_by, "d_model"))
-    kv_heads = factor * cfg.n_kv_head  # 0 stays 0, which means one per query head
+    kv_heads = factor * cfg.n_kv_head  # 0 means one per query head, so 0 stays unchanged
     if op.value["kv"] == "keep":
         kv_heads = cfg.kv_heads
     return {  # the width of a head does not change
@@ -466,7 +466,7 @@ def _set_eval_iters(op: Op, cfg: Config, set_by: SetBy) -> Changes:
 
 
 def _reset_lr_schedule(op: Op, cfg: Config, set_by: SetBy) -> Changes:
-    return {}  # Plan restarts the learning rate schedule over the remaining steps
+    return {}  # no field changes, because the class Plan restarts the learning rate schedule
 
 
 # -- how well each operation can preserve the function of the model
@@ -476,7 +476,7 @@ class Guarantee(NamedTuple):
     """The strongest guarantee that an op can give."""
 
     level: str  # one of GUARANTEES
-    why: str = ""  # why no stronger guarantee is possible, as a phrase in an error message
+    why: str = ""  # the reason why no stronger guarantee is possible, for an error message
     instead: str = ""  # the setting that makes a stronger guarantee possible
 
 
@@ -653,7 +653,7 @@ class AppliedOp(NamedTuple, Generic[C]):
     cfg: C
 
 
-Fault = tuple[int, str]  # the place of the op (-1 for the whole schedule), and the message
+Fault = tuple[int, str]  # the index of an op, or -1 for the whole schedule, and a message
 
 
 def fault_of(place: int, name: Any, text: str) -> Fault:

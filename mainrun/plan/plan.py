@@ -52,7 +52,7 @@ class Decision(NamedTuple):
 
     @classmethod
     def from_int(cls, number: int) -> Decision:
-        """Decode a decision that a file contains as an integer: `step`, or `~step` for a skipped op."""
+        """Decode a decision from an integer: `step` if the op fired, or `~step` if the op was skipped."""
         if number < 0:
             return cls(~number, skipped=True)
         return cls(number)
@@ -195,7 +195,7 @@ class Plan:
                 break
             segment = self._next_segment(segments[-1], applied[place], decision)
             if decision is None and segment.tokens + segment.span > self.budget:
-                if not foreseen:  # a previous op fired so late that no step is left
+                if not foreseen:  # no steps are left for this op, because a previous op fired too late
                     break
                 raise ConfigError(self._too_late(segment, segments[-1]))
             segments.append(segment)

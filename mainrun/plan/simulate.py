@@ -15,7 +15,7 @@ from mainrun.plan.plan import Decision, Plan
 from mainrun.plan.triggers import Facts, due
 
 Applied = AppliedOp[TrainConfig]
-NEEDS_A_LOSS = {"loss_below", "plateau"}  # conditions on the loss, which may never be met
+NEEDS_A_LOSS = {"loss_below", "plateau"}  # a condition on the loss may never be met
 
 
 class SegmentForecast(NamedTuple):
@@ -93,9 +93,9 @@ def _latest_step(plan: Plan, op: Op) -> int | None:
 def _warnings(cfg: TrainConfig, applied: list[Applied], plan: Plan | None) -> Iterator[str]:
     """Yield a warning for each op that probably does not do what the author intended."""
     before = cfg
-    past = 0  # the latest step in the static triggers of previous ops
+    past = 0  # the latest step that the trigger of a previous op names
     for i, (op, after) in enumerate(applied):
-        evaluated = 1 if i == 0 else 0  # step 1 always ends with an evaluation
+        evaluated = 1 if i == 0 else 0  # the model is always evaluated after step 1
         oddities = [
             _no_effect(op, before, after),
             _impossible_loss(op),

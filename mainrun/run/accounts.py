@@ -16,7 +16,7 @@ class Accounts:
         # Reused steps were read from the store. Wasted steps were trained, but lost when a session ended.
         self.ledger = {"reused": 0, "reused_tokens": 0, "wasted": 0}
         self.spent: dict[str, float] = {}  # seconds per activity
-        self._inner = [0.0]  # for each open clock, the seconds that its nested clocks measured
+        self._inner = [0.0]  # contains, for each running clock, the seconds that its nested clocks measured
 
     def add(self, activity: str, seconds: float) -> None:
         self.spent[activity] = self.spent.get(activity, 0.0) + seconds

@@ -63,7 +63,7 @@ class LineProgress(Progress):
         self.best: float | None = min(scores, default=None)
         self.current_step = max((row["step"] for row in earlier), default=0)
         self.loss = ""
-        self.first_step: tuple[int, float] | None = None  # first step of this process, and its time
+        self.first_step: tuple[int, float] | None = None  # the first step of this process, and its time
         self.rate = 0.0  # steps per second since the first step, including evaluations
         self.note(f"{cfg.run_id}: {self.total_steps:,} steps of {self.tokens_per_step:,} tokens")
 
@@ -127,7 +127,7 @@ class BarProgress(LineProgress):
         with suppress(OSError):
             self.live.start()
         self.draw()
-        self.next_draw = 0.0  # the first drawing is slow because it imports modules, so ignore its cost
+        self.next_draw = 0.0  # ignore the cost of the first drawing, which imports modules
 
     def step(self, row: Row) -> None:
         super().step(row)
@@ -139,7 +139,7 @@ class BarProgress(LineProgress):
 
     def draw(self) -> None:
         start = time.thread_time()  # other processes do not affect the CPU time of this thread
-        with suppress(OSError):  # the terminal may have been closed
+        with suppress(OSError):  # drawing fails if the terminal was closed
             self.live.update(self.line(), refresh=True)
         cost = time.thread_time() - start
         self.next_draw = time.perf_counter() + max(REFRESH_SECONDS, cost / REFRESH_SHARE)
@@ -173,7 +173,7 @@ class BarProgress(LineProgress):
 
     def close(self) -> None:
         if self.live.is_started:
-            self.draw()  # the last drawing stays on the screen
+            self.draw()  # draw the final state, which stays on the screen
             with suppress(OSError):
                 self.live.stop()
 

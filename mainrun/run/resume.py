@@ -24,7 +24,7 @@ from mainrun.store.rundir import LogRow, RunDir
 from mainrun.train import State
 
 Row = dict[str, Any]
-EMPTY_LOG = {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}  # the size and hash of a log without rows
+EMPTY_LOG = {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}  # the size and the hash of an empty log
 
 
 def check_spans(cfg: TrainConfig, data: TokenData) -> None:

@@ -63,7 +63,7 @@ def train(
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())  # catch signals even while data is prepared
         started = time.perf_counter()
-        check_writable(Path(out))  # fail before reading the data, which may take long
+        check_writable(Path(out))  # report a read-only folder before the data is read, which may take long
         setup = set_up(cfg)
         check_spans(cfg, setup.data)
         data_seconds = time.perf_counter() - started

@@ -206,7 +206,7 @@ class LeaseHolder:
         self.due: list[int] = []  # steps of nodes to save; nodes after the step `written` are not saved yet
         self.written = 0
         self._requested: set[str] = set()  # keys that this run has requested from other runs
-        self._forks: dict[tuple[str, str], int] = {}  # for each lease, the last step shared with its holder
+        self._forks: dict[tuple[str, str], int] = {}  # maps a lease to the last shared step
 
     def follow(self) -> None:
         """Clear the known forks, and release the lease if the changed plan no longer needs the lease."""
@@ -259,7 +259,7 @@ class LeaseHolder:
         return max(others, default=None)
 
     def _meeting(self, key: str, holder: Row, fork: int, limit: int) -> int:
-        """Return the step of the next node that another run will save for this run, or 0 for no node."""
+        """Return the step of the next node that another run will save for this run, or 0 if there is none."""
         target = self.course.steps.get(key, 0)
         if 0 < target <= limit:
             return target
@@ -281,7 +281,7 @@ class LeaseHolder:
         known = (key, str(holder.get("run")))
         if known not in self._forks:
             self._forks[known] = 0
-            with suppress(*MISREAD):  # an invalid lease costs at most some waiting time
+            with suppress(*MISREAD):  # the fork stays 0 if the lease is invalid
                 self._forks[known] = self._shared_steps(key, holder)
         return self._forks[known]
 
@@ -547,7 +547,7 @@ class Sharing:
         rival = self._other_run(step)
         if self.holder.lease and not rival:
             return True
-        if rival:  # whichever run continues first must write a node at the fork
+        if rival:  # the run that continues first must write a node at the fork
             self.holder.want(rival)
         self.holder.free()
         return False

@@ -35,7 +35,7 @@ def summarize(
     presentations = count_presentations(setup, plan, state)
     flops = sum(segment["flops"] for segment in segments)
     if not cfg.growth.ops:
-        flops = state.tokens * segments[0]["flops_per_token"]  # counts every pass over a token
+        flops = state.tokens * segments[0]["flops_per_token"]  # a token counts once for each forward pass
     summary = {
         "run": cfg.run_id,
         "preset": cfg.preset,

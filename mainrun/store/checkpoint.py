@@ -28,7 +28,7 @@ from mainrun.store import records
 from mainrun.store.rundir import FIX, disk_errors, fsync_folder, to_json, write_json
 
 FORMAT = 1
-# The number of checkpoints to keep; if the newest checkpoint is damaged, the older checkpoint is used.
+# Keep two checkpoints. If the newest checkpoint is damaged, the run resumes from the older checkpoint.
 KEEP = 2
 
 Tensors = dict[str, torch.Tensor]

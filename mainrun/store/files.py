@@ -23,7 +23,7 @@ from mainrun.errors import ConfigError
 from mainrun.files.inputs import open_file
 from mainrun.store.rundir import fsync_folder
 
-USED = ".used"  # the modification time of the file NAME.used is the time at which the file NAME was last used
+USED = ".used"  # the modification time of NAME.used is the time at which the file NAME was last used
 
 
 class Entry(NamedTuple):

@@ -45,7 +45,7 @@ class Lease:
     key: str
     token: int
     info: dict[str, Any]  # the identity of this process, its run, and the steps that the process trains
-    # A function that is called at each heartbeat, and whose result is written to the lease file.
+    # This function is called at each heartbeat, and its result is written to the lease file.
     status: Callable[[], dict[str, Any]]
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
@@ -67,8 +67,8 @@ class Lease:
             # detects the takeover.
             try:
                 content = canonical_json(self.info | self.status() | {"beat": count})
-                # Heartbeats are not synced to disk, because a power failure that loses a heartbeat also stops
-                # this process.
+                # Heartbeats are not synced to disk. After a power failure, this process no longer runs, so a
+                # lost heartbeat does no harm.
                 self.leases.files.write(self.name, content, sync=False)
             except OSError:
                 continue

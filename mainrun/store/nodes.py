@@ -42,12 +42,12 @@ SIZE = 20_000_000_000  # the default limit for the total size of all states, in 
 KEY = re.compile(r"[0-9a-f]{64}")
 STATE = re.compile(r"[0-9a-f]{64}\.safetensors")
 LEASE = re.compile(r"[0-9a-f]{64}\.\d{6}")
-# The pattern that the file names in each folder must match.
+# All file names in a folder must match the pattern of the folder.
 FOLDERS = {"nodes": KEY, "states": STATE, "roots": KEY, "wants": KEY, "leases": LEASE}
 BEFORE_FIRST_NODE = {"new", "leases", "wants", "pins"}  # folders that may be created before store.json
 
-BATCH_PIN_LIFETIME = 7 * 86_400.0  # the number of seconds after which the pin of a batch expires
-WANT_LIFETIME = 86_400.0  # the number of seconds after which a request to save a node expires
+BATCH_PIN_LIFETIME = 7 * 86_400.0  # after this many seconds, the pin of a killed batch of runs is ignored
+WANT_LIFETIME = 86_400.0  # a request to save a node expires after this many seconds
 # A process may still be writing a file that was modified less than this number of seconds ago. The clocks of
 # two machines may also differ by up to this number of seconds.
 GRACE = 3600.0

@@ -56,7 +56,7 @@ def assign(
     nodes up to the step of its checkpoint.
     """
     assignments: dict[str, Assignment] = {}
-    # Groups of runs that begin at the same node. A group is a tuple of the names of the runs, the step of the
+    # All runs in a group begin at the same node. A group is a tuple of the names of the runs, the step of the
     # node, and the run that saves the node.
     groups: list[tuple[list[str], int, str | None]] = [
         (names, step, None) for step, names in _group_by_start(chains, stored)
@@ -66,7 +66,7 @@ def assign(
         longest, *others = sorted(names, key=lambda name: (-len(chains[name]), name))
         start = max(begin, (resumed or {}).get(longest, 0))
         branches: dict[tuple[int, str], list[str]] = {}
-        # Runs that fork from the longest run before or at the checkpoint of the longest run.
+        # These runs fork from the longest run before or at the checkpoint of the longest run.
         left_out: list[str] = []
         for name in others:
             fork = shared_steps(chains[longest], chains[name])

@@ -60,7 +60,7 @@ class Group(TyperGroup):
                 code = _crash(e, args)
         except Exception as e:
             code = _crash(e, args)
-        except SystemExit as e:  # Typer exits without a message when a pipe to another process breaks
+        except SystemExit as e:  # if a pipe to another process breaks, Typer exits without a message
             if not isinstance(e.__context__, OSError):
                 raise
             code = _crash(e.__context__, args)

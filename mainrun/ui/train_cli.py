@@ -162,7 +162,7 @@ def _train_all(configs: list[TrainConfig], options: TrainOptions) -> Results:
     StopSignal.last = ""
     with _shared_batch(configs, options.store) as (order, keep):
         for number, cfg in enumerate(order, 1):
-            if StopSignal.last:  # a signal arrived during the final scoring of the previous run
+            if StopSignal.last:  # a signal arrived too late to stop the previous run
                 done = f"stopped by {StopSignal.last} after {number - 1} of {len(order)} runs"
                 raise Interrupted(f"{done}; run the same command again to resume")
             label = f"[{number}/{len(configs)}] " if len(configs) > 1 else ""

@@ -167,7 +167,7 @@ def verify(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Train the first steps of a bundle again, and compare the results with the bundle.
+    """Train the first steps of a bundle again, and compare.
 
     This command executes the code of the bundle. The exit code is 0 if the bundle is verified, 1 if it is not
     verified, and 2 if the file is not a bundle.
