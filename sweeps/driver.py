@@ -32,7 +32,7 @@ from sweeps.trial import Trial, TrialRuns, TrialState
 
 UNLIMITED = 1_000_000  # the maximum number of trials if the budget sets no maximum
 
-Target = tuple[TrainConfig, int]  # the config of a run, and the step to stop at (0: the end of the run)
+Target = tuple[TrainConfig, int]  # the config of a run and its last step, where 0 means the end of the run
 
 
 class Search:

@@ -38,8 +38,8 @@ from sweeps.sampling import TrialSampler
 from sweeps.study import set_arguments
 from sweeps.trial import Trial, TrialState
 
-RUNGS = {"at": [0.4], "keep": 0.5}  # a rung at step 4 of 10
-TOKENS = 128 * STEPS  # the tokens of one trial
+RUNGS = {"at": [0.4], "keep": 0.5}  # every trial has one rung, at step 4 of 10
+TOKENS = 128 * STEPS  # the number of tokens that one trial trains on
 WSD = {"schedule": "wsd", "warmup_frac": 0.1, "decay_frac": 0.3}
 
 
