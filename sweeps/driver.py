@@ -69,7 +69,7 @@ class Search:
         self.train_tokens = self._count_train_tokens()
         self._costs: dict[int, Ledger] = {}  # the cost of each finished trial, by trial number
         self._runs: dict[int, TrialRuns] = {}  # the runs of each trial that is not in the database yet
-        self._reported = 0  # how many generations were reported to the sampler
+        self._reported = 0  # the number of generations whose scores were reported to the sampler
         self._first_open = 0  # index of the first generation with an unfinished trial
 
     def _count_train_tokens(self) -> int:

@@ -346,7 +346,7 @@ def is_alive(pid: int) -> bool:
 
 
 def wait_until(happened: Callable[[], bool]) -> None:
-    end = time.monotonic() + 15  # the mutation tester kills a mutant that waits for 20 seconds
+    end = time.monotonic() + 15  # the mutation tester kills a waiting mutant after at least 20 seconds
     while not happened():
         assert time.monotonic() < end
         time.sleep(0.05)

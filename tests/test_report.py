@@ -271,9 +271,7 @@ def test_a_worse_result_is_reported_as_worse(runs: Path) -> None:
 
 def test_a_difference_below_the_noise_floor_is_not_claimed(runs: Path) -> None:
     # The optimized recipe is better with every seed, but by only a tenth of the noise between seeds.
-    score(
-        runs, baseline=[2.00, 2.10, 2.20], optimized=[1.99, 2.088, 2.189]
-    )
+    score(runs, baseline=[2.00, 2.10, 2.20], optimized=[1.99, 2.088, 2.189])
     claim = findings.claim(load.gather([], runs))
     assert (
         claim.difference is not None

@@ -955,7 +955,7 @@ def test_the_next_run_repairs_the_file_of_a_root(store: Store, text: str) -> Non
     assert store.verify() == [] and list(store.roots()) == [(ROOT, BEGUN)]
 
 
-# -- what gc removes and what it keeps
+# -- garbage collection
 
 
 def test_gc_removes_old_states_without_a_node(store: Store) -> None:

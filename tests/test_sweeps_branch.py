@@ -40,7 +40,7 @@ def make(**fields: Any) -> tuple[TrainConfig, Plan]:
 def test_a_branch_ends_shortly_after_its_rung(
     fields: dict[str, Any], step: int, share: float, end: int, decay_start: int
 ) -> None:
-    """A branch has the same steps as its trial until the learning rate decays to its minimum."""
+    """A branch has the same steps as its trial until the decay starts, and ends with the decay."""
     cfg, plan = make(**fields)
     branch_cfg = branch.branch_config(cfg, plan, step, share)
     branch_plan = Plan(branch_cfg, TRAIN_TOKENS)

@@ -57,7 +57,10 @@ def databases(monkeypatch: pytest.MonkeyPatch) -> list[FakeDatabase]:
 
 
 class Prepared:
-    """A study whose trials have given scores: either one number, or a number for each rung and the end."""
+    """A study whose trials get the given scores.
+
+    A trial has either one score, or one score for each rung and one for the end.
+    """
 
     def __init__(
         self,

@@ -866,7 +866,7 @@ def test_each_process_takes_its_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     at = inputs(cfg)
     assert places == [(dropout_sites(cfg, at, 2, "plain"), 0), (dropout_sites(cfg, at, 2, "plain"), 1)]
     assert parts.synced == ["none"]
-    assert parts.state.tokens == 2 * 2 * 4 * 2  # 2 pieces of 2 rows x 4 tokens in each of 2 processes
+    assert parts.state.tokens == 2 * 2 * 4 * 2  # each of 2 processes trains 2 pieces of 2 rows x 4 tokens
     assert 6 < loss < 12, "the mean is the machine's"
 
 
@@ -1299,7 +1299,7 @@ def test_a_score_that_is_no_number_ends_the_run(tmp_path: Path, monkeypatch: pyt
     assert [step for step, _ in found.saved] == [2] and [row["step"] for row in found.rows("eval")] == [1]
 
 
-# -- losses that are read some steps later, as on a GPU
+# -- losses that are read later, as on a GPU
 
 
 def late_numbers(monkeypatch: pytest.MonkeyPatch, lag: int) -> None:
@@ -1322,9 +1322,9 @@ def test_numbers_that_are_read_later_are_the_same(
     rows = found.rows("step")
     assert [row["step"] for row in rows] == list(range(1, 10))
     assert [r for r in plain(rows) if r["step"] in (4, 8, 9)] == plain(ran.rows("step"))
-    # Losses are read at step 1 for a score, at step 5 because four losses are waiting, at step 7 for a
-    # checkpoint, and at step 9 because the run ends. Each time, the losses are read before the weights are
-    # updated.
+    # Losses are read for the score at step 1, the checkpoint at step 7 and the end of the run at step 9. At
+    # step 5, losses are read because four losses are waiting. Each time, the losses are read before the
+    # weights are updated.
     assert sum(row["seconds"] for row in rows) == 99.0
     assert {row["seconds"] for row in rows} == {11.0}
 
@@ -1349,7 +1349,7 @@ def test_a_stop_reads_what_is_waiting(tmp_path: Path, monkeypatch: pytest.Monkey
     ]
 
 
-# -- with a store, with growth, and as one of several processes
+# -- stores, growth and several processes
 
 
 def test_a_run_goes_on_with_the_store_behind_a_score_that_nobody_had(tmp_path: Path) -> None:
@@ -1452,6 +1452,7 @@ def test_one_of_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert found.summary == {} and found.saved == [] and len(followed) == 1
     assert found.watch.started == found.watch.steps == found.watch.evals == []
     assert not found.run.path.exists()
-    # The processes exchange seven flags: before steps 1, 5 and 9 whether to stop, after steps 1 and 9 whether
-    # the score is finite, and two flags when the leader saves.
+    # The processes exchange seven flags. Before steps 1, 5 and 9, the processes agree whether to stop. After
+    # steps 1 and 9, the processes agree whether the score is finite. Two more flags belong to saves by the
+    # leader.
     assert flags == [False] * 7

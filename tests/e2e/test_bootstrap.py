@@ -1,8 +1,8 @@
 """Tests `./task` and the tasks of Taskfile.yml.
 
-Most tests use the real files with a fake Python, whose `-m venv` and `-m pip` only log that they were called.
-They can therefore test each state of the environment within milliseconds: absent, changed, interrupted,
-failed, or installed twice at once. One slow test creates the real environment.
+Most tests use the real files with a fake Python, in which `-m venv` and `-m pip` only log their calls. These
+tests check within milliseconds what happens if the environment is absent, changed, interrupted, failed, or
+installed by two processes at once. One slow test creates the real environment.
 """
 
 from __future__ import annotations
@@ -375,7 +375,7 @@ def test_an_unwritable_folder_is_refused() -> None:
     assert "cannot write to" in done.stderr
 
 
-# -- calls from other folders, and arguments
+# -- calls from other folders
 
 
 def test_without_arguments_it_lists_the_tasks(installed: Clone) -> None:
