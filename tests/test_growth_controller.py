@@ -352,7 +352,7 @@ def test_the_audit_trains_a_grown_node_again(tmp_path: Path) -> None:
 
 
 def broken_widen_mlp(c: operators.Change) -> operators.Pieces:
-    """Make widen_mlp wrong: each copied unit contributes more output than its share."""
+    """Widen the MLP incorrectly: scale its output weights by 1.5."""
     pieces = operators.widen_mlp(c)
     return {
         n: replace(p, weight=p.weight * 1.5) if n.endswith("down.weight") else p for n, p in pieces.items()
@@ -431,7 +431,7 @@ def test_an_op_that_raises_has_failed(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_loss_before_an_op_belongs_to_the_state_at_that_step(tmp_path: Path) -> None:
-    """Without an evaluation, no loss is known before an op. A second op uses the first op's reevaluation."""
+    """Before the first evaluation, no loss is known. An op uses the loss after an earlier op at its step."""
     ops = [
         op("widen_mlp", 160, {"step": 5}),
         op("widen_mlp", 192, {"step": 9}),
@@ -446,7 +446,7 @@ def test_the_loss_before_an_op_belongs_to_the_state_at_that_step(tmp_path: Path)
 
 
 def test_a_later_op_does_not_hide_copies_that_stay_equal(tmp_path: Path) -> None:
-    """Copies without noise stay equal. This is checked after 10 steps, or just before layers are stacked."""
+    """Copies without noise stay equal. A run checks them after 10 steps, or just before it stacks layers."""
     wide = op("widen_model", {"factor": 2}, {"step": 4})
     after = {
         "frozen": op("freeze_layer", 0, {"step": 7}),
