@@ -55,7 +55,7 @@ WARM = (
     "yaml", "ctypes", "difflib", "http.client", "urllib.request", "concurrent.futures", "multiprocessing",
 )  # fmt: skip
 
-# Every command may exit with 0, 2 or 75. These commands have additional documented exit codes.
+# Every command may exit with 0, 2 or 75. This table lists the additional exit codes of each command.
 OTHER_CODES = {
     "train": {3},  # the loss became NaN
     "demo": {3},

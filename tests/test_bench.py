@@ -1,4 +1,4 @@
-"""Benchmarks: the plain loop, the parts of a step, the workers, `bench gpu`, and the savings from sharing."""
+"""Test the benchmarks of the plain loop, the parts of a step, the GPU and the savings from sharing."""
 
 from __future__ import annotations
 

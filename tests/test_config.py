@@ -1,4 +1,4 @@
-"""Configs: round trips, refusals, presets, and the plan that follows from a config."""
+"""Test the round trips, refusals and presets of configs, and the plan that follows from a config."""
 
 import contextlib
 import itertools

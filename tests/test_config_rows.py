@@ -424,7 +424,7 @@ def cosine(progress: float) -> float:
         ({"warmup_iters": 4, "warmup_frac": 0.9}, [0.25, 0.5, 0.75, 1.0, *(cosine(s / 6) for s in range(6))]),
         ({"warmup_iters": 20}, [s / 20 for s in range(1, 11)]),
         ({"warmup_frac": 1.0}, [s / 10 for s in range(1, 11)]),
-        ({"warmup_frac": 0.05}, [cosine(s / 10) for s in range(10)]),  # half a step of warm-up becomes 0
+        ({"warmup_frac": 0.05}, [cosine(s / 10) for s in range(10)]),  # a warm-up of half a step is skipped
         ({"warmup_frac": 0.06}, [1.0, *(cosine(s / 9) for s in range(9))]),
         ({"schedule": "constant"}, [1.0] * 10),
         ({"schedule": "constant", "warmup_frac": 0.3, "min_lr_frac": 0.1}, [1 / 3, 2 / 3, *[1.0] * 8]),

@@ -1,4 +1,4 @@
-"""The estimate of --dry-run: the memory and the time of a run."""
+"""Test the memory and the time that --dry-run estimates for a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`mainrun grow plan` and `verify`: output and exit codes, in this process and without training."""
+"""Test the output and exit codes of `mainrun grow plan` and `verify` in this process, without training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Growth in complete runs: when operations fire, equal bits after interruptions, and failed operations."""
+"""Test in complete runs when operations fire, that interruptions change no bit, and how operations fail."""
 
 from __future__ import annotations
 
@@ -324,7 +324,7 @@ def test_runs_that_grow_at_different_steps_share_the_steps_before(tmp_path: Path
 
 
 def test_a_run_reuses_no_step_after_a_different_decision(tmp_path: Path) -> None:
-    """Two runs decide at step 18, and only one of them grows. They share the steps up to 18."""
+    """At step 18, one of two runs grows and the other does not. The runs share the steps up to 18."""
     store = Store(tmp_path / "store")
     fires = config(op("widen_mlp", 160, {"any": [{"loss_below": 0.01}, {"wait_iters": 18}]}))
     never = config(op("widen_mlp", 160, {"loss_below": 0.01}))

@@ -1,4 +1,4 @@
-"""Growth without training: when operations fire, the journal, and failed operations."""
+"""Test without training when growth operations fire, what the journal records, and how failures end."""
 
 from __future__ import annotations
 

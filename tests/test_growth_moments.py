@@ -1,4 +1,4 @@
-"""The optimiser state after each operation, compared with gradients, wide runs and known mistakes."""
+"""Compare the optimiser state after each operation with gradients, wide runs and known mistakes."""
 
 from __future__ import annotations
 
@@ -308,7 +308,7 @@ def first_update(model: GPT, optimizers: Optimizers, seed: int = 0) -> dict[str,
 def test_trap_a_second_moment_of_zero_at_a_large_step_count(
     name: str, beta2: float, overshoot: float
 ) -> None:
-    """The first update of a new element is at most the learning rate, even if its tensor is old."""
+    """The first update of a new element is at most the learning rate, even after 10,000 optimiser steps."""
     model = shaken(config(**ADAMW, beta2=beta2, attn_lora_rank=2))
     shapes = {n: p.shape for n, p in model.named_parameters()}
     state = {f"optimizer/{n}/step": torch.tensor(10_000.0) for n in shapes}

@@ -284,7 +284,10 @@ def test_identity_units_are_random_and_have_no_output() -> None:
 
 
 def test_a_widened_model_consists_of_tiles() -> None:
-    """Matrices become tile(W, n, n) / n. A tied head keeps its weights, and the last norm is divided by n."""
+    """Widening by n turns each matrix W into tile(W, n, n) / n.
+
+    A tied head keeps its weights, and the last norm is divided by n.
+    """
     for tied in (True, False):
         model = shaken(
             config(

@@ -1,4 +1,4 @@
-"""`mainrun grow plan`: the exact faults of a schedule, its warnings, and the cost of each segment."""
+"""Test the faults, the warnings and the cost of each segment that `mainrun grow plan` reports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Growth schedules: both formats, the firing of ops, and the effect of each op on a config and a plan."""
+"""Test both formats of growth schedules, when ops fire, and how ops change a config and a plan."""
 
 from __future__ import annotations
 

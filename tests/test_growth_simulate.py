@@ -1,4 +1,4 @@
-"""`simulate` and `cost`: sizes computed by hand, costs of segments, the longest waits, warnings."""
+"""Compare the sizes, costs, waits and warnings of `simulate` and `cost` with values computed by hand."""
 
 from __future__ import annotations
 
@@ -114,7 +114,8 @@ def test_costs_depend_on_the_number_of_ids() -> None:
 
 
 # -- costs of segments
-# The run has 70 steps of 64 tokens, and an epoch has 10 steps.
+
+# Without ops, a run has 70 steps of 64 tokens, and an epoch has 10 steps.
 
 
 def test_each_op_begins_a_segment() -> None:

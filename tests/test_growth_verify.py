@@ -1,4 +1,4 @@
-"""The checks of a grown model: each passes for a correct operation and fails for a known mistake."""
+"""Each check of a grown model passes for a correct operation and fails for a known mistake."""
 
 from __future__ import annotations
 

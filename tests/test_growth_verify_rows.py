@@ -1,4 +1,4 @@
-"""Each check of a grown model at its limit: the last value that passes and the first value that fails."""
+"""Test each check of a grown model with the last value that passes and the first value that fails."""
 
 from __future__ import annotations
 

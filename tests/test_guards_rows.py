@@ -1,4 +1,4 @@
-"""Edge cases of each guard: the smallest violation, and the nearest evidence that still passes.
+"""Test each guard with the smallest violation and the nearest evidence that still passes.
 
 The evidence consists of 45 titles, one token per letter and a bigram table as the model, so a check takes
 milliseconds. test_guards.py plays complete tricks against all guards, while this file calls each guard

@@ -1,4 +1,4 @@
-"""The rules of the code: import directions, fast start, files that the version hash covers, and density.
+"""Check the import directions, the start-up time, the version hash and the density of the code.
 
 A function for each rule returns the violations. One test applies the function to this repository, and another
 plants a violation and expects the function to name it.

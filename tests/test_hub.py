@@ -120,7 +120,7 @@ class Handler(BaseHTTPRequestHandler):
         elif path == f"/datasets/{HUB_REPO}/resolve/{revision}/{hub.files[0]}" and "file" not in hub.missing:
             self.reply(
                 302,
-                Location=f"http://localhost:{hub.server_port}/cdn/blob",  # a CDN has another host name, too
+                Location=f"http://localhost:{hub.server_port}/cdn/blob",  # like a CDN, use another host name
                 X_Repo_Commit=revision,
                 X_Linked_Size=str(len(hub.body)),
                 X_Linked_Etag=f'"{hub.promised}"',

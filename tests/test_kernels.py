@@ -1,4 +1,4 @@
-"""Our kernels compared with torch's: values and gradients, eager and compiled."""
+"""Compare the values and gradients of our kernels with torch's, both eager and compiled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Leases: a single holder at a time, takeover from dead or silent holders, and fencing of old holders."""
+"""A lease has one holder at a time. Others take over from a dead or silent holder and fence it off."""
 
 from __future__ import annotations
 

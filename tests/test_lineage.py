@@ -220,7 +220,7 @@ class Trained:
     plan: Plan
     keys: list[str]
     states: list[tuple[str, str]]  # hashes of the trained and of the scored weights after each step
-    rows: dict[tuple[str, int], Any]  # figures of each step and of each score
+    rows: dict[tuple[str, int], Any]  # the logged numbers of each step and each score
     weights: str
 
 
