@@ -1,4 +1,4 @@
-"""Pieces, copies, schedules and state transfer on tensors that are small enough to write by hand."""
+"""Test pieces, copies, schedules and state transfer on tensors that are small enough to write by hand."""
 
 from __future__ import annotations
 
