@@ -159,7 +159,7 @@ def test_each_part_dominates_a_config_that_consists_of_it(tiny: Any) -> None:
     wide = {"vocab_size": 40_000, "tie_head": False, "batch_size": 16, "label_smoothing": 0.1}
     assert shares(tiny(**small | wide))["loss"] > 0.1  # measured shares: 0.2 to 0.53
     muon = {"d_model": 256, "batch_size": 1, "block_size": 2, "optimizer": "muon"}
-    assert shares(tiny(**small | muon))["optimiser"] > 0.3
+    assert shares(tiny(**small | muon))["optimizer"] > 0.3
 
 
 def test_profiling_removes_its_hooks(tiny: Any) -> None:
@@ -180,7 +180,7 @@ def test_profiling_removes_its_hooks(tiny: Any) -> None:
         ("aten::_softmax", "attention"),
         ("aten::_log_softmax", "loss"),
         ("CrossEntropyBackward", "loss"),
-        ("aten::_fused_adamw_", "optimiser"),
+        ("aten::_fused_adamw_", "optimizer"),
         ("graph_0_cpp_fused_native_layer_norm_3", "norm"),
         ("aten::bernoulli_", "dropout"),
         ("aten::mul", None),

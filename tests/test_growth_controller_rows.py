@@ -512,7 +512,7 @@ def test_all_failed_checks_are_named(broken_widen_mlp: None) -> None:
     run.go(10)
     with pytest.raises(
         UsageError,
-        match=r"function: max .*; coverage: \d\d\.\d% of the optimiser's state was .*, 100.0% is required",
+        match=r"function: max .*; coverage: \d\d\.\d% of the optimizer's state was .*, 100.0% is required",
     ):
         run.act()
 
@@ -873,7 +873,7 @@ def test_an_average_grows_with_the_weights() -> None:
     assert not torch.equal(average.shadow["embed.weight"], model.embed.weight) and not up.requires_grad
 
 
-def test_the_optimiser_gets_the_schedules_of_new_parameters() -> None:
+def test_the_optimizer_gets_the_schedules_of_new_parameters() -> None:
     run = run_with_ops(
         op(
             "stack_layers", [0, 1, 1], {"step": 10}, lr={"rewarm_iters": 4, "new_params_peak": 1.5}, **INITIAL

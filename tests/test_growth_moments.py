@@ -1,4 +1,4 @@
-"""Compare the optimiser state after each operation with gradients, wide runs and known mistakes."""
+"""Compare the optimizer state after each operation with gradients, wide runs and known mistakes."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ def test_coverage_is_the_share_of_elements_and_has_a_minimum() -> None:
     assert coverage == pytest.approx(1 - added / total) and not any("blocks.2" in name for name in state)
     with pytest.raises(
         ValueError,
-        match=r"72\.1% of the optimiser's state was transferred, but min_coverage=0.9 requires more",
+        match=r"72\.1% of the optimizer's state was transferred, but min_coverage=0.9 requires more",
     ):
         transfer(optimizers.state(), moved, min_coverage=0.9)
     assert transfer(optimizers.state(), moved, "reset", min_coverage=0.9) == ({}, 0.0), (
@@ -279,7 +279,7 @@ def test_merging_drops_the_moments_of_the_low_rank_term() -> None:
 
 
 def test_trap_state_looked_up_by_position_or_identity() -> None:
-    """Looking up optimiser state by position or identity finds nothing and raises no error."""
+    """Looking up optimizer state by position or identity finds nothing and raises no error."""
     model, optimizers = trained(config(**ADAMW))
     new, moved = grown(model, op("widen_model", {"factor": 2}))
     by_position = {f"optimizer/{i}/exp_avg": v for i, v in enumerate(optimizers.state().values())}
@@ -308,7 +308,7 @@ def first_update(model: GPT, optimizers: Optimizers, seed: int = 0) -> dict[str,
 def test_trap_a_second_moment_of_zero_at_a_large_step_count(
     name: str, beta2: float, overshoot: float
 ) -> None:
-    """The first update of a new element is at most the learning rate, even after 10,000 optimiser steps."""
+    """The first update of a new element is at most the learning rate, even after 10,000 optimizer steps."""
     model = shaken(config(**ADAMW, beta2=beta2, attn_lora_rank=2))
     shapes = {n: p.shape for n, p in model.named_parameters()}
     state = {f"optimizer/{n}/step": torch.tensor(10_000.0) for n in shapes}
@@ -359,7 +359,7 @@ def test_a_partly_new_tensor_with_a_zero_second_moment_starts_empty() -> None:
 
 @pytest.mark.parametrize("mode", ["scale", "keep", "reset"])
 def test_trap_copies_that_never_diverge(mode: str) -> None:
-    """Copies stay equal if their moments are copied, and also if the optimiser state is reset."""
+    """Copies stay equal if their moments are copied, and also if the optimizer state is reset."""
     model, optimizers = trained(config(**ADAMW, **MODERN))
     new, _, moved = go_on(model, optimizers, op("widen_model", {"factor": 2}), mode, count=10)
     assert set(equal_copies(moved, new)) == {name for name, *_ in moved.copies()}

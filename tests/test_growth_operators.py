@@ -535,7 +535,7 @@ def test_random_numbers_depend_only_on_the_seed() -> None:
 
 
 def test_trap_a_failed_op_changes_nothing() -> None:
-    """After a failed operation, the run continues with the old model and optimiser state."""
+    """After a failed operation, the run continues with the old model and optimizer state."""
     model, optimizers = trained(config())
     before, state = weights(model), {k: v.clone() for k, v in optimizers.state().items()}
     what = op("upcycle_moe", {"experts": 4, "shards": 5})

@@ -155,7 +155,7 @@ def test_sizes_agree_with_a_real_model(cfg: TrainConfig) -> None:
 
 @settings(max_examples=15)
 @given(shapes(), st.sampled_from([("sgd", 0.0), ("sgd", 0.9), ("adamw", 0.0), ("muon", 0.9)]))
-def test_moments_agree_with_a_real_optimiser(cfg: TrainConfig, kind: tuple[str, float]) -> None:
+def test_moments_agree_with_a_real_optimizer(cfg: TrainConfig, kind: tuple[str, float]) -> None:
     cfg = cfg.changed(optimizer=kind[0], momentum=kind[1])
     state = State(cfg, build(cfg, cfg.vocab_size))
     for p in state.model.parameters():

@@ -259,10 +259,10 @@ def test_only_exact_is_checked_in_full_precision(promise: str, dtype: str) -> No
 @pytest.mark.parametrize(
     ("coverage", "least", "ok", "words"),
     [
-        (0.9, 0.9, True, "90.0% of the optimiser's state was transferred, 90.0% is required"),
-        (0.8999, 0.9, False, "90.0% of the optimiser's state was transferred, 90.0% is required"),
-        (0.0, 0.0, True, "0.0% of the optimiser's state was transferred, 0.0% is required"),
-        (0.721, 1.0, False, "72.1% of the optimiser's state was transferred, 100.0% is required"),
+        (0.9, 0.9, True, "90.0% of the optimizer's state was transferred, 90.0% is required"),
+        (0.8999, 0.9, False, "90.0% of the optimizer's state was transferred, 90.0% is required"),
+        (0.0, 0.0, True, "0.0% of the optimizer's state was transferred, 0.0% is required"),
+        (0.721, 1.0, False, "72.1% of the optimizer's state was transferred, 100.0% is required"),
     ],
 )
 def test_coverage_and_its_minimum(coverage: float, least: float, ok: bool, words: str) -> None:
@@ -299,7 +299,7 @@ def test_parameters_that_share_memory_are_named() -> None:
 
 
 class FakeOptimizers:
-    """Optimisers with the given parameter groups."""
+    """Optimizers with the given parameter groups."""
 
     def __init__(self, *groups: list[Tensor]) -> None:
         self.all = [SimpleNamespace(param_groups=[{"params": group} for group in groups])]

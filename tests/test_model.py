@@ -1,4 +1,4 @@
-"""Compares the model, the loss and the optimisers with simple second implementations."""
+"""Compares the model, the loss and the optimizers with simple second implementations."""
 
 from __future__ import annotations
 
@@ -557,7 +557,7 @@ def test_rdrop_without_dropout_is_cross_entropy() -> None:
     assert torch.allclose(loss, expected, atol=1e-6) and torch.allclose(logged, expected, atol=1e-6)
 
 
-# -- the optimisers
+# -- the optimizers
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])

@@ -514,7 +514,7 @@ def test_the_loss_in_kernels_of_our_own_is_asked_for(monkeypatch: pytest.MonkeyP
     assert (logits.tolist(), target.tolist(), rest) == ([[1, 2], [3, 4]], [1, 0], [0.25, native])
 
 
-# -- the optimisers
+# -- the optimizers
 
 KINDS = {
     "inner": [
@@ -628,7 +628,7 @@ def test_a_step_sets_the_rates_and_moves_the_weights() -> None:
     assert optimizers.state() == {}, "SGD without momentum remembers nothing"
 
 
-def test_the_state_of_an_optimiser_goes_by_names() -> None:
+def test_the_state_of_an_optimizer_goes_by_names() -> None:
     cfg = config(optimizer="adamw")
     model = build(cfg, V)
     optimizers = Optimizers(cfg, model)
