@@ -37,7 +37,7 @@ def make_manifest(files: Files, summary: dict[str, Any], **changes: Any) -> dict
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """Return the files of a bundle without its manifest."""
+    """Return all files of a bundle except the manifest."""
     return make_files(tmp_path_factory.mktemp("good"))
 
 
