@@ -1,4 +1,4 @@
-"""Hand-written values for every number of a config and its plan: bounds, defaults, rates, steps, messages."""
+"""Compare every number of a config and its plan with hand-written values."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def below(value: Any) -> Any:
     return value - 1 if isinstance(value, int) else math.nextafter(value, -INF)
 
 
-# -- fields: class, default, smallest and largest allowed value
+# -- single fields
 
 BELOW_1 = 1 - 2**-53  # the largest float below 1
 ABOVE_0 = 5e-324  # the smallest float above 0
@@ -96,7 +96,7 @@ NUMBERS: list[tuple[str, str, Any, Any, Any]] = [
     ("log_every", "inert", 1, 1, 1_000_000),
     ("checkpoint_every", "inert", 0, 0, 1_000_000_000),
 ]
-CHOICES: list[tuple[str, str, Any, list[Any]]] = [  # field, class, default, all allowed values
+CHOICES: list[tuple[str, str, Any, list[Any]]] = [  # field, class, default, allowed values
     ("device", "static", "auto", ["auto", "cpu", "cuda"]),
     ("dtype", "static", "float32", ["float32", "bfloat16"]),
     ("compile", "static", "auto", ["auto", "on", "off"]),
@@ -192,7 +192,7 @@ def test_a_frozen_layer_must_be_a_whole_number(layers: Any) -> None:
     assert refusals(frozen=layers).startswith("frozen=")
 
 
-# -- conflicting fields: the smallest violation, its message, and the nearest allowed config
+# -- conflicting fields
 
 OPS = {"ops": [{"name": "set_lr", "value": 0.01, "trigger": {"step": 5}}]}
 ROPE_ODD = {"position": "rope", "d_model": 24}
@@ -396,8 +396,9 @@ def test_the_task_has_the_public_numbers() -> None:
     assert config.MIN_COVERAGE == 0.97
 
 
-# -- the plan: 81 tokens, 8 per step, 10 steps per epoch
+# -- the plan
 
+# The plans have 81 train tokens, 8 tokens per step and 10 steps per epoch.
 SMALL: dict[str, Any] = {"block_size": 4, "batch_size": 2, "epochs": 1}
 
 
@@ -423,7 +424,7 @@ def cosine(progress: float) -> float:
         ({"warmup_iters": 4, "warmup_frac": 0.9}, [0.25, 0.5, 0.75, 1.0, *(cosine(s / 6) for s in range(6))]),
         ({"warmup_iters": 20}, [s / 20 for s in range(1, 11)]),
         ({"warmup_frac": 1.0}, [s / 10 for s in range(1, 11)]),
-        ({"warmup_frac": 0.05}, [cosine(s / 10) for s in range(10)]),  # half a step is rounded down to none
+        ({"warmup_frac": 0.05}, [cosine(s / 10) for s in range(10)]),  # a warm-up of half a step is skipped
         ({"warmup_frac": 0.06}, [1.0, *(cosine(s / 9) for s in range(9))]),
         ({"schedule": "constant"}, [1.0] * 10),
         ({"schedule": "constant", "warmup_frac": 0.3, "min_lr_frac": 0.1}, [1 / 3, 2 / 3, *[1.0] * 8]),
@@ -598,7 +599,7 @@ def test_the_steps_with_an_evaluation(fields: dict[str, Any], steps: set[int]) -
     [
         ({"schedule": "constant"}, []),
         ({"schedule": "constant", "warmup_iters": 3}, [3]),
-        ({}, [1]),  # a cosine decay starts after its first step, which has the peak rate
+        ({}, [1]),  # the first step has the peak rate, and the decay starts after it
         ({"warmup_iters": 3}, [3, 4]),
         ({"schedule": "wsd", "decay_frac": 0.5}, [6]),
         ({"schedule": "wsd", "decay_frac": 0.5, "warmup_frac": 0.5}, [5, 6]),
@@ -646,7 +647,7 @@ def test_the_resolved_table() -> None:
     assert make_plan(swa=0.5).table()["swa_start"] == 5
 
 
-# -- the position where a step begins to read
+# -- reading positions
 
 
 @pytest.mark.parametrize(
@@ -654,10 +655,10 @@ def test_the_resolved_table() -> None:
     [
         ("sequential", 20, [(0, 0), (0, 8), (1, 0), (1, 8), (2, 0)]),
         ("sequential", 17, [(0, 0), (0, 8), (1, 0), (1, 8), (2, 0)]),
-        ("sequential", 16, [(0, 0), (1, 0), (2, 0)]),  # the last span lacks its last target
+        ("sequential", 16, [(0, 0), (1, 0), (2, 0)]),  # a second span would need a 17th token as its target
         ("sequential", 9, [(0, 0), (1, 0)]),
         ("shuffle_titles", 17, [(0, 0), (0, 8), (1, 0)]),
-        ("shuffle_titles", 16, [(0, 0), (0, 0), (1, 0), (1, 0)]),  # the second step reads the start again
+        ("shuffle_titles", 16, [(0, 0), (0, 0), (1, 0), (1, 0)]),  # both steps read the first tokens
         ("shuffle_titles", 20, [(0, 0), (0, 8), (1, 0)]),
     ],
 )
@@ -686,7 +687,7 @@ def test_the_place_of_a_step_in_a_later_segment() -> None:
     assert Segment(from_dict(SMALL))[1:] == (0, 0, 0, 0, 0, None)
 
 
-# -- growth: 800 tokens in 100 steps of 8
+# -- growth
 
 
 def op(name: str, value: Any = None, **trigger: Any) -> dict[str, Any]:
@@ -760,7 +761,7 @@ def test_a_growing_batch_size() -> None:
     assert [plan.at(s).batch_size for s in (19, 20, 29, 30)] == [2, 4, 4, 8]
     assert [plan.at(s).grad_accum for s in (34, 35)] == [1, 2]
     assert [plan.segment_at(s).first for s in (0, 19, 20, 44, 99)] == [0, 0, 20, 35, 35]
-    # There are three evaluations per epoch. An epoch has 50 steps, then 25, then 12.
+    # Each epoch has three evaluations. The ops shorten an epoch from 50 steps to 25 and then to 12.
     assert plan.eval_steps == {1, 16, 28, 34, 38, 42, 45}
     assert plan.breaks == [20, 30, 35]
 
@@ -802,7 +803,7 @@ def test_a_plan_with_an_undecided_op() -> None:
         decided.table()["growth"]
         == "set_lr 0.25 after step 10, set_lr 0.125 after step 34, set_dropout 0.5 after step 50"
     )
-    late = plan_with(*ops, lr=0.5, fired=(10, 96))  # the decision is late, so the last op is due immediately
+    late = plan_with(*ops, lr=0.5, fired=(10, 96))  # the second op fires late, so the last op is due at once
     assert late.fired == (10, 96, 96)
 
 
@@ -843,7 +844,7 @@ def test_a_plan_after_one_more_decision() -> None:
 
 
 def test_ops_after_a_late_decision_are_dropped() -> None:
-    """A late op is refused before a run, but it is dropped if a decision of the run made it late."""
+    """A config is refused if an op is due after the end. An op that becomes late during a run is dropped."""
     ops = op("set_lr", 0.25, loss_below=3.0), op("set_batch_size", 8, step=50)
     plan = plan_with(*ops, fired=(99,))
     assert (plan.fired, len(plan.segments), plan.steps) == ((99,), 2, 100)
@@ -1151,7 +1152,7 @@ def test_from_dict_keeps_the_preset_name() -> None:
 
 
 def test_wrong_fields_are_reported_before_the_faults_of_ops() -> None:
-    """Ops can be applied only to a valid config, but their syntax is always checked."""
+    """The syntax of ops is always checked, but their effects are checked only for a valid config."""
     late = {"ops": [{"name": "set_grad_accum", "value": 3, "trigger": {"step": 5}}]}
     assert refusals(growth=late).startswith("growth: ops[0] 'set_grad_accum': grad_accum=3")
     assert refusals(growth=late, lr=-1.0).splitlines() == refusals(lr=-1.0).splitlines()

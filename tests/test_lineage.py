@@ -1,4 +1,4 @@
-"""Keys of the lineage chain match the bits of a run: each field is changed once, and both runs are trained.
+"""Change each config field once, train both runs, and compare their lineage keys and their bits.
 
 Two runs must share exactly the steps for which their keys are equal. The tests compare a hash of the weights
 after every step, the rows and the scores. The base config uses every feature, so that nearly every field has
@@ -193,9 +193,10 @@ CASES: dict[str, Case] = {
     "log_every": Case(3, None),
     "checkpoint_every": Case(2, None),
 }
-# The class of these fields is static, but the bits can be equal, because small tensors use a single thread.
+# The number of threads is a static field, but two runs can have equal bits, because small tensors use only
+# one thread.
 SAME_BITS = {"threads"}
-# Fields that this machine cannot test in seconds, and the machine class that they would give.
+# This machine cannot test these fields in seconds. Each value is the machine class that the field would give.
 NOT_HERE: dict[str, dict[str, Any]] = {}
 if not torch.cuda.is_available():
     NOT_HERE["device"] = {"device": "NVIDIA H200"}
@@ -219,7 +220,7 @@ class Trained:
     plan: Plan
     keys: list[str]
     states: list[tuple[str, str]]  # hashes of the trained and of the scored weights after each step
-    rows: dict[tuple[str, int], Any]  # figures of each step and of each score
+    rows: dict[tuple[str, int], Any]  # the logged numbers of each step and each score
     weights: str
 
 
@@ -358,7 +359,7 @@ def test_a_compiled_run_has_other_bits_and_other_keys(lab: Lab) -> None:
     assert a.states != b.states
 
 
-# -- the same run, written in another way
+# -- equivalent configs
 
 
 ALIKE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

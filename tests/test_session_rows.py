@@ -118,8 +118,8 @@ def test_the_environment_records_what_the_bits_depend_on(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("changes", "flops"),
     [
-        # weights of matrices: q, k, v, o 4 * 32 * 32; up and down 2 * 32 * 128; head 400 * 32
-        # attention: 12 * 2 * 16 * 16
+        # The matrices q, k, v and o have 4 * 32 * 32 weights, up and down have 2 * 32 * 128, and the head has
+        # 400 * 32. Attention adds 12 * 2 * 16 * 16 FLOPs per token.
         ({}, 6 * (4 * 1024 + 8192 + 12_800) + 12 * 2 * 16 * 16),
         ({"tie_head": False}, 6 * (4 * 1024 + 8192 + 12_800) + 12 * 2 * 16 * 16),
         ({"n_layer": 2}, 6 * (2 * (4 * 1024 + 8192) + 12_800) + 2 * 12 * 2 * 16 * 16),
