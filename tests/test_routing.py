@@ -415,11 +415,17 @@ def test_the_counts_of_a_prefix_are_exact() -> None:
             assert select_causally(score, capacity)[0].tolist() == expected
     rising = select_causally(torch.arange(200.0)[None], 0.01)
     assert rising.all()
-    # exactly 28 earlier scores are ahead of the last of 100 tokens, and k(100) is 29
-    row = torch.zeros(100)
-    row[:28] = 1
-    row[99] = 0.5
-    assert select_causally(row[None], 0.29)[0, 99] and not select_causally(row[None], 0.28)[0, 99]
+
+
+def test_the_count_of_a_row_is_exact_at_its_last_token() -> None:
+    """With k - 1 higher scores before it, the last of n tokens is selected at k/n. With k, it is not."""
+    for n in range(2, 61):
+        for k in range(1, n):
+            row = torch.zeros(2, n)
+            row[0, : k - 1] = 2
+            row[1, :k] = 2
+            row[:, n - 1] = 1
+            assert select_causally(row, k / n)[:, n - 1].tolist() == [True, False], (k, n)
 
 
 class Largest(TorchDispatchMode):
