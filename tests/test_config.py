@@ -48,6 +48,9 @@ OTHER: dict[str, Any] = {
     "official_geometry": "8x64",
     "log_every": 10, "checkpoint_every": 50,
     "growth": {"ops": [{"name": "set_lr", "value": 0.01, "trigger": {"budget_frac": 0.5}}]},
+    "block_pattern": "DSM", "capacity": 0.25, "gate": "straight", "route": "student", "prior_factor": 0.125,
+    "sharpness": 0.5, "sharpness_end": 3.0, "prior_loss": 0.1, "student_loss": 0.02, "router_loss": 0.02,
+    "router_z_loss": 0.001, "lr_router": 0.01, "lr_prior": 0.02, "lr_student": 0.03,
 }  # fmt: skip
 NEEDS = {"rdrop": {"rdrop": 0.5, "dropout": 0.1}}  # fields that need another field
 
@@ -58,6 +61,8 @@ def default(**changes: Any) -> TrainConfig:
 
 def values(field: str) -> st.SearchStrategy[Any]:
     """Generate values within the bounds of a field."""
+    if field == "block_pattern":
+        return st.sampled_from(["D", "DM", "DS", "DT", "DSTM"])
     kinds = SCHEMA[field].get("anyOf", [SCHEMA[field]])
     return st.one_of([_values(kind) for kind in kinds])
 
@@ -147,6 +152,7 @@ def test_exactly_the_inputs_of_a_step_are_scheduled() -> None:
         "decay_frac",
         "decay_shape",
         "min_lr_frac",
+        "sharpness_end",
         "ema",
         "swa",
         "growth",
@@ -159,7 +165,7 @@ def test_exactly_the_inputs_of_a_step_are_scheduled() -> None:
     "field", sorted(shape for shape in FIELDS if TrainConfig.class_of(shape) == "scheduled")
 )
 def test_a_scheduled_field_changes_a_resolved_step(field: str) -> None:
-    base: dict[str, Any] = {"weight_decay": 0.1, "dropout": 0.1, "schedule": "wsd"}
+    base: dict[str, Any] = {"weight_decay": 0.1, "dropout": 0.1, "schedule": "wsd", "block_pattern": "DSM"}
     if field == "schedule":
         changed = base | {"schedule": "cosine"}
     elif field in base:
@@ -262,6 +268,13 @@ def test_a_value_outside_the_bounds_is_refused_by_name(field: str) -> None:
         ({"official_geometry": "0x128"}, ["official_geometry"]),
         ({"official_geometry": "8x129"}, ["official_geometry", "block_size=128"]),
         ({"official_geometry": "-1x8"}, ["official_geometry"]),
+        ({"capacity": 0}, ["capacity=0", "greater than 0"]),
+        ({"capacity": 1.01}, ["capacity=1.01", "less than or equal to 1"]),
+        ({"student_loss": -0.5}, ["student_loss=-0.5", "greater than or equal to 0"]),
+        ({"router_z_loss": -1}, ["router_z_loss=-1", "greater than or equal to 0"]),
+        ({"sharpness": 0}, ["sharpness=0", "greater than 0"]),
+        ({"gate": "hard"}, ["gate='hard'", "'soft'", "'straight'"]),
+        ({"route": "topk"}, ["route='topk'", "'auto'", "'own'", "'student'"]),
         ({"corpus": "wiki"}, ["corpus='wiki'", "synthetic"]),
         ({"corpus": "file:"}, ["corpus='file:'", "file:PATH"]),
         ({"corpus": "mix"}, ["corpus='mix'", "mix:PATH.toml"]),

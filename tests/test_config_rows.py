@@ -18,6 +18,7 @@ from mainrun.plan import recipes
 from mainrun.plan.ops import ARCHITECTURE
 from mainrun.plan.plan import Decision, Plan, Segment
 from mainrun.plan.recipes import load, parse_set
+from mainrun.store.lineage import chain
 
 INF = math.inf
 
@@ -68,12 +69,23 @@ NUMBERS: list[tuple[str, str, Any, Any, Any]] = [
     ("head_dim", "static", 0, 0, 65_536),
     ("experts", "static", 0, 0, 65_536),
     ("top_k", "static", 2, 1, 65_536),
+    ("capacity", "scheduled", 0.5, ABOVE_0, 1.0),
+    ("prior_factor", "static", 0.0625, ABOVE_0, 4.0),
+    ("sharpness", "scheduled", 0.3, ABOVE_0, 1000.0),
+    ("sharpness_end", "scheduled", 6.0, ABOVE_0, 1000.0),
+    ("prior_loss", "scheduled", 0.05, 0.0, 100.0),
+    ("student_loss", "scheduled", 0.01, 0.0, 100.0),
+    ("router_loss", "scheduled", 0.01, 0.0, 100.0),
+    ("router_z_loss", "scheduled", 0.0001, 0.0, 100.0),
     ("attn_lora_rank", "static", 0, 0, 65_536),
     ("embed_lora_rank", "static", 0, 0, 65_536),
     ("lora_alpha", "static", 16.0, ABOVE_0, 1e6),
     ("unused_ids", "static", 0, 0, 1_000_000),
     ("lr", "scheduled", 0.006, ABOVE_0, 1000.0),
     ("lr_aux", "scheduled", 0.0, 0.0, 1000.0),
+    ("lr_router", "scheduled", 0.0, 0.0, 1000.0),
+    ("lr_prior", "scheduled", 0.0, 0.0, 1000.0),
+    ("lr_student", "scheduled", 0.0, 0.0, 1000.0),
     ("momentum", "static", 0.0, 0.0, BELOW_1),
     ("beta1", "static", 0.9, 0.0, BELOW_1),
     ("beta2", "static", 0.999, 0.0, BELOW_1),
@@ -117,6 +129,8 @@ CHOICES: list[tuple[str, str, Any, list[Any]]] = [  # field, class, default, all
     ("tie_head", "static", True, [True, False]),
     ("init_depth_scaled", "static", False, [True, False]),
     ("router_weights", "static", "renormalised", ["renormalised", "softmax"]),
+    ("gate", "static", "soft", ["soft", "straight"]),
+    ("route", "static", "auto", ["auto", "own", "student"]),
     ("optimizer", "static", "sgd", ["sgd", "adamw", "muon"]),
     ("wd_schedule", "scheduled", "constant", ["constant", "linear", "cosine"]),
     ("schedule", "scheduled", "cosine", ["constant", "cosine", "wsd"]),
@@ -126,6 +140,7 @@ OTHERS: list[tuple[str, str, Any]] = [
     ("preset", "inert", "custom"),
     ("corpus", "static", "synthetic"),
     ("frozen", "static", ()),
+    ("block_pattern", "static", "D"),
     ("growth", "scheduled", {"version": 2, "ops": []}),
     ("official_geometry", "inert", ""),
 ]
@@ -301,6 +316,59 @@ PAIRS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         {"warmup_frac": 1.0},
     ),
 ]
+KINDS = "D (dense), M (Mixture-of-Depths), S (surprise pairs), T (temporal surprise)"
+PAIRS += [
+    (
+        {"block_pattern": "DX"},
+        f"block_pattern='DX' contains 'X'; use the letters {KINDS}",
+        {"block_pattern": "DM"},
+    ),
+    (
+        {"block_pattern": "dm"},
+        f"block_pattern='dm' contains 'd'; use the letters {KINDS}",
+        {"block_pattern": "DM"},
+    ),
+    (
+        {"block_pattern": "DMD", "n_layer": 2},
+        "block_pattern='DMD' has 3 letters for n_layer=2 layers; "
+        "write 1 to 2 letters, because the pattern is repeated over the layers",
+        {"block_pattern": "DMD", "n_layer": 3},
+    ),
+    (
+        {"block_pattern": ""},
+        "block_pattern='' has 0 letters for n_layer=6 layers; "
+        "write 1 to 6 letters, because the pattern is repeated over the layers",
+        {"block_pattern": "D"},
+    ),
+    (
+        {"block_pattern": "M"},
+        "block_pattern='M' makes the first layer 'M'; begin the pattern with D",
+        {"block_pattern": "DM"},
+    ),
+    (
+        {"block_pattern": "TD"},
+        "block_pattern='TD' makes the first layer 'T'; begin the pattern with D",
+        {"block_pattern": "DT"},
+    ),
+    (
+        {"block_pattern": "DSS"},
+        "block_pattern='DSS' puts S in layer 2 after 'S' (layers: DSSDSS); "
+        "put a D before each S, because S measures the change made by the preceding D block",
+        {"block_pattern": "DSDS"},
+    ),
+    (
+        {"block_pattern": "DMS", "n_layer": 4},
+        "block_pattern='DMS' puts S in layer 2 after 'M' (layers: DMSD); "
+        "put a D before each S, because S measures the change made by the preceding D block",
+        {"block_pattern": "DMT"},
+    ),
+    (
+        {"block_pattern": "DTS", "n_layer": 3},
+        "block_pattern='DTS' puts S in layer 2 after 'T' (layers: DTS); "
+        "put a D before each S, because S measures the change made by the preceding D block",
+        {"block_pattern": "DST"},
+    ),
+]
 GEOMETRY = "write ROWSxTOKENS, such as 64x128, with at most block_size=128 tokens"
 PAIRS += [
     (
@@ -372,6 +440,22 @@ def test_segment_configs_have_the_config_and_one_more_per_op() -> None:
         ({"dropout": 0.5}, "dropouts", (0.5, 0.5, 0.5)),
         ({"dropout": 0.5, "attn_dropout": 0.0}, "dropouts", (0.5, 0.0, 0.5)),
         ({"dropout": 0.5, "resid_dropout": 0.25}, "dropouts", (0.5, 0.5, 0.25)),
+        ({}, "letters", "DDDDDD"),
+        ({}, "routed_layers", ()),
+        ({"block_pattern": "DM", "n_layer": 5}, "letters", "DMDMD"),
+        ({"block_pattern": "DM", "n_layer": 5}, "routed_layers", (1, 3)),
+        ({"block_pattern": "DSTM", "n_layer": 4}, "letters", "DSTM"),
+        ({"block_pattern": "DSTM"}, "routed_layers", (1, 2, 3, 5)),
+        ({}, "prior_width", 32),
+        ({"d_model": 576}, "prior_width", 36),
+        ({"d_model": 528}, "prior_width", 34),  # 33, plus 1
+        ({"d_model": 544}, "prior_width", 34),  # exactly 34
+        ({"d_model": 520}, "prior_width", 34),  # 32.5, rounded up to 33, plus 1
+        ({"prior_factor": 1e-9}, "prior_width", 2),
+        ({"d_model": 24}, "prior_width", 2),
+        ({"d_model": 40}, "prior_width", 4),
+        ({"d_model": 200, "prior_factor": 0.07}, "prior_width", 14),  # 14.000000000000002
+        ({"prior_factor": 4.0}, "prior_width", 2048),
         ({}, "passes", 1),
         ({"rdrop": 0.5, "dropout": 0.5}, "passes", 2),
         ({"batch_size": 3, "block_size": 5}, "geometry", (3, 5)),
@@ -509,7 +593,93 @@ def test_the_inputs_of_a_step() -> None:
         "lr": 0.5, "lr_aux": 0.5, "weight_decay": 0.25, "dropout": 0.5, "attn_dropout": 0.5,
         "resid_dropout": 0.5, "batch_size": 2,
         "grad_accum": 2, "rdrop": 0.75, "label_smoothing": 0.125, "average": 1.0,
+        **dict.fromkeys(ROUTED, 0.0),
     }  # fmt: skip
+
+
+ROUTED: dict[str, Any] = {
+    "capacity": 0.25, "sharpness": 2.0, "prior_loss": 0.5, "student_loss": 0.75, "router_loss": 1.5,
+    "router_z_loss": 1.25, "lr_router": 0.125, "lr_prior": 0.375, "lr_student": 0.625,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("pattern", "unused"),
+    [
+        ("D", list(ROUTED)),
+        ("DM", ["sharpness", "prior_loss", "lr_prior"]),
+        ("DS", ["router_loss", "router_z_loss"]),
+        ("DT", ["router_loss", "router_z_loss"]),
+        ("DSM", []),
+    ],
+)
+def test_an_input_of_routed_blocks_is_0_if_no_block_uses_it(pattern: str, unused: list[str]) -> None:
+    plan = make_plan(block_pattern=pattern, sharpness_end=2.0, schedule="constant", **ROUTED)
+    inputs = plan.at(3)._asdict()
+    assert {name: inputs[name] for name in ROUTED} == ROUTED | dict.fromkeys(unused, 0.0)
+    assert all(type(inputs[name]) is float for name in ROUTED)
+    shown = plan.table()["first_step"]
+    assert [name for name in ROUTED if name not in shown] == unused
+    other = {name: value / 2 for name, value in ROUTED.items() if name in unused}
+    if "sharpness" in unused:
+        other["sharpness_end"] = 7.0
+    changed = make_plan(
+        block_pattern=pattern, **{"sharpness_end": 2.0, "schedule": "constant"} | ROUTED | other
+    )
+    assert chain("00", changed) == chain("00", plan), "these values do not change the keys of a run"
+
+
+@pytest.mark.parametrize(
+    ("fields", "rate"), [({}, 0.5), ({"lr_aux": 0.25}, 0.25), ({"lr_aux": 0.25, "lr_router": 0.125}, 0.125)]
+)
+def test_the_rates_of_routers_follow_the_schedule(fields: dict[str, Any], rate: float) -> None:
+    plan = make_plan(lr=0.5, block_pattern="DS", schedule="cosine", warmup_iters=2, **fields)
+    peaks = {
+        "lr_router": rate,
+        "lr_prior": fields.get("lr_aux", 0.5),
+        "lr_student": fields.get("lr_aux", 0.5),
+    }
+    for step in range(plan.steps):
+        inputs = plan.at(step)
+        for name, peak in peaks.items():
+            assert getattr(inputs, name) == pytest.approx(peak * plan.lr_factor(step))
+
+
+# -- the sharpness: 10 steps, with w steps of warm-up
+
+
+def test_the_sharpness_step_by_step() -> None:
+    plan = make_plan(block_pattern="DS", sharpness=1.0, sharpness_end=3.0, warmup_iters=4)
+    rise = [0.0, 0.0, 0.0, 0.0, 0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    expected = [1 + 2 * (1 - cosine(progress)) for progress in rise]
+    assert [plan.at(step).sharpness for step in range(10)] == pytest.approx(expected, abs=1e-12)
+    assert plan.sharpness(25) == 3.0
+    falling = make_plan(block_pattern="DT", sharpness=3.0, sharpness_end=1.0)
+    assert falling.at(0).sharpness == 3.0 and falling.at(9).sharpness == 1.0
+    assert falling.at(3).sharpness == pytest.approx(3 - 2 * (1 - cosine(3 / 9)))
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.3, 6.0), (0.1, 100.0), (0.7, 0.2), (1000.0, 0.3), (0.03, 0.9)])
+def test_the_ends_of_the_sharpness_are_exact(start: float, end: float) -> None:
+    plan = make_plan(block_pattern="DS", sharpness=start, sharpness_end=end, warmup_iters=3)
+    assert [plan.at(step).sharpness for step in range(4)] == [start] * 4
+    assert plan.at(9).sharpness == end
+
+
+def test_a_run_that_only_warms_up_keeps_its_sharpness() -> None:
+    for warmup in (9, 10, 50):
+        plan = make_plan(block_pattern="DS", sharpness=1.0, sharpness_end=3.0, warmup_iters=warmup)
+        assert [plan.at(step).sharpness for step in range(10)] == [1.0] * 10
+    one = make_plan(block_pattern="DS", sharpness=1.0, sharpness_end=3.0, max_steps=1)
+    assert one.at(0).sharpness == 1.0
+
+
+def test_a_new_capacity_leaves_the_sharpness_alone() -> None:
+    fields: dict[str, Any] = {"block_pattern": "DS", "sharpness": 1.0, "sharpness_end": 3.0, "capacity": 0.75}
+    plain = make_plan(**fields)
+    plan = make_plan(**fields, growth={"ops": [op("set_capacity", 0.25, step=5)]})
+    assert [plan.at(step).capacity for step in range(10)] == [0.75] * 5 + [0.25] * 5
+    assert [plan.at(step).sharpness for step in range(10)] == [plain.at(step).sharpness for step in range(10)]
 
 
 @pytest.mark.parametrize(

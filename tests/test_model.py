@@ -525,7 +525,7 @@ def test_label_smoothing_is_torchs() -> None:
     expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), label_smoothing=0.2)
     plain = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
     for rdrop in (0.0, 3.0):  # without dropout, the two forward passes of R-Drop are equal
-        loss, logged = compute_loss(model, x, y, inputs(cfg, label_smoothing=0.2, rdrop=rdrop), None)
+        loss, logged, _ = compute_loss(model, x, y, inputs(cfg, label_smoothing=0.2, rdrop=rdrop), None)
         assert torch.allclose(loss, expected, atol=1e-6) and torch.allclose(logged, plain, atol=1e-6)
         assert not logged.requires_grad
 
@@ -537,7 +537,9 @@ def test_rdrop_is_its_formula(smoothing: float) -> None:
     x, y = idx[:, :-1], idx[:, 1:].flatten()
     model.set_dropout(inputs(cfg), "plain")
     pool = masks(cfg, inputs(cfg), torch.cat([x, x]), 5)
-    loss, logged = compute_loss(model, x, idx[:, 1:], inputs(cfg, rdrop=0.7, label_smoothing=smoothing), pool)
+    loss, logged, _ = compute_loss(
+        model, x, idx[:, 1:], inputs(cfg, rdrop=0.7, label_smoothing=smoothing), pool
+    )
     one, two = model(torch.cat([x, x]), pool).chunk(2)
     p, q = one.flatten(0, 1).softmax(-1), two.flatten(0, 1).softmax(-1)
     rows = torch.arange(len(y))
@@ -552,7 +554,7 @@ def test_rdrop_is_its_formula(smoothing: float) -> None:
 def test_rdrop_without_dropout_is_cross_entropy() -> None:
     cfg = config()
     model, idx = shaken(cfg).train(), some_titles()
-    loss, logged = compute_loss(model, idx[:, :-1], idx[:, 1:], inputs(cfg, rdrop=5.0), None)
+    loss, logged, _ = compute_loss(model, idx[:, :-1], idx[:, 1:], inputs(cfg, rdrop=5.0), None)
     expected = F.cross_entropy(model(idx[:, :-1]).flatten(0, 1), idx[:, 1:].flatten())
     assert torch.allclose(loss, expected, atol=1e-6) and torch.allclose(logged, expected, atol=1e-6)
 
