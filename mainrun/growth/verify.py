@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -89,6 +90,8 @@ def check_function(promise: str, old: GPT, new: GPT, idx: Tensor) -> PromiseChec
         limit = EXACT[new.embed.weight.dtype] * max(1.0, largest)
         ok = moved <= limit
         rule = f"exact allows at most {limit:.3g}, for logits up to {largest:.3g}"
+        if not ok and old.cfg.routed_layers and new.embed.weight.dtype != torch.float64:
+            return _check_in_float64(promise, old, new, idx)
     elif promise == "bitexact":
         ok = moved == 0
         rule = "bitexact allows only 0"
@@ -97,6 +100,18 @@ def check_function(promise: str, old: GPT, new: GPT, idx: Tensor) -> PromiseChec
             ok = bool(new(idx).logsumexp(-1).isfinite().all())
         rule = "logits must be finite"
     return PromiseCheck("function", ok, f"max |delta logits| {moved:.3g}; {rule}")
+
+
+def _check_in_float64(promise: str, old: GPT, new: GPT, idx: Tensor) -> PromiseCheck:
+    """Check copies of the models in float64.
+
+    Rounding can change the order of two scores of a router, and a token then takes another path. In float64,
+    this does not happen.
+    """
+    with eval_mode(old, new):  # the hooks of a copy refer to the original model
+        check = check_function(promise, copy.deepcopy(old).double(), copy.deepcopy(new).double(), idx)
+    detail = f"{check.detail}; checked in float64, because routers amplify rounding"
+    return PromiseCheck(check.name, check.ok, detail)
 
 
 def check_coverage(coverage: float, required: float) -> PromiseCheck:
