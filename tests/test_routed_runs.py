@@ -581,7 +581,7 @@ def test_only_a_model_that_looks_ahead_fails_the_guard(pattern: str, dtype: str)
 def noisy_selection(score: Tensor, capacity: float) -> Tensor:
     """Select like `select_causally`, but break ties by the whole row, as rounding might."""
     if score.dtype != torch.float64:
-        noise = torch.sin(1e4 * score.sum(1, keepdim=True) * (1 + torch.arange(score.size(1))))
+        noise = torch.sin(1e7 * score.sum(1, keepdim=True) * (1 + torch.arange(score.size(1))))
         score = (2 * score).round() + 1e-3 * noise
     return select_causally(score, capacity)
 
