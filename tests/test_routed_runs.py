@@ -32,13 +32,13 @@ from mainrun.config import TrainConfig, from_dict
 from mainrun.core import routing
 from mainrun.core.kernels import cross_entropy
 from mainrun.core.pending_losses import NotFinite, PendingLosses, step_row
-from mainrun.core.routing import STATS, selected_shares
+from mainrun.core.routing import selected_shares
 from mainrun.data import scoring
 from mainrun.errors import RunError
 from mainrun.files.hashing import sha256_json
 from mainrun.plan.cost import forward_flops
 from mainrun.plan.plan import Plan
-from mainrun.plan.routing import INPUTS, LOSSES, selected_tokens
+from mainrun.plan.routing import INPUTS, LOSSES, STATS, selected_tokens
 from mainrun.replay import replay_steps, run_guards
 from mainrun.run import batch
 from mainrun.run.session import train
@@ -145,7 +145,7 @@ def shaken_state(setup: Setup) -> State:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in state.model.parameters():
-            p += torch.randn(p.shape, generator=generator) * 0.1
+            p.add_(torch.randn(p.shape, generator=generator) * 0.1)
     return state
 
 
@@ -187,9 +187,9 @@ def test_pending_losses_keep_the_order_and_the_layers_of_the_steps() -> None:
     losses.push(1, 0.1, numbers(1, 100), (1,))
     losses.push(2, 0.2, numbers(0, 200), ())
     losses.push(3, 0.3, numbers(2, 300), (1, 3))
-    assert not losses.full
+    full = [losses.full]
     losses.push(4, 0.4, numbers(1, 400), (2,))
-    assert losses.full
+    assert [*full, losses.full] == [False, True]
     first, second, third, fourth = losses.drain()
     assert [(row.step, row.lr, row.loss, row.grad_norm) for row in (first, second, third, fourth)] == [
         (1, 0.1, 100, 101), (2, 0.2, 200, 201), (3, 0.3, 300, 301), (4, 0.4, 400, 401),
@@ -551,7 +551,7 @@ def evidence(**changes: Any) -> Evidence:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for p in model.parameters():
-            p += torch.randn(p.shape, generator=generator) * 0.2
+            p.add_(torch.randn(p.shape, generator=generator) * 0.2)
     plan = Plan(cfg, len(setup.data.splits["train"]))
     model.set_inputs(plan.at(plan.steps - 1), "plain")
     return Evidence(cfg, setup.corpus, setup.data, model, [], {}, {}, "random", "")
@@ -600,11 +600,15 @@ def test_a_gap_caused_by_rounding_is_checked_in_float64(monkeypatch: pytest.Monk
     verdict = guards.causality(e, True)
     assert verdict.status == "pass" and verdict.detail.endswith("because routers amplify rounding")
     assert calls and not any(calls), "no pass counts as training"
-    assert e.model.training and e.model.embed.weight.dtype == torch.float32
-    monkeypatch.setattr(guards, "_causality", lambda e, all: Verdict("fail", e.model.embed.weight.dtype))
-    assert str(guards.causality(e, True).detail).startswith("torch.float64")
+    assert e.model.training and dtype_of(e) == "torch.float32"
+    monkeypatch.setattr(guards, "_causality", lambda e, all: Verdict("fail", dtype_of(e)))
+    assert guards.causality(e, True).detail.startswith("torch.float64")
     dense = evidence(block_pattern="D")
-    assert guards.causality(dense, True).detail == torch.float32, "a dense model is checked once"
+    assert guards.causality(dense, True).detail == "torch.float32", "a dense model is checked once"
+
+
+def dtype_of(e: Evidence) -> str:
+    return str(next(e.model.parameters()).dtype)
 
 
 def test_scoring_and_sampling_never_look_ahead(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -618,6 +622,24 @@ def test_scoring_and_sampling_never_look_ahead(made: Path, monkeypatch: pytest.M
     idx = torch.from_numpy(tokens[:16].astype(np.int64))[None]
     with torch.no_grad():
         assert not torch.equal(model.train()(idx), model.eval()(idx)), "training uses top_k"
+
+
+# -- the estimate
+
+
+@pytest.mark.parametrize("probe", [[], pytest.param(["--probe"], marks=pytest.mark.slow)])
+def test_a_dry_run_estimates_a_routed_run(tmp_path: Path, probe: list[str]) -> None:
+    """With --probe, a dry run measures a few steps and a part of an evaluation."""
+    arguments = ["train", "--preset", "baseline", *tiny_sets(**SMALL), "--out", str(tmp_path)]
+    done = CliRunner().invoke(app, [*arguments, "--dry-run", "--json", *probe])
+    assert done.exit_code == 0, done.output
+    shown = json.loads(done.stdout)
+    plan = shown["plan"]
+    assert (plan["first_step"]["sharpness"], plan["last_step"]["sharpness"]) == (0.3, 6.0)
+    assert plan["first_step"]["capacity"] == 0.5 and shown["memory"] > 1e8 and shown["eta_seconds"] > 0
+    tokens = plan["steps"] * plan["tokens_per_step"]
+    assert shown["flops"] == pytest.approx(tokens * 3 * forward_flops(config()), rel=0.01)
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- two processes
