@@ -78,6 +78,19 @@ def test_the_memory_contains_its_parts(tiny: Any) -> None:
     assert tensor_bytes(tiny(**size, optimizer="sgd", dtype="bfloat16")) < 0.8 * plain
 
 
+def test_a_routed_block_takes_memory_for_its_selected_tokens(tiny: Any) -> None:
+    size = {"batch_size": 512, "block_size": 64, "d_model": 64, "n_layer": 4, "vocab_size": 500}
+    size |= {"compile": "off", "attention": "plain", "optimizer": "sgd"}
+    dense = tensor_bytes(tiny(**size))
+    layer = (tensor_bytes(tiny(**size | {"n_layer": 8})) - dense) / 4
+    eighth = tensor_bytes(tiny(**size, block_pattern="DM", capacity=0.125))
+    half = tensor_bytes(tiny(**size, block_pattern="DM", capacity=0.5))
+    assert dense - 2 * layer < eighth < half < dense
+    assert half - eighth > 0.3 * layer, "two layers with fewer tokens"
+    everywhere = tensor_bytes(tiny(**size, block_pattern="DT", capacity=0.5))
+    assert everywhere > half + 2 * layer, "T passes all tokens through its block as well"
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "muon"])
 def test_the_estimate_takes_no_memory_and_draws_no_random_numbers(tiny: Any, optimizer: str) -> None:
     huge = tiny(
@@ -99,7 +112,12 @@ def test_the_estimate_takes_no_memory_and_draws_no_random_numbers(tiny: Any, opt
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
-    [{"dtype": "float32", "dropout": 0.1, "optimizer": "adamw"}, {"dtype": "bfloat16", "optimizer": "muon"}],
+    [
+        {"dtype": "float32", "dropout": 0.1, "optimizer": "adamw"},
+        {"dtype": "bfloat16", "optimizer": "muon"},
+        {"block_pattern": "DSMT", "dropout": 0.1, "optimizer": "adamw"},
+        {"block_pattern": "DM", "capacity": 0.125, "dtype": "bfloat16", "optimizer": "muon"},
+    ],
 )
 def test_the_estimate_is_close_to_the_measured_peak(tiny: Any, changes: dict[str, Any]) -> None:
     cfg = tiny(

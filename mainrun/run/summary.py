@@ -17,7 +17,7 @@ from mainrun.plan.routing import STATS
 from mainrun.run.accounts import Accounts
 from mainrun.store import checkpoint
 from mainrun.store.rundir import RunDir
-from mainrun.train import GPT, Setup, State
+from mainrun.train import GPT, Setup, State, set_last_inputs
 
 SCORE_FIELDS = ("step", "split", "official", "full", "loss", "bits_per_byte", "coverage", "tokens")
 
@@ -66,7 +66,9 @@ def summarize(
         "resumed": accounts.resumed,
     }
     if state.cfg.routed_layers:
-        summary["routing"] = summarize_routing(setup, state, evals[-1])
+        set_last_inputs(state, plan, setup.device)
+        last_val = [row for row in evals if row["split"] == "val"][-1]
+        summary["routing"] = summarize_routing(setup, state, last_val)
     evidence = Evidence(
         cfg=cfg,
         corpus=setup.corpus,
