@@ -41,8 +41,8 @@ STATUSES = ("pass", "flag", "fail")  # the possible results of a guard
 
 FORWARD_FLOPS = "forward FLOPs"  # this column is shown only if the runs differ in it
 HEAD = (
-    "run", "full last", "full best", "delta full", "official", "bits/byte",
-    "steps", "tokens", "seen/token", "params", FORWARD_FLOPS, "time", "tok/s", "guards",
+    "run", "full last", "full best", "delta full", FORWARD_FLOPS, "official", "bits/byte",
+    "steps", "tokens", "seen/token", "params", "time", "tok/s", "guards",
 )  # fmt: skip
 
 
@@ -267,13 +267,13 @@ def _cells(row: dict[str, Any], *, first: bool) -> list[str]:
         f"{row['full_last']:.4f}",
         f"{row['full_best']:.4f}",
         "" if first else f"{row['delta_full']:+.4f}",
+        "" if row["forward_flops"] is None else short(row["forward_flops"]),
         f"{row['official']:.4f} ({percent(row['coverage'])}{flag})",
         f"{row['bits_per_byte']:.4f}",
         f"{row['steps']:,}{star}",
         short(row["tokens"]),
         f"{row['presentations_per_token']:.4g}",
         short(row["params"]),
-        "" if row["forward_flops"] is None else short(row["forward_flops"]),
         clock(row["seconds"]),
         short(row["tokens_per_s"]) if trained else "",
         ", ".join(counts),

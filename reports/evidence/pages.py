@@ -135,8 +135,7 @@ def headline(data: ReportData) -> Table | None:
         "Means over the listed seeds, at the last step, in nats per character of val. "
         "The full score counts every token once. Recipes are ranked by the full score."
     )
-    columns = list(tables.without_equal_flops(columns, rows))
-    return Table("headline", "Both recipes in numbers", columns, rows, note, red)
+    return tables.with_forward_flops(Table("headline", "Both recipes in numbers", columns, rows, note, red))
 
 
 # -- the sections
@@ -279,7 +278,7 @@ def growth(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable
 
 def routing(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
     for number, run in enumerate(routing_figure.routed_runs(report.data), 1):
-        yield page_break()
+        yield page_break(430)
         yield heading(f"Routed blocks of {run.id}", 0)
         yield from figure(drawings, f"routing-{number}", routing_figure.CAPTION)
         yield from report.table(f"routing_{number}")

@@ -88,6 +88,16 @@ def scientific(number: Any) -> str:
     return f"{number:.3g}".replace("e+", "e")
 
 
+def compact(number: Any) -> str:
+    """Format a number of FLOPs with three digits and a suffix, such as 4.59M."""
+    if number is None:
+        return ""
+    for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            return f"{number / size:.3g}{suffix}"
+    return f"{number:.3g}"
+
+
 def setting(value: Any) -> str:
     """Format the value of a config field in the syntax of the option `--set`."""
     if value is None:
@@ -130,7 +140,7 @@ def describe_bounds(bounds: Any) -> str:
 class Column:
     """A column of a table."""
 
-    head: str
+    head: str  # a line break divides a long head into two lines of the PDF
     format: Format = text
     share: float = 0.0  # the width relative to other columns, or 0 to fit the width to the cells
 
@@ -165,7 +175,7 @@ class Table:
         path = folder / f"{self.name}.csv"
         with path.open("w", encoding="utf-8", newline="") as f:
             writer = csv.writer(f, lineterminator="\n")
-            writer.writerow(self.heads)
+            writer.writerow(head.replace("\n", " ") for head in self.heads)
             for row in self.rows:
                 writer.writerow(map(_csv_value, row))
         return path
@@ -220,17 +230,19 @@ def get_forward_flops(run: Run) -> float:
     return flops
 
 
-FORWARD_FLOPS = Column("forward FLOPs", scientific)
+FORWARD_FLOPS = Column("forward\nFLOPs", compact)
 
 
-def without_equal_flops(columns: Sequence[Column], rows: list[Row]) -> Sequence[Column]:
-    """Remove the column of the forward FLOPs if all rows show the same number. Return the columns."""
-    place = columns.index(FORWARD_FLOPS)
-    if len({scientific(row[place]) for row in rows}) > 1:
-        return columns
-    for row in rows:
+def with_forward_flops(table: Table) -> Table:
+    """Explain the column of the forward FLOPs, or remove it if all rows show the same number."""
+    place = table.columns.index(FORWARD_FLOPS)
+    if len({compact(row[place]) for row in table.rows}) > 1:
+        table.note += " forward FLOPs is the cost per token of a forward pass of the scored model."
+        return table
+    table.columns = [column for column in table.columns if column is not FORWARD_FLOPS]
+    for row in table.rows:
         del row[place]
-    return [column for column in columns if column is not FORWARD_FLOPS]
+    return table
 
 
 # -- recipes and runs
@@ -263,7 +275,7 @@ def recipes(data: ReportData) -> Table:
         f"scores that cover less than {MIN_COVERAGE:.0%} of val are not compared. Seconds exclude runs "
         "that reused steps from the store."
     )
-    return Table("recipes", "Recipes", without_equal_flops(columns, rows), rows, note, red)
+    return with_forward_flops(Table("recipes", "Recipes", columns, rows, note, red))
 
 
 def _rank(recipe: Recipe) -> tuple[bool, float]:
@@ -319,7 +331,7 @@ def runs(data: ReportData) -> Table:
     )
     if red:
         note += " Red: a run that failed a guard. It is excluded from all means, differences and figures."
-    return Table("runs", "Runs", without_equal_flops(columns, rows), rows, note, red)
+    return with_forward_flops(Table("runs", "Runs", columns, rows, note, red))
 
 
 def _run_row(run: Run) -> Row:
@@ -577,9 +589,9 @@ def routing(run: Run, number: int) -> Table:
         Column("layer", integer),
         Column("kind", text, 0.4),
         Column("selected %", fixed(1)),
-        Column("student accuracy %", fixed(1)),
-        Column("forward FLOPs per token", integer),
-        Column("relative to D", fixed(3)),
+        Column("student\naccuracy %", fixed(1)),
+        Column("forward FLOPs\nper token", integer),
+        Column("relative\nto D", fixed(3)),
     ]
     return Table(f"routing_{number}", "The layers", columns, rows, _routing_note(run))
 
@@ -589,12 +601,12 @@ def _routing_note(run: Run) -> str:
     flops = get_forward_flops(run)
     ratio = flops / facts["forward_flops_dense"]
     return (
-        f"A forward pass of the scored model takes {scientific(flops)} FLOPs per token, which is {ratio:.3f} "
+        f"A forward pass of the scored model takes {compact(flops)} FLOPs per token, which is {ratio:.3f} "
         "of the dense model. selected is the share of tokens in the first 64 rows of val. student accuracy "
-        "is the share of tokens for which the student predicts whether training would select them. "
-        f"The loss on val is {run.summary['last']['loss']:.4f} nats per token. With the selection of training, "
-        f"which sees the future, the loss would be {facts['topk_loss']:.4f}. This second loss is not a score, "
-        "and nothing is ranked by it."
+        "is the share of tokens for which the student predicts whether training would select them. The loss "
+        f"on val is {run.summary['last']['loss']:.4f} nats per token. With the selection of training, which "
+        f"sees the future, the loss would be {facts['topk_loss']:.4f}. This second loss is not a score, and "
+        "nothing is ranked by it."
     )
 
 

@@ -12,7 +12,7 @@ from reports.evidence.figures.series import coloured, column
 from reports.evidence.figures.style import COLOURS, GREY, MARKERS
 from reports.evidence.load import ReportData, Study
 from reports.evidence.studies import objective, values
-from reports.evidence.tables import get_forward_flops, mean_of, scientific
+from reports.evidence.tables import compact, get_forward_flops, mean_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,7 +71,7 @@ def draw_study(study: Study) -> Figure | None:
 
 def differ(costs: Sequence[float]) -> bool:
     """Return whether a report shows different numbers for the costs."""
-    return len(set(map(scientific, costs))) > 1
+    return len(set(map(compact, costs))) > 1
 
 
 def draw_frontier(axes: Axes, costs: Sequence[float], scores: Sequence[float]) -> None:
