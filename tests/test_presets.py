@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from mainrun.plan.cost import forward_cost, forward_flops, layer_flops
 from mainrun.plan.recipes import load, preset_names
 from mainrun.run.session import train
 
@@ -33,6 +34,30 @@ def test_every_step_of_the_ladder_changes_something_between_baseline_and_optimiz
     assert ladder[0] == load("baseline")[0].model_dump(exclude={"preset"})
     assert ladder[-1] == load("optimized")[0].model_dump(exclude={"preset"})
     assert all(before != after for before, after in pairwise(ladder))
+
+
+@pytest.mark.parametrize(
+    ("name", "letters", "scored", "training"),
+    [("mod", "DMDM", 0.584, 0.584), ("sdt", "DSDS", 0.756, 0.756), ("stt", "DTDT", 0.750, 1.224)],
+)
+def test_the_forward_flops_of_the_routed_presets(
+    name: str, letters: str, scored: float, training: float
+) -> None:
+    cost = forward_cost(load(name)[0])
+    assert cost.letters == letters
+    assert cost.scored / cost.dense == pytest.approx(scored, abs=0.0005)
+    assert cost.training / cost.dense == pytest.approx(training, abs=0.0005)
+    assert cost.dense == forward_cost(load("optimized")[0]).scored
+    few = forward_cost(load(name)[0], ids=900)
+    assert cost.dense - few.dense == cost.scored - few.scored == 2 * 100 * 256, "the head has fewer rows"
+
+
+def test_the_forward_flops_are_the_sum_over_the_layers_and_the_head() -> None:
+    for name, shares in (("mod", [0.1, 0.2]), ("sdt", [0.4, 0.6]), ("stt", [0.5, 0.1])):
+        cfg = load(name)[0]
+        layers = layer_flops(cfg, shares)
+        assert len(layers) == 4 and layers[0] == layers[2] != layers[1] != layers[3]
+        assert sum(layers) + 2 * 1000 * 256 == pytest.approx(forward_flops(cfg, shares), rel=1e-12)
 
 
 @pytest.mark.slow
