@@ -185,6 +185,11 @@ def test_the_built_in_studies_are_valid(name: str) -> None:
     assert study.name == name and study.about and study.base().dev_frac
 
 
+def test_the_guide_lists_all_built_in_studies() -> None:
+    guide = (Path(__file__).parents[1] / "docs" / "guide.md").read_text(encoding="utf-8")
+    assert [name for name in built_in_names() if f"| `{name}` |" not in guide] == []
+
+
 def test_the_study_routing_samples_every_pattern_and_capacity() -> None:
     """Rungs and samplers that follow the score would drop the small capacities."""
     study = read_study("routing")
