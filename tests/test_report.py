@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evidence import make_study, make_trial
+from evidence import make_data, make_recipe, make_routed_run, make_run, make_study, make_trial, write_run
 from reporting import edit, export, fail_guard, make, rescore, reseed
 
 from mainrun import stats
 from mainrun.errors import RunError
 from reports import cli
 from reports.evidence import findings, load, studies, tables
-from reports.evidence.figures import registry, style
+from reports.evidence.figures import forward_flops, registry, routing, style
 
 T3 = 4.302653  # the 97.5% quantile of Student's t with 2 degrees of freedom, from a printed table
 
@@ -827,8 +827,87 @@ def test_each_figure_is_on_a_page_with_its_caption(pages: Path) -> None:
     captions |= {f"study-1-{name}": row.caption for name, row in registry.STUDY.items()}
     for name, caption in captions.items():
         drawn = (pages / "figures" / f"{name}.svg").is_file()
-        assert drawn == (name != "waterfall"), "these runs have data for every figure but the ablation"
+        assert drawn == (name not in ("waterfall", "study-1-forward-flops")), (
+            "these runs are no ablation, and the trials of the study do not differ in FLOPs"
+        )
         assert (caption in text) == drawn, name
+
+
+def points_of(axes: Any, label: str) -> list[tuple[float, float]]:
+    """Return the points of all lines of a panel with a given label."""
+    lines = [line for line in axes.get_lines() if line.get_label() == label]
+    return [(float(x), float(y)) for line in lines for x, y in zip(*line.get_data(), strict=True)]
+
+
+def test_scores_are_drawn_against_forward_flops_if_recipes_differ_in_them() -> None:
+    mod = load.Recipe("mod", (make_routed_run(full=2.2), make_routed_run(seed=2, full=2.3)))
+    large = make_recipe("optimized", {1: 2.0}, flops=3.0 * 512 * 5e4)
+    bad = make_recipe("wide", {1: 2.6}, flops=3.0 * 512 * 4e4)
+    figure = forward_flops.draw(make_data(mod, large, bad))
+    assert figure is not None
+    (axes,) = figure.get_axes()
+    assert points_of(axes, "mod") == [(3e4, 2.2), (3e4, 2.3)]
+    assert points_of(axes, "optimized") == [(5e4, 2.0)]
+    best = points_of(axes, "no cheaper one is better")
+    assert best == [(3e4, 2.25), (5e4, 2.0)], "wide costs more than mod, and scores worse"
+    assert forward_flops.draw(make_data(mod)) is None
+    assert forward_flops.draw(make_data()) is None
+
+
+def test_trials_are_drawn_against_forward_flops_if_they_differ_in_them() -> None:
+    trials = [make_trial(0, 2.0, forward_flops=100.0), make_trial(1, 1.5, forward_flops=200.0)]
+    dearer = make_trial(2, 1.7, forward_flops=300.0)
+    figure = forward_flops.draw_study(make_study(*trials, dearer, make_trial(3, 1.0)))
+    assert figure is not None
+    (axes,) = figure.get_axes()
+    assert points_of(axes, "a trial") == [(100, 2.0), (200, 1.5), (300, 1.7)]
+    assert points_of(axes, "no cheaper one is better") == [(100, 2.0), (200, 1.5)]
+    assert forward_flops.draw_study(make_study(*trials[:1])) is None
+    assert forward_flops.draw_study(make_study(make_trial(0, 2.0), make_trial(1, 1.5))) is None
+
+
+def test_the_figure_of_a_routed_run_shows_shares_accuracy_and_flops() -> None:
+    run = make_routed_run()
+    shares, accuracy, flops = routing.draw(run).get_axes()
+    assert points_of(shares, "layer 1") == [(4, 0.26)]
+    assert points_of(accuracy, "layer 1") == [(step, 0.75 + step / 64) for step in (1, 2, 3, 4)]
+    assert [y for _, y in points_of(shares, "_child1")] == [0.25, 0.25], "the capacity"
+    assert [y for _, y in points_of(accuracy, "_child1")] == [0.75, 0.75], "a constant is right for 75%"
+    heights = [bar.get_height() for bar in flops.patches]
+    assert heights == [1, tables.routing(run, 1).rows[1][5]]
+
+
+def test_many_statistics_of_a_router_are_averaged_over_windows() -> None:
+    run = make_routed_run()
+    steps = [row for row in run.rows if row["event"] == "step"]
+    run.rows[:] = [steps[0] | {"step": step, "routers": [{"layer": 1, "student_accuracy": step / 800}]}
+                   for step in range(1, 801)]  # fmt: skip
+    points = points_of(routing.draw(run).get_axes()[1], "layer 1")
+    assert len(points) == 40 and points[0] == pytest.approx((10.5, 10.5 / 800))
+
+
+def test_the_capacity_that_an_op_sets_is_drawn_from_its_step_on() -> None:
+    op = {"name": "set_capacity", "value": 0.5, "trigger": {"step": 2}}
+    run = make_routed_run(fields={"growth": {"version": 2, "ops": [op]}})
+    shares = routing.draw(run).get_axes()[0]
+    assert points_of(shares, "_child1") == [(0, 0.25), (2, 0.5), (4, 0.5)]
+
+
+def test_each_routed_recipe_gets_its_own_section(tmp_path: Path) -> None:
+    for run in (make_run("optimized", flops=3.0 * 512 * 5e4), make_routed_run(), make_routed_run(seed=2)):
+        write_run(tmp_path / "runs", run)
+    stt = make_routed_run("stt", "DT")
+    write_run(tmp_path / "runs", stt)
+    cli.write(load.gather([], tmp_path / "runs"), tmp_path / "r.pdf", "t", tmp_path / "f")
+    text = " ".join(text_of(tmp_path / "r.pdf").split())
+    assert text.count(f"Routed blocks of {make_routed_run().id}") == 1
+    assert f"Routed blocks of {make_routed_run(seed=2).id}" not in text, "one run stands for its recipe"
+    assert f"Routed blocks of {stt.id}" in text and "T, temporal surprise" in text
+    assert "which sees the future, the loss would be 3.9876" in text
+    assert routing.CAPTION in text and forward_flops.caption(make_data()) in text
+    drawn = {path.name for path in (tmp_path / "f").glob("*.svg")}
+    assert {"routing-1.svg", "routing-2.svg", "forward-flops.svg"} <= drawn
+    assert "routing (no run" not in text
 
 
 def test_the_data_that_a_missing_figure_needs_is_named(tmp_path: Path) -> None:
@@ -846,6 +925,7 @@ def test_sections_without_data_are_listed(runs: Path, tmp_path: Path) -> None:
         "ablation (needs",
         "studies (no export",
         "growth (no run has growth ops",
+        "routing (no run has routed blocks",
         "samples (not requested",
     ):
         assert left_out in text

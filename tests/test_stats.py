@@ -312,3 +312,20 @@ def test_importing_the_module_does_not_load_scipy() -> None:
     code = "import sys, mainrun.stats; print('scipy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("costs", "scores", "expected"),
+    [
+        ([], [], []),
+        ([3, 1, 2], [1.0, 3.0, 2.0], [1, 2, 0]),
+        ([1, 2, 3], [2.0, 2.5, 1.0], [0, 2]),  # the second point costs more and scores worse
+        ([1, 2], [2.0, 2.0], [0]),  # a higher cost needs a better score
+        ([1, 1], [2.0, 1.0], [1]),
+        ([0, 0, 0], [1.0, 1.0, 2.0], [0]),
+    ],
+)
+def test_the_frontier_has_the_points_that_no_cheaper_point_beats(
+    costs: list[float], scores: list[float], expected: list[int]
+) -> None:
+    assert stats.frontier(costs, scores) == expected

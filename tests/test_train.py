@@ -23,7 +23,7 @@ from mainrun import train as trainer
 from mainrun.config import TrainConfig, from_dict
 from mainrun.core.optimizers import Optimizers
 from mainrun.errors import ConfigError, DiskFull, Diverged, Interrupted, RunError
-from mainrun.plan.cost import costs
+from mainrun.plan.cost import costs, forward_flops
 from mainrun.plan.plan import Plan
 from mainrun.run import session
 from mainrun.run.progress import LineProgress, Progress
@@ -32,6 +32,7 @@ from mainrun.store import checkpoint
 from mainrun.store.rundir import RunDir
 from mainrun.ui.estimate import estimate
 from mainrun.ui.sample import load_model, sample
+from mainrun.ui.train_cli import _estimate_rows
 
 SMALL = {"num_titles": 200, "dropout": 0.1, "lr": 0.3}  # a run has about 30 steps and takes a second
 
@@ -801,6 +802,22 @@ def test_a_dry_run_trains_nothing_and_leaves_nothing(tmp_path: Path, monkeypatch
     json.dumps(found)
     half = estimate(config())
     assert found["flops"] == 2 * half["flops"] > 0, "R-Drop's second pass is counted"
+
+
+def test_a_dry_run_shows_the_layers_and_the_forward_flops_of_routed_blocks() -> None:
+    cfg = config(block_pattern="DT", capacity=0.25)
+    cost = estimate(cfg)["routing"]
+    shares = [0.25] * len(cfg.routed_layers)
+    assert cost["letters"] == cfg.letters
+    exact = cfg.model_copy(update={"vocab_size": 400})
+    assert cost["forward_flops"] == forward_flops(exact, shares) < cost["forward_flops_dense"]
+    assert cost["forward_flops_training"] == forward_flops(exact) > cost["forward_flops_dense"]
+    assert "routing" not in estimate(config())
+    rows = dict(_estimate_rows(estimate(cfg)))
+    assert rows["layers"] == cfg.letters
+    ratio = cost["forward_flops"] / cost["forward_flops_dense"]
+    assert f"FLOPs per token, {ratio:.3f} of the dense model; in training" in rows["forward pass"]
+    assert "layers" not in dict(_estimate_rows(estimate(config())))
 
 
 def test_the_summary_says_what_it_must(undisturbed: Callable[[TrainConfig], Path]) -> None:

@@ -488,6 +488,7 @@ TRIAL = LEDGER | {
     "value": records.optional(records.number),
     "reason?": records.optional(records.any_text),
     "rung?": records.optional(records.any_number),
+    "forward_flops?": records.optional(records.not_negative),
     "scores?": records.optional(records.scores),
 }
 
