@@ -161,6 +161,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             grow("widen_mlp", 160, trigger={"wait_iters": 5}),
         ),
     ),
+    "routed by Mixture-of-Depths": ("baseline", ADAMW | {"block_pattern": "DM", "dropout": 0.1}),
+    "routed by surprise pairs": ("optimized", {"block_pattern": "DS", "capacity": 0.25}),
+    "routed by temporal surprise": ("optimized", {"block_pattern": "DT", "gate": "straight"}),
+    "grow set_capacity": ("baseline", growing(grow("set_capacity", 0.25), block_pattern="DM")),
     "compiled, muon": ("baseline", MUON | {"compile": "on", "n_layer": 1, "dropout": 0.1}),
     "compiled, bfloat16": (
         "baseline",

@@ -234,8 +234,10 @@ def test_a_loss_that_is_read_late_still_ends_the_run(
     def planted(*args: Any) -> Any:
         nonlocal calls
         calls += 1
-        found, plain = loss(*args)
-        return (found * float("nan"), plain) if calls == 12 else (found, plain)
+        result = loss(*args)
+        if calls != 12:
+            return result
+        return result._replace(minimized=result.minimized * float("nan"))
 
     monkeypatch.setattr(trainer, "compute_loss", planted)
     cfg = tiny(checkpoint_every=10, eval_per_epoch=0)
@@ -259,8 +261,10 @@ def test_a_bad_loss_at_the_end_of_a_reading_keeps_the_rows_before_it(
     def planted(*args: Any) -> Any:
         nonlocal calls
         calls += 1
-        found, plain = loss(*args)
-        return (found * float("nan"), plain) if calls == last else (found, plain)
+        result = loss(*args)
+        if calls != last:
+            return result
+        return result._replace(minimized=result.minimized * float("nan"))
 
     last = 8  # step 1 is read alone, because it has a score; steps 2 to 8 are read together
     with monkeypatch.context() as late:

@@ -461,6 +461,7 @@ def test_ops_fire_in_order_and_wait_for_a_new_loss_after_reevaluate() -> None:
         ({}, "set_eval_interval", 40, {"eval_interval": 40}),
         ({}, "set_weight_decay", 0.1, {"weight_decay": 0.1}),
         ({}, "set_dropout", 0.1, {"dropout": 0.1}),
+        ({"block_pattern": "DM"}, "set_capacity", 0.25, {"capacity": 0.25}),
         ({}, "reset_lr_schedule", None, {}),
         ({}, "stack_layers", [0, 0, 1, 1], {"n_layer": 4}),
         ({"n_layer": 4, "frozen": [1, 3]}, "stack_layers", [1, 1, 0, 3], {"n_layer": 4, "frozen": (0, 3)}),

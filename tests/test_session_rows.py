@@ -32,7 +32,7 @@ from mainrun.run.session import train
 from mainrun.run.sharing import NoSharing
 from mainrun.store import checkpoint
 from mainrun.store.rundir import RunDir
-from mainrun.train import build, score
+from mainrun.train import build, score, set_up
 
 SMALL: dict[str, Any] = {
     "num_titles": 200,
@@ -323,7 +323,8 @@ def test_scores_cover_val_and_dev(
     trained: tuple[TrainConfig, RunDir, dict[str, Any]],
 ) -> None:
     cfg, _, _ = trained
-    data = prepare(cfg, load_corpus(cfg))
+    setup = set_up(cfg)
+    data = setup.data
     model = build(cfg, data.tokenizer.vocab_size)
     applied: list[int] = []
 
@@ -334,8 +335,8 @@ def test_scores_cover_val_and_dev(
         def __exit__(self, *_: object) -> None:
             applied.append(-1)
 
-    state = SimpleNamespace(model=model, step=7, average=SimpleNamespace(applied=Applied))
-    rows = list(score(cfg, data, state))
+    state = SimpleNamespace(cfg=cfg, model=model, step=7, average=SimpleNamespace(applied=Applied))
+    rows = list(score(setup, setup.plan, state))
     assert [(row["event"], row["step"], row["split"]) for row in rows] == [
         ("eval", 7, "val"),
         ("eval", 7, "dev"),

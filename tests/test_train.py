@@ -481,8 +481,10 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_good_weights(
     def planted(*args: Any) -> Any:
         nonlocal calls
         calls += 1
-        loss, plain = original(*args)
-        return (loss * math.inf, plain * math.inf) if calls == 15 else (loss, plain)
+        loss = original(*args)
+        if calls != 15:
+            return loss
+        return loss._replace(minimized=loss.minimized * math.inf, plain=loss.plain * math.inf)
 
     monkeypatch.setattr(trainer, "compute_loss", planted)
     with pytest.raises(Diverged) as e:
@@ -517,8 +519,10 @@ def test_only_one_of_loss_and_gradient_need_be_bad(
     original = trainer.compute_loss
 
     def planted(*args: Any) -> Any:
-        loss, plain = original(*args)
-        return (loss, plain + math.nan) if where == "loss" else (loss * math.nan, plain)
+        loss = original(*args)
+        if where == "loss":
+            return loss._replace(plain=loss.plain + math.nan)
+        return loss._replace(minimized=loss.minimized * math.nan)
 
     monkeypatch.setattr(trainer, "compute_loss", planted)
     with pytest.raises(Diverged, match="at step 1 of"):
