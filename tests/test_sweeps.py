@@ -114,8 +114,8 @@ def tiny_study(**changes: Any) -> Study:
         ({"name": "a/b"}, "name='a/b' is not allowed; write at most 60 letters, digits"),
         ({"about": "\x1b[31m"}, "is not allowed; write text on one line"),
         (
-            {"space": SPACE | {"momentum": {"low": 0.1, "high": 0.9, "when": {"optimizer": ["sgd"]}}}},
-            "optimizer is not a config field",
+            {"space": SPACE | {"momentum": {"low": 0.1, "high": 0.9, "when": {"optimiser": ["sgd"]}}}},
+            "optimiser is not a config field",
         ),
         (
             {
