@@ -452,6 +452,7 @@ def test_segment_configs_have_the_config_and_one_more_per_op() -> None:
         ({"d_model": 544}, "prior_width", 34),  # exactly 34
         ({"d_model": 520}, "prior_width", 34),  # 32.5, rounded up to 33, plus 1
         ({"prior_factor": 1e-9}, "prior_width", 2),
+        ({"prior_factor": 1e-12}, "prior_width", 2),
         ({"d_model": 24}, "prior_width", 2),
         ({"d_model": 40}, "prior_width", 4),
         ({"d_model": 200, "prior_factor": 0.07}, "prior_width", 14),  # 14.000000000000002

@@ -13,6 +13,7 @@ from routed import T, V, at, config, router_of, shaken, some_ids
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from mainrun import train as trainer
 from mainrun.config import TrainConfig
 from mainrun.core.device import Device
 from mainrun.core.dropout import Masks, dropout_sites
@@ -303,6 +304,15 @@ def test_each_weight_adds_its_own_loss(letter: str, smoothing: float) -> None:
     loss = compute_loss(model, x, y, everything, None)
     assert loss.minimized.item() == pytest.approx(total.item(), abs=1e-10)
     assert not torch.equal(loss.minimized, loss.plain)
+
+
+def test_the_losses_of_routers_do_not_change_the_logged_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sum is a new tensor, even if the kernel returns one tensor as both losses."""
+    shared = torch.tensor(2.0, dtype=torch.float64)
+    monkeypatch.setattr(trainer, "cross_entropy", lambda *args: (shared, shared))
+    cfg = config("DM")
+    loss = compute_loss(shaken(cfg).train(), *tokens(), at(cfg), None)
+    assert loss.plain.item() == 2.0 < loss.minimized.item()
 
 
 def test_the_loss_of_a_dense_model_has_no_routing() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from routed import (
     T,
@@ -115,9 +115,8 @@ def test_topk_overrides_the_mode_of_the_model(changes: dict[str, Any]) -> None:
     idx = some_ids()
     training = model.train()(idx)
     scoring = model.eval()(idx)
-    assert torch.equal(model(idx, topk=True), training) and torch.equal(
-        model.train()(idx, topk=False), scoring
-    )
+    assert torch.equal(model(idx, topk=True), training)
+    assert torch.equal(model.train()(idx, topk=False), scoring)
     assert (training - scoring).abs().max() > 1e-3
     logits, info = model(idx, routing_info=True)
     assert torch.equal(logits, training) and info.stats.shape == (len(model.cfg.routed_layers), 8)
@@ -208,9 +207,8 @@ def test_the_context_of_some_positions() -> None:
     values = noise(3, 2, tokens, 4, seed=3)
     masks = Masks(torch.zeros(0))
     context = Context(bias, rope, values, masks).at(positions)
-    assert (
-        context.masks is masks and context.bias is not None and context.rope and context.v_first is not None
-    )
+    assert context.masks is masks
+    assert context.bias is not None and context.rope is not None and context.v_first is not None
     assert context.bias.shape == (3, 1, 4, 4) and context.rope[0].shape == (3, 1, 4, 2)
     for row, places in enumerate(positions.tolist()):
         for i, p in enumerate(places):
@@ -244,29 +242,31 @@ def test_the_moving_average_of_100_tokens(tokens: int) -> None:
         assert torch.allclose(moving_average(x[:, :length]), means[:, :length], rtol=0, atol=1e-12)
 
 
-@given(st.floats(-30, 30), st.floats(-30, 30), st.floats(0.001, 100))
-@settings(max_examples=50)
-def test_the_gate_is_a_function_of_the_score(ce: float, cu: float, beta: float) -> None:
-    """1 - exp(-score) equals S_CE + S_CU - S_CE S_CU."""
-    criteria = torch.tensor([ce, cu], dtype=torch.float64) * beta
-    s_ce, s_cu = criteria.sigmoid()
-    gate = -torch.expm1(-F.softplus(criteria).sum())
-    assert gate.item() == pytest.approx((s_ce + s_cu - s_ce * s_cu).item(), abs=1e-12)
-
-
-def surprise_router(letter: str = "S", **changes: Any) -> tuple[GPT, Router]:
-    model = shaken(config(f"D{letter}", **changes))
+def surprise_router() -> tuple[GPT, Router]:
+    model = shaken(config("DS"))
     return model, router_of(model)
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.3, 1.0, 6.0, 100.0])
+def test_the_gate_is_the_union_of_the_two_surprises(beta: float) -> None:
+    _, router = surprise_router()
+    x = noise(2, 20, 8)
+    route = router.own_route(x, noise(2, 20, 8, seed=1), None, torch.tensor(beta, dtype=torch.float64))
+    s_ce = route.quantities["S_CE"]
+    s_cu = route.quantities["S_CU"]
+    assert route.score is not None and route.gate is not None
+    assert torch.allclose(route.gate, s_ce + s_cu - s_ce * s_cu, rtol=0, atol=1e-12)
+    assert torch.allclose(route.gate, 1 - (-route.score).exp(), rtol=0, atol=1e-12)
 
 
 def test_the_score_orders_tokens_whose_gates_are_equal() -> None:
     """With a sharp criterion, the gate rounds to 1 for many tokens, but the score still tells them apart."""
     _, router = surprise_router()
     router.float()
-    change = torch.linspace(5, 50, 64).view(1, 64, 1).expand(1, 64, 8)
-    score, _ = router.surprise(change, torch.zeros_like(change), torch.tensor(100.0))
-    gate = -torch.expm1(-score)
-    assert (gate == 1).all() and (score.diff() > 0).all() and score.isfinite().all()
+    x = torch.linspace(5, 50, 64).view(1, 64, 1).expand(1, 64, 8)
+    route = router.own_route(x, torch.zeros_like(x), None, torch.tensor(100.0))
+    assert route.score is not None and route.gate is not None
+    assert (route.gate == 1).all() and (route.score.diff() > 0).all() and route.score.isfinite().all()
 
 
 @pytest.mark.parametrize(("o_ce", "m_cu"), [(-1.0, -2.0), (0.0, 0.0), (1e-4, -0.5), (2.0, 3.0)])
@@ -284,9 +284,8 @@ def test_learned_constants_below_their_bounds_give_numbers(o_ce: float, m_cu: fl
     means = torch.stack([average(row) for row in d_st])
     cu = 0.7 * (d_st - max(m_cu, 0) * means)
     assert torch.allclose(score, F.softplus(ce) + F.softplus(cu), rtol=0, atol=1e-12)
-    assert torch.allclose(quantities["S_CE"], ce.sigmoid()) and torch.allclose(
-        quantities["S_CU"], cu.sigmoid()
-    )
+    assert torch.allclose(quantities["S_CE"], ce.sigmoid())
+    assert torch.allclose(quantities["S_CU"], cu.sigmoid())
     loss = model(some_ids(), topk=True).square().sum()
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in (router.o_ce, router.m_cu))
@@ -302,14 +301,15 @@ def test_no_gradient_flows_through_the_moving_average() -> None:
 
 
 def test_the_student_sees_two_tokens_and_passes_no_gradient_on() -> None:
-    _, router = surprise_router("M")
+    router = router_of(shaken(config("DM")))
     x = noise(1, 6, 8).requires_grad_()
     logits = router.student(x)
-    by_hand = [
-        (router.now.weight @ x[0, t] + router.bias).item()
-        + (float((router.before.weight @ x[0, t - 1]).item()) if t else 0.0)
-        for t in range(6)
-    ]
+    by_hand = []
+    for token in range(6):
+        logit = router.now.weight @ x[0, token] + router.bias
+        if token > 0:
+            logit = logit + router.before.weight @ x[0, token - 1]
+        by_hand.append(logit.item())
     assert logits[0].tolist() == pytest.approx(by_hand, abs=1e-12)
     params = [router.now.weight, router.before.weight, router.bias]
     assert torch.autograd.grad(logits.sum(), [x], allow_unused=True, retain_graph=True) == (None,)
@@ -349,6 +349,22 @@ def test_routers_compute_in_the_dtype_of_their_weights_under_autocast(
         assert all(arg.dtype == torch.float32 for arg in args if arg is not None)
         assert torch.equal(own_route(router_of(model), *args).score, route.score)
         given.clear()
+
+
+@pytest.mark.parametrize("letter", LETTERS)
+def test_scores_of_bfloat16_inputs_are_computed_in_float32(letter: str) -> None:
+    router = router_of(shaken(config(f"D{letter}", route="own"), dtype=torch.float32))
+    x = noise(2, T, 8).bfloat16()
+    x_before = noise(2, T, 8, seed=1).bfloat16()
+
+    def block(x: Tensor, context: Context, dropout: bool = True) -> tuple[Tensor, Tensor]:
+        return 2 * x, x
+
+    context = Context(None, None, None, None)
+    for topk in (True, False):
+        out, info = router(block, x, x_before, context, torch.tensor(1.0), topk)
+        _, exact = router(block, x.float(), x_before.float(), context, torch.tensor(1.0), topk)
+        assert out.dtype == torch.bfloat16 and torch.equal(info.stats, exact.stats)
 
 
 # -- counts and selections
