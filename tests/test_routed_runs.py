@@ -348,6 +348,9 @@ def test_every_recipe_resumes_is_audited_and_is_replayed(tmp_path: Path, recipe:
     found = list(audit(filled, 100))
     assert len(found) >= 3 and {result.status for result in found} == {"same"}, found
     check_replay(whole)
+    last = [row for row in whole.metrics() if row["event"] == "eval" and row["split"] == "val"][-1]
+    selected = (whole.summary() or {})["routing"]["selected"]
+    assert selected == [router["selected"] for router in last["routers"]]
 
 
 @pytest.mark.slow
