@@ -185,3 +185,17 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
     if len(set(a)) < 2 or len(set(b)) < 2:
         return None
     return float(spearmanr(a, b).statistic)
+
+
+def frontier(costs: Sequence[float], scores: Sequence[float]) -> list[int]:
+    """Return the positions of all points with a lower score than every point that costs the same or less.
+
+    The positions are sorted by cost. Lower scores are better. Of equal points, only the first one counts.
+    """
+    best = math.inf
+    positions = []
+    for position in sorted(range(len(costs)), key=lambda i: (costs[i], scores[i], i)):
+        if scores[position] < best:
+            best = scores[position]
+            positions.append(position)
+    return positions

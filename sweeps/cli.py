@@ -47,6 +47,7 @@ def _root(ctx: typer.Context) -> None:
         print(ctx.get_help())
 
 
+SHOWN = 8  # the number of the best trials that are shown
 DEFAULT_OUT = Path("runs/studies")
 Out = Annotated[
     Path, typer.Option("--out", metavar="DIR", callback=validate_paths, help="The folder of the studies.")
@@ -294,23 +295,47 @@ def _show_export(export: dict[str, Any], as_json: bool) -> None:
     _show_costs(export)
     _show_rungs(export)
     if export.get("evidence"):
-        _show_evidence(export["evidence"])
+        _show_evidence(export["evidence"], export["trials"])
 
 
 def _show_trials(export: dict[str, Any]) -> None:
     from sweeps.display import describe_values
 
-    best = _ranked_trials(export)[:8]
+    head = ["trial", export["objective"], "values"]
+    shown = _trials_to_show(export)
     rows = [
-        [str(trial["trial"]), f"{trial['value']:.4f}", describe_values(trial["params"])] for trial in best
+        [str(trial["trial"]), f"{trial['value']:.4f}", describe_values(trial["params"])] for trial in shown
     ]
-    show_table(["trial", export["objective"], "values"], rows)
+    flops = [_forward_flops(trial) for trial in shown]
+    if len(set(flops)) > 1:
+        head.insert(2, "forward FLOPs")
+        for row, cell in zip(rows, flops, strict=True):
+            row.insert(2, cell)
+    show_table(head, rows)
     states = [trial["state"] for trial in export["trials"]]
     counts = []
     for state in ("done", "pruned", "diverged", "failed"):
         if state in states:
             counts.append(f"{states.count(state)} {state}")
     print(", ".join(counts))
+
+
+def _trials_to_show(export: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the best trials, and each other trial that scores better than all trials that cost less."""
+    from mainrun.stats import frontier
+
+    done = _ranked_trials(export)
+    costs = [trial.get("forward_flops") or 0.0 for trial in done]
+    on_frontier = frontier(costs, [trial["value"] for trial in done])
+    return [trial for place, trial in enumerate(done) if place < SHOWN or place in on_frontier]
+
+
+def _forward_flops(trial: dict[str, Any]) -> str:
+    """Return the forward FLOPs per token of a trial's model as text, or "" if they were not recorded."""
+    from mainrun.run.progress import short
+
+    flops = trial.get("forward_flops")
+    return short(flops) if flops else ""
 
 
 def _show_costs(export: dict[str, Any]) -> None:
@@ -352,7 +377,8 @@ def _show_rungs(export: dict[str, Any]) -> None:
         print(text)
 
 
-def _show_evidence(evidence: dict[str, Any]) -> None:
+def _show_evidence(evidence: dict[str, Any], trials: list[dict[str, Any]]) -> None:
+    flops = {trial["trial"]: _forward_flops(trial) for trial in trials}
     noise = evidence["noise"]
     print(
         f"noise: sigma {noise['sigma']:.4f} over {len(noise['values'])} seeds; "
@@ -361,6 +387,9 @@ def _show_evidence(evidence: dict[str, Any]) -> None:
     for row in evidence["rows"]:
         low, high = row["interval"]
         verdict = "claimed" if row["claim"] else row["why"]
+        cost = flops.get(row["trial"], "")
+        if cost and cost != flops.get(0):
+            verdict += f" ({cost} forward FLOPs per token, the base {flops.get(0)})"
         print(
             f"trial {row['trial']} - base: {row['difference']:+.4f} [{low:+.4f}, {high:+.4f}], "
             f"p={row['p_holm']:.3g}: {verdict}"

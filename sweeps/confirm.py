@@ -16,6 +16,7 @@ from typing import Any
 from mainrun import stats
 from mainrun.config import TrainConfig
 from mainrun.errors import MainrunError, RunError, UsageError
+from mainrun.plan.cost import forward_cost
 from mainrun.store.rundir import RunDir
 from sweeps.driver import Search
 from sweeps.ledger import run_cost
@@ -25,7 +26,7 @@ from sweeps.trial import Trial
 FIRST_NOISE_SEED = 1  # the first noise seed is the seed of the base config plus this number
 FIRST_CONFIRMATION_SEED = 101  # the first confirmation seed is the seed of the base config plus this number
 
-Job = tuple[str, int]  # a pair of the text "noise" or a trial number, and a seed
+Job = tuple[str, int]  # the first item is "noise" or a trial number, and the second item is a seed
 
 
 def confirm(search: Search) -> dict[str, Any]:
@@ -66,7 +67,8 @@ def confirm(search: Search) -> dict[str, Any]:
     winner = claims[0]
     winner_cfg = search.runs_of(search.trials[winner["trial"]]).cfg
     val = _val_scores(search, with_seed(winner_cfg, seeds[0]))
-    return evidence | {"winner": winner["trial"], "claim": _claim_text(winner, len(seeds)), "val": val}
+    claim = _claim_text(winner, len(seeds)) + _cost_text(search.base, winner_cfg)
+    return evidence | {"winner": winner["trial"], "claim": claim, "val": val}
 
 
 def with_seed(cfg: TrainConfig, seed: int) -> TrainConfig:
@@ -205,3 +207,10 @@ def _claim_text(row: dict[str, Any], seeds: int) -> str:
     low, high = row["interval"]
     gain = f"{-row['difference']:.4f} [{-high:.4f}, {-low:.4f}]"
     return f"trial {row['trial']} is better than the base by {gain}, {seeds} paired seeds"
+
+
+def _cost_text(base: TrainConfig, winner: TrainConfig) -> str:
+    """Return a text that compares the forward FLOPs of two configs, or "" if they are about equal."""
+    base_flops, winner_flops = (forward_cost(cfg.segment_configs[-1]).scored for cfg in (base, winner))
+    ratio = f"{winner_flops / base_flops:.2f}"
+    return "" if ratio == "1.00" else f", with {ratio} times the forward FLOPs"

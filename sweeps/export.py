@@ -13,6 +13,7 @@ from typing import Any
 
 from mainrun import stats
 from mainrun.errors import RunError
+from mainrun.plan.cost import forward_cost
 from mainrun.store.rundir import check_regular_file, disk_errors, write_text
 from sweeps.driver import Search
 from sweeps.ledger import Ledger, total
@@ -44,10 +45,12 @@ def write_export(search: Search, evidence: dict[str, Any] | None) -> None:
 
 def _trial_row(search: Search, trial: Trial) -> dict[str, Any]:
     seed = None
+    flops = None
     settings: list[str] = []
     if trial.run_id:
         cfg = search.runs_of(trial).cfg
         seed = cfg.seed
+        flops = forward_cost(cfg.segment_configs[-1]).scored
         settings = set_arguments(search.study, cfg)
     return {
         "trial": trial.number,
@@ -55,6 +58,7 @@ def _trial_row(search: Search, trial: Trial) -> dict[str, Any]:
         "value": trial.scores.get(trial.rung),
         "seed": seed,
         "params": trial.values,
+        "forward_flops": flops,
         "rung": trial.rung,
         "scores": _by_text(trial.scores),
         "raw_scores": _by_text(trial.scores | trial.raw_scores),
@@ -125,6 +129,8 @@ def write_tables(export: dict[str, Any], folder: Path) -> None:
 
 def _columns(trials: list[dict[str, Any]]) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {name: [trial[name] for trial in trials] for name in COLUMNS}
+    # studies that older versions of mainrun exported have no forward FLOPs
+    columns["forward_flops"] = [trial.get("forward_flops") for trial in trials]
     for name in ("scores", "raw_scores"):  # each cell is a JSON object with one entry per rung
         columns[name] = [json.dumps(trial[name]) for trial in trials]
     parameters: set[str] = set()

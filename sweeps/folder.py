@@ -183,6 +183,7 @@ TRIAL = {
     "branch?": records.count,
     "tokens?": records.count,
     "flops?": records.not_negative,
+    "forward_flops?": records.optional(records.not_negative),
     "seconds?": records.not_negative,
 }
 CONFIRMED_TRIAL = {

@@ -10,6 +10,7 @@ from typing import Any
 from conftest import TINY
 
 from mainrun.config import digest_of, from_dict
+from mainrun.plan.routing import STATS
 from reports.evidence.load import Recipe, ReportData, Run, Study
 
 STEPS = 4
@@ -114,6 +115,37 @@ def make_run(
         rows or make_rows(summary),
         journal or [],
     )
+
+
+def make_routed_run(
+    preset: str = "mod",
+    pattern: str = "DM",
+    seed: int = 1,
+    fields: Mapping[str, Any] | None = None,
+    **changes: Any,
+) -> Run:
+    """Make a run whose second layer has a router.
+
+    The layer selects a quarter of the tokens when the model is scored.
+    """
+    routed = {"block_pattern": pattern, "capacity": 0.25} | dict(fields or {})
+    run = make_run(preset, seed, fields=routed, **changes)
+    run.summary["routing"] = {
+        "letters": run.cfg.letters,
+        "capacity": 0.25,
+        "selected": [0.26],
+        "student_accuracy": [0.8125],
+        "topk_loss": 3.9876,
+        "forward_flops": 3e4,
+        "forward_flops_dense": 5e4,
+    }
+    for row in run.rows:
+        if row["event"] == "eval":
+            row["routers"] = [{"layer": 1, "selected": 0.26}]
+        else:
+            statistics = dict.fromkeys(STATS, 0.5) | {"student_accuracy": 0.75 + row["step"] / 64}
+            row |= {"aux": {"student": 0.7}, "routers": [{"layer": 1, **statistics}]}
+    return run
 
 
 def make_recipe(

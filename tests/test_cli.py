@@ -1,5 +1,6 @@
-"""The command line in one process: output, exit codes, tables and error messages."""
+"""Test the output, exit codes, tables and error messages of the command line within one process."""
 
+import io
 import json
 import os
 import re
@@ -274,6 +275,27 @@ def test_each_step_of_a_ladder_is_compared_with_the_step_before(tmp_path: Path) 
     assert re.search(r"mine:b +n_layer +2 +6\b", invoke("presets", path).stdout)
 
 
+def test_presets_show_the_layers_and_the_forward_flops_of_routed_configs(tmp_path: Path) -> None:
+    text = invoke("presets").stdout
+    assert "DMDM: 4.6M FLOPs per token, 0.584 of the dense model" in text
+    records = {record["preset"]: record for record in json.loads(invoke("presets", "--json").stdout)}
+    assert "routing" not in records["optimized"]
+    assert records["mod"]["routing"] == {
+        "letters": "DMDM",
+        "forward_flops": 4_586_496,
+        "forward_flops_training": 4_586_496,
+        "forward_flops_dense": 7_852_032,
+    }
+    text = invoke("presets", "stt").stdout
+    assert "DTDT: 5.9M FLOPs per token, 0.750 of the dense model; in training 9.6M, 1.224" in text
+    assert json.loads(invoke("presets", "stt", "--json").stdout)[0]["routing"]["letters"] == "DTDT"
+    assert "of the dense model" not in invoke("presets", "optimized").stdout
+    ladder = tmp_path / "mine.toml"
+    ladder.write_text('base = "mod"\n[[steps]]\nname = "a"\n[[steps]]\nname = "b"\ncapacity = 1.0\n')
+    text = invoke("presets", ladder).stdout
+    assert "0.584 of the dense model" in text and "1.000 of the dense model" in text
+
+
 def test_the_table_of_fields_lists_all_fields() -> None:
     records = json.loads(invoke("presets", "--fields", "--json").stdout)
     by_name = {record["field"]: record for record in records}
@@ -391,6 +413,43 @@ def test_a_damaged_summary_is_refused(tmp_path: Path, broken: str) -> None:
     path = make_run(tmp_path, TrainConfig(preset="one"))
     (path / "summary.json").write_text(broken, encoding="utf-8")
     refused(invoke("compare", "one", "--out", tmp_path), "summary.json")
+
+
+def test_compare_shows_forward_flops_only_if_they_differ(tmp_path: Path) -> None:
+    routing = {
+        "letters": "DMDMDM",
+        "capacity": 0.5,
+        "selected": [0.5, 0.5, 0.5],
+        "student_accuracy": [0.9, 0.9, 0.9],
+        "topk_loss": 0.1234,
+        "forward_flops": 3.0e6,
+        "forward_flops_dense": 4.0e6,
+    }
+    one = TrainConfig(preset="one")
+    mod = TrainConfig(preset="mod", block_pattern="DM")
+    two = TrainConfig(preset="two", lr=0.5)
+    make_run(tmp_path, one)
+    make_run(tmp_path, two)
+    make_run(tmp_path, mod, routing=routing)
+    a, b = json.loads(invoke("compare", "one", "mod", "--out", tmp_path, "--json").stdout)
+    assert (a["forward_flops"], b["forward_flops"]) == (1e12 / (3 * 81_920), 3.0e6)
+    lines = invoke("compare", "one", "mod", "--out", tmp_path).stdout.splitlines()
+    head = next(line for line in lines if "full last" in line)
+    assert head.index("delta full") < head.index("forward FLOPs") < head.index("official")
+    assert any(re.match(r" mod-\w+ .* 3\.0M ", line) for line in lines)
+    assert not any("0.1234" in line for line in lines), "a loss that sees the future is not compared"
+    assert "forward FLOPs" not in invoke("compare", "one", "two", "--out", tmp_path).stdout
+    narrow = io.StringIO()
+    compare.show([a, b], Console(width=60, force_terminal=False, highlight=False, file=narrow))
+    assert re.search(r"forward FLOPs +4\.1M +3\.0M", narrow.getvalue()), "one column per run"
+
+
+def test_forward_flops_that_a_summary_lacks_are_left_blank() -> None:
+    old = summary(TrainConfig(preset="old"))
+    del old["flops"]
+    assert compare.forward_flops(old) is None
+    (row,) = compare.rows([old])
+    assert row["forward_flops"] is None
 
 
 def rows(n: int) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The estimate of --dry-run: the memory and the time of a run."""
+"""Test the memory and the time that --dry-run estimates for a run."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_the_time_is_the_sum_of_its_parts(tiny: Any, monkeypatch: pytest.MonkeyP
     cfg = tiny(dev_frac=0.2, compile="off")
     device, plan, data = planned(cfg)
     steps: list[int] = []
-    times = iter([0.5, 9.0, 0.4, 2.0, 2.0])  # three steps, then the beginnings of val and dev
+    times = iter([0.5, 9.0, 0.4, 2.0, 2.0])  # three steps and two short evaluations take these seconds
 
     def seconds_of(work: Any) -> float:
         work()

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evidence import make_study, make_trial
+from evidence import make_data, make_recipe, make_routed_run, make_run, make_study, make_trial, write_run
 from reporting import edit, export, fail_guard, make, rescore, reseed
 
 from mainrun import stats
 from mainrun.errors import RunError
 from reports import cli
 from reports.evidence import findings, load, studies, tables
-from reports.evidence.figures import registry, style
+from reports.evidence.figures import forward_flops, registry, routing, style
 
 T3 = 4.302653  # the 97.5% quantile of Student's t with 2 degrees of freedom, from a printed table
 
@@ -47,7 +47,7 @@ def runs(made: Path, tmp_path: Path) -> Path:
 
 
 def of(runs: Path, preset: str) -> dict[int, Path]:
-    """Return the run directories of a preset by seed."""
+    """Map each seed of a preset to the directory of its run."""
     folders = {
         json.loads((p / "config.json").read_text())["config"]["seed"]: p for p in runs.glob(f"{preset}-*")
     }
@@ -204,7 +204,8 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
 
 def test_the_export_in_the_folder_of_a_study_is_read(tmp_path: Path) -> None:
     folder = export(tmp_path / "lr" / "export").parent
-    (folder / "study.json").write_text("{}")  # a file that the study's driver writes
+    # The driver of a study writes this file, which is not part of an export.
+    (folder / "study.json").write_text("{}")
     (s,) = load.gather([], tmp_path).studies
     assert s.path == folder / "export" and len(s.trials) == 40
     shutil.rmtree(folder / "export")
@@ -226,14 +227,14 @@ def test_a_damaged_export_is_refused(tmp_path: Path, text: str) -> None:
     ("args", "message"),
     [
         (["--out", "."], "got --out ., which is a folder"),
-        # writing would replace the pipe
+        # Writing a report to this path would replace the pipe with a file.
         (["--out", "pipe"], "got --out pipe, which is a device or a pipe, not a file"),
         (
             ["--out", "notes.md"],
             "got --out notes.md, which is a file of another kind and would be overwritten",
         ),
         (["--log", "none.md"], "--log none.md is not a file"),
-        (["--log", "/proc/self/mem"], "--log /proc/self/mem"),  # a file that cannot be read
+        (["--log", "/proc/self/mem"], "--log /proc/self/mem"),  # reading this file raises an error
         (["--title", "a\nb"], "cannot be printed"),
         (["--samples", "-1"], "--samples"),
     ],
@@ -269,9 +270,8 @@ def test_a_worse_result_is_reported_as_worse(runs: Path) -> None:
 
 
 def test_a_difference_below_the_noise_floor_is_not_claimed(runs: Path) -> None:
-    score(
-        runs, baseline=[2.00, 2.10, 2.20], optimized=[1.99, 2.088, 2.189]
-    )  # better with every seed, but only by a tenth of the noise between seeds
+    # The optimized recipe is better with every seed, but by only a tenth of the noise between seeds.
+    score(runs, baseline=[2.00, 2.10, 2.20], optimized=[1.99, 2.088, 2.189])
     claim = findings.claim(load.gather([], runs))
     assert (
         claim.difference is not None
@@ -288,7 +288,7 @@ def test_a_difference_below_the_noise_floor_is_not_claimed(runs: Path) -> None:
 def test_an_interval_that_contains_zero_is_not_claimed(runs: Path) -> None:
     score(
         runs, baseline=[2.00, 2.10, 2.20], optimized=[1.80, 1.70, 1.60]
-    )  # the mean of -0.4 is beyond the noise floor, but the differences range from -0.2 to -0.6
+    )  # The mean difference of -0.4 exceeds the noise floor, but the differences vary from -0.2 to -0.6.
     claim = findings.claim(load.gather([], runs))
     assert claim.kind == "not sure" and "its interval contains zero" in claim.text
 
@@ -414,7 +414,7 @@ def test_trials_steps_and_rungs_of_a_study(tmp_path: Path) -> None:
     whole = [t for t in range(40) if t % 2 == 0 and t not in failed]
     assert len(s.trials) == 40 and [t["trial"] for t in s.trials if load.is_failed(t)] == failed
     assert [t["trial"] for t in s.completed] == whole
-    assert s.searched_fields == ["lr", "optimizer"]  # momentum has the same value in all trials
+    assert s.searched_fields == ["lr", "optimizer"]  # all trials have the same momentum
     n, pruned = len(whole), 40 - len(whole) - len(failed)
     assert studies.ledger(s) == {
         "asked": 30 * n + 10 * (pruned + len(failed)),
@@ -447,7 +447,7 @@ def test_an_exported_importance_is_used_as_it_is(tmp_path: Path) -> None:
 
 
 def test_importance_is_that_of_ped_anova(tmp_path: Path) -> None:
-    """The result equals Optuna's for a logarithmic `lr` and a categorical `optimizer`."""
+    """The importances equal those of Optuna for a logarithmic `lr` and a categorical `optimizer`."""
     import optuna
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
@@ -501,12 +501,12 @@ def test_a_field_may_be_active_in_some_trials_only() -> None:
 @pytest.mark.parametrize(
     ("count", "values"),
     [
-        (9, lambda t: t),  # too few trials
+        (9, lambda t: t),  # the importances are computed from at least ten trials
         (40, lambda t: 1.0),  # all trials are equally good
         (
             40,
             lambda t: -float(t == 0),
-        ),  # one trial is best and the others tie, so the best quarter contains every trial
+        ),  # All trials but the best one have equal values, so every trial counts as one of the best quarter.
     ],
 )
 @pytest.mark.filterwarnings("error")
@@ -569,7 +569,7 @@ def pages(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(pdf: Path) -> list[tuple[int, str, float, float, float]]:
-    """Return (page, text, x, y, size) of every piece of text."""
+    """Return the page, the text, the position (x, y) and the font size of every piece of text."""
     from pypdf import PdfReader
 
     pieces: list[tuple[int, str, float, float, float]] = []
@@ -580,7 +580,7 @@ def words(pdf: Path) -> list[tuple[int, str, float, float, float]]:
                 x, y = tm[4] * cm[0] + tm[5] * cm[2] + cm[4], tm[4] * cm[1] + tm[5] * cm[3] + cm[5]
                 scale = (
                     abs((tm[0] * tm[3] - tm[1] * tm[2]) * (cm[0] * cm[3] - cm[1] * cm[2])) ** 0.5
-                )  # correct for rotated text, too
+                )  # This formula is also correct for rotated text.
                 pieces.append((n, text.strip(), x, y, size * scale))
 
         page.extract_text(visitor_text=visit)
@@ -605,7 +605,7 @@ def numbers_in(value: Any) -> set[float]:
 
 
 def known(folder: Path) -> set[float]:
-    """Return all numbers in the inputs and all numbers that follow from them, computed independently."""
+    """Return all numbers in the inputs, and all numbers that can be computed from the inputs."""
     import pyarrow.parquet as pq
 
     numbers, scores = set(), {}
@@ -657,7 +657,7 @@ def known(folder: Path) -> set[float]:
     pairs = [list(json.loads(t["scores"]).values()) for t in study if t["state"] == "done"]
     numbers.add(stats.spearman(*zip(*pairs, strict=True)) or 0.0)
     (s,) = load.gather([str(folder / "lr")], folder).studies
-    numbers |= set(studies.importance(s).values())  # the importances have their own test
+    numbers |= set(studies.importance(s).values())  # another test checks the importances
     every = [json.loads((run / "summary.json").read_text()) for run in (folder / "runs").iterdir()]
     return numbers | {sum(s["flops"] for s in every), sum(s["seconds"] for s in every) / 60}
 
@@ -679,7 +679,7 @@ def ticks(folder: Path) -> set[str]:
 
 
 def unknown(folder: Path) -> list[str]:
-    """Return the decimal numbers on the pages that neither follow from the inputs nor are tick labels."""
+    """Return all decimal numbers on the pages that are neither tick labels nor computed from the inputs."""
     allowed, at_axes = known(folder), ticks(folder)
     text = text_of(folder / "report.pdf").replace("\N{MINUS SIGN}", "-")
     wrong = []
@@ -817,7 +817,7 @@ def test_figures_and_tables_are_written(pages: Path) -> None:
         last = json.loads((pages / "runs" / row["run"] / "summary.json").read_text())["last"]
         assert (
             float(row["full"]) == last["full"] and float(row["official"]) == last["official"]
-        )  # the table does not round scores
+        )  # The CSV file contains all digits of the scores.
 
 
 def test_each_figure_is_on_a_page_with_its_caption(pages: Path) -> None:
@@ -827,8 +827,87 @@ def test_each_figure_is_on_a_page_with_its_caption(pages: Path) -> None:
     captions |= {f"study-1-{name}": row.caption for name, row in registry.STUDY.items()}
     for name, caption in captions.items():
         drawn = (pages / "figures" / f"{name}.svg").is_file()
-        assert drawn == (name != "waterfall"), "these runs have data for every figure but the ablation"
+        assert drawn == (name not in ("waterfall", "study-1-forward-flops")), (
+            "these runs are no ablation, and the trials of the study do not differ in FLOPs"
+        )
         assert (caption in text) == drawn, name
+
+
+def points_of(axes: Any, label: str) -> list[tuple[float, float]]:
+    """Return the points of all lines of a panel with a given label."""
+    lines = [line for line in axes.get_lines() if line.get_label() == label]
+    return [(float(x), float(y)) for line in lines for x, y in zip(*line.get_data(), strict=True)]
+
+
+def test_scores_are_drawn_against_forward_flops_if_recipes_differ_in_them() -> None:
+    mod = load.Recipe("mod", (make_routed_run(full=2.2), make_routed_run(seed=2, full=2.3)))
+    large = make_recipe("optimized", {1: 2.0}, flops=3.0 * 512 * 5e4)
+    bad = make_recipe("wide", {1: 2.6}, flops=3.0 * 512 * 4e4)
+    figure = forward_flops.draw(make_data(mod, large, bad))
+    assert figure is not None
+    (axes,) = figure.get_axes()
+    assert points_of(axes, "mod") == [(3e4, 2.2), (3e4, 2.3)]
+    assert points_of(axes, "optimized") == [(5e4, 2.0)]
+    best = points_of(axes, "no cheaper one is better")
+    assert best == [(3e4, 2.25), (5e4, 2.0)], "wide costs more than mod, and scores worse"
+    assert forward_flops.draw(make_data(mod)) is None
+    assert forward_flops.draw(make_data()) is None
+
+
+def test_trials_are_drawn_against_forward_flops_if_they_differ_in_them() -> None:
+    trials = [make_trial(0, 2.0, forward_flops=100.0), make_trial(1, 1.5, forward_flops=200.0)]
+    dearer = make_trial(2, 1.7, forward_flops=300.0)
+    figure = forward_flops.draw_study(make_study(*trials, dearer, make_trial(3, 1.0)))
+    assert figure is not None
+    (axes,) = figure.get_axes()
+    assert points_of(axes, "a trial") == [(100, 2.0), (200, 1.5), (300, 1.7)]
+    assert points_of(axes, "no cheaper one is better") == [(100, 2.0), (200, 1.5)]
+    assert forward_flops.draw_study(make_study(*trials[:1])) is None
+    assert forward_flops.draw_study(make_study(make_trial(0, 2.0), make_trial(1, 1.5))) is None
+
+
+def test_the_figure_of_a_routed_run_shows_shares_accuracy_and_flops() -> None:
+    run = make_routed_run()
+    shares, accuracy, flops = routing.draw(run).get_axes()
+    assert points_of(shares, "layer 1") == [(4, 0.26)]
+    assert points_of(accuracy, "layer 1") == [(step, 0.75 + step / 64) for step in (1, 2, 3, 4)]
+    assert [y for _, y in points_of(shares, "_child1")] == [0.25, 0.25], "the capacity"
+    assert [y for _, y in points_of(accuracy, "_child1")] == [0.75, 0.75], "a constant is right for 75%"
+    heights = [bar.get_height() for bar in flops.patches]
+    assert heights == [1, tables.routing(run, 1).rows[1][5]]
+
+
+def test_many_statistics_of_a_router_are_averaged_over_windows() -> None:
+    run = make_routed_run()
+    steps = [row for row in run.rows if row["event"] == "step"]
+    run.rows[:] = [steps[0] | {"step": step, "routers": [{"layer": 1, "student_accuracy": step / 800}]}
+                   for step in range(1, 801)]  # fmt: skip
+    points = points_of(routing.draw(run).get_axes()[1], "layer 1")
+    assert len(points) == 40 and points[0] == pytest.approx((10.5, 10.5 / 800))
+
+
+def test_the_capacity_that_an_op_sets_is_drawn_from_its_step_on() -> None:
+    op = {"name": "set_capacity", "value": 0.5, "trigger": {"step": 2}}
+    run = make_routed_run(fields={"growth": {"version": 2, "ops": [op]}})
+    shares = routing.draw(run).get_axes()[0]
+    assert points_of(shares, "_child1") == [(0, 0.25), (2, 0.5), (4, 0.5)]
+
+
+def test_each_routed_recipe_gets_its_own_section(tmp_path: Path) -> None:
+    for run in (make_run("optimized", flops=3.0 * 512 * 5e4), make_routed_run(), make_routed_run(seed=2)):
+        write_run(tmp_path / "runs", run)
+    stt = make_routed_run("stt", "DT")
+    write_run(tmp_path / "runs", stt)
+    cli.write(load.gather([], tmp_path / "runs"), tmp_path / "r.pdf", "t", tmp_path / "f")
+    text = " ".join(text_of(tmp_path / "r.pdf").split())
+    assert text.count(f"Routed blocks of {make_routed_run().id}") == 1
+    assert f"Routed blocks of {make_routed_run(seed=2).id}" not in text, "one run stands for its recipe"
+    assert f"Routed blocks of {stt.id}" in text and "T, temporal surprise" in text
+    assert "which sees the future, the loss would be 3.9876" in text
+    assert routing.CAPTION in text and forward_flops.caption(make_data()) in text
+    drawn = {path.name for path in (tmp_path / "f").glob("*.svg")}
+    assert {"routing-1.svg", "routing-2.svg", "forward-flops.svg"} <= drawn
+    assert "routing (no run" not in text
 
 
 def test_the_data_that_a_missing_figure_needs_is_named(tmp_path: Path) -> None:
@@ -846,6 +925,7 @@ def test_sections_without_data_are_listed(runs: Path, tmp_path: Path) -> None:
         "ablation (needs",
         "studies (no export",
         "growth (no run has growth ops",
+        "routing (no run has routed blocks",
         "samples (not requested",
     ):
         assert left_out in text
@@ -912,4 +992,4 @@ def test_every_pair_of_series_differs_in_grey() -> None:
         abs(x - y) > 2 or style.DASHES[i] != style.DASHES[j]
         for (i, x), (j, y) in combinations(enumerate(grey), 2)
     )
-    assert max(grey) < 190  # legible on white
+    assert max(grey) < 190  # all lines are dark enough for white paper

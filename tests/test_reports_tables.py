@@ -15,13 +15,14 @@ from evidence import (
     guard,
     make_data,
     make_recipe,
+    make_routed_run,
     make_run,
     make_study,
     make_trial,
     score,
 )
 
-from reports.evidence import tables
+from reports.evidence import pages, tables
 from reports.evidence.load import Recipe
 
 MINUS = "\N{MINUS SIGN}"
@@ -71,6 +72,12 @@ def look(table: tables.Table | None) -> list[tuple[float, bool]]:
         (tables.scientific, 1e-5, "1e-05"),
         (tables.scientific, 12.0, "12"),
         (tables.scientific, None, ""),
+        (tables.compact, 4_586_496, "4.59M"),
+        (tables.compact, 1000, "1K"),
+        (tables.compact, 999.0, "999"),
+        (tables.compact, 2.5e9, "2.5G"),
+        (tables.compact, 1e12, "1T"),
+        (tables.compact, None, ""),
         (tables.setting, None, "none"),
         (tables.setting, True, "true"),
         (tables.setting, {"a": [1]}, '{"a": [1]}'),
@@ -132,6 +139,7 @@ def test_recipes() -> None:
         "full",
         "sd",
         "±95%",
+        "forward\nFLOPs",
         "official",
         "covers %",
         "params",
@@ -139,12 +147,12 @@ def test_recipes() -> None:
         "seconds",
     ]
     assert cells(table) == [
-        ["optimized", "1", "1.9000", "", "", "3.0000", "98.0", "1,000", "2e09", "10.0"],
-        ["baseline", "2", "2.1000", "0.1414", "1.2706", "3.2500", "94.0", "1,234", "3e12", "8.0"],
-        ["grown", "0", "", "", "", "", "98.0", "1,000", "2e09", "10.0"],
+        ["optimized", "1", "1.9000", "", "", "1.3M", "3.0000", "98.0", "1,000", "2e09", "10.0"],
+        ["baseline", "2", "2.1000", "0.1414", "1.2706", "1.95G", "3.2500", "94.0", "1,234", "3e12", "8.0"],
+        ["grown", "0", "", "", "", "1.3M", "", "98.0", "1,000", "2e09", "10.0"],
     ]
     assert table.red == {2} and (table.name, table.title) == ("recipes", "Recipes") and "97%" in table.note
-    assert look(table) == [(0.25, False), *[(0.0, True)] * 9]
+    assert look(table) == [(0.25, False), *[(0.0, True)] * 10]
 
 
 def test_a_recipe_counts_only_its_valid_runs() -> None:
@@ -233,6 +241,63 @@ def test_runs() -> None:
     assert table.red == {1} and "Red" in table.note and (table.name, table.title) == ("runs", "Runs")
     assert look(table) == [(0.3, False), *[(0.0, True)] * 9, (0.14, False)]
     assert "Red" not in tables.runs(make_data(Recipe("baseline", runs[2:]))).note
+
+
+# -- forward FLOPs and routed blocks
+
+
+def test_the_forward_flops_of_a_run_are_those_of_its_scored_model() -> None:
+    dense = make_run(flops=3.0 * 512 * 700)
+    assert tables.get_forward_flops(dense) == 700
+    twice = make_run(flops=3.0 * 512 * 700)
+    twice.summary["presentations"]["forward_passes"] = 2
+    assert tables.get_forward_flops(twice) == 350, "a step with R-Drop makes two passes"
+    grown = make_run(segments=[{"flops_per_token": 3000}, {"flops_per_token": 6000}])
+    assert tables.get_forward_flops(grown) == 2000, "the model is scored at its last size"
+    assert tables.get_forward_flops(make_routed_run()) == 3e4
+
+
+def test_forward_flops_are_shown_beside_the_scores_if_they_differ(tmp_path: Path) -> None:
+    dense = Recipe("optimized", (make_run("optimized", flops=3.0 * 512 * 5e4),))
+    data = make_data(dense, Recipe("mod", (make_routed_run(),)))
+    for table in (tables.recipes(data), tables.runs(data), pages.headline(data)):
+        assert table is not None and "forward FLOPs is the cost per token" in table.note
+        place = heads(table).index("forward\nFLOPs")
+        assert [row[place] for row in cells(table)] == ["50K", "30K"], table.name
+    path = tables.runs(data).write(tmp_path)
+    assert "best,forward FLOPs,official" in path.read_text()
+    alone = make_data(dense, Recipe("other", (make_run("other", seed=2, flops=3.0 * 512 * 50_001),)))
+    for table in (tables.recipes(alone), tables.runs(alone), pages.headline(alone)):
+        assert table is not None and "forward" not in table.note
+        assert "forward\nFLOPs" not in heads(table), "50.0K and 50.0K look equal"
+        assert all(len(row) == len(table.columns) for row in table.rows)
+
+
+def test_the_layers_of_a_routed_run() -> None:
+    run = make_routed_run()
+    table = tables.routing(run, 2)
+    assert (table.name, table.title) == ("routing_2", "The layers")
+    dense, routed = table.rows
+    assert dense[:4] == [0, "D, dense", None, None] and dense[5] == 1
+    assert routed[:4] == [1, "M, Mixture-of-Depths", 26.0, 81.25]
+    block = 8 * 32 * 32 + 4 * 32 * 32  # the weights of the MLP and of the attention
+    attention = 4 * 32 * 16  # for 16 tokens in a row
+    assert dense[4] == 2 * block + attention
+    assert routed[4] == pytest.approx(0.26 * 2 * block + 0.26**2 * attention + 2 * 3 * 32)
+    assert routed[5] == routed[4] / dense[4]
+    assert "30K FLOPs per token, which is 0.600 of the dense model" in table.note
+
+
+def test_the_loss_with_the_selection_of_training_is_said_to_see_the_future() -> None:
+    run = make_routed_run(full=2.0)
+    run.summary["routing"]["topk_loss"] = 0.1234
+    data = make_data(make_recipe("optimized", {1: 1.9}), Recipe("mod", (run,)))
+    note = tables.routing(run, 1).note
+    assert "which sees the future, the loss would be 0.1234. This second loss is not a score" in note
+    for table in (tables.recipes(data), tables.runs(data), pages.headline(data)):
+        assert table is not None
+        assert "0.1234" not in str(cells(table)), "the loss is in no table of scores"
+    assert [row[0] for row in cells(tables.recipes(data))] == ["optimized", "mod"], "nothing ranks by it"
 
 
 # -- from step to step

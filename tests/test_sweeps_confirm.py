@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from sweeps.trial import TrialState
 
 SEED = 1337  # the seed of the base config, which the search uses
 NOT_BETTER = "no better than the base, within the noise"
-QUIET = (2.0, 2.001, 1.999)  # scores of the base on the seeds of the noise floor
+QUIET = (2.0, 2.001, 1.999)  # the scores of the base config with the noise seeds
 Z = 2.7764451051977934  # the 97.5% quantile of Student's t with 4 degrees of freedom
 
 
@@ -274,6 +275,22 @@ def test_the_winner_has_the_largest_gain_on_new_seeds(
     assert result["claim"].startswith(
         f"trial {winner} is better than the base by 0.3000 [0.3000, 0.3000], 4 paired seeds"
     )
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"), [("DM", "seeds, with 0.83 times the forward FLOPs"), ("D", " paired seeds")]
+)
+def test_a_claim_states_different_forward_flops(tmp_path: Path, pattern: str, expected: str) -> None:
+    study = Confirmation(
+        tmp_path, {0: [2.0, 2.001, 1.999, 2.0], 1: [1.9, 1.901, 1.899, 1.9]}, fields={"n_layer": 2}
+    )
+    runs = study.search.runs_of(study.search.trials[1])
+    cfg = runs.cfg.model_copy(update={"block_pattern": pattern})
+    study.search._runs[1] = replace(runs, cfg=cfg)
+    study.search.owners[cfg.run_id] = 1
+    study.search.trials[1].run_id = cfg.run_id
+    claim = confirm(study.search)["claim"]
+    assert claim.startswith("trial 1 is better than the base by 0.1000") and claim.endswith(expected)
 
 
 def test_a_larger_gain_does_not_win_without_a_claim(tmp_path: Path) -> None:

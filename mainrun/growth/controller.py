@@ -331,7 +331,7 @@ class Growth:
             return [PromiseCheck("op", False, f"{type(e).__name__}: {e}")], {}
         if all(check.ok for check in grown.checks):
             old_moments = state.optimizers.state()
-            # free the old weights before the new optimiser state is allocated
+            # free the old weights before the new optimizer state is allocated
             state.replace_model(after, grown.model, grown.optimizers)
             release_free_memory()
             mode = op.optimizer.mode

@@ -552,7 +552,7 @@ def merge_lora_weights(change: Change) -> Pieces:
 
 
 def unchanged(change: Change) -> Pieces:
-    """Copy all parameters. Freezing and unfreezing change only the config and the optimiser state."""
+    """Copy all parameters. Freezing and unfreezing change only the config and the optimizer state."""
     return change.by_space()
 
 

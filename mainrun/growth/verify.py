@@ -112,8 +112,8 @@ def logit_change_in_float64(old: GPT, new: GPT, idx: Tensor) -> float:
 
 
 def check_coverage(coverage: float, required: float) -> PromiseCheck:
-    """Check that enough of the optimiser state was transferred."""
-    detail = f"{coverage:.1%} of the optimiser's state was transferred, {required:.1%} is required"
+    """Check that enough of the optimizer state was transferred."""
+    detail = f"{coverage:.1%} of the optimizer's state was transferred, {required:.1%} is required"
     return PromiseCheck("coverage", coverage >= required, detail)
 
 
@@ -129,7 +129,7 @@ def check_tying(before: TrainConfig, new: GPT) -> PromiseCheck:
 
 
 def check_groups(new: nn.Module, optimizers: Optimizers) -> PromiseCheck:
-    """Check that the optimisers' groups contain each trainable parameter once, and no other tensors."""
+    """Check that the optimizers' groups contain each trainable parameter once, and no other tensors."""
     uses: Counter[int] = Counter()
     for optimizer in optimizers.all:
         for group in optimizer.param_groups:

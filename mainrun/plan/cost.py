@@ -9,7 +9,7 @@ from mainrun.config import TrainConfig
 from mainrun.plan.optimizers import OPTIMIZERS, state_tensors
 from mainrun.plan.plan import Plan
 
-BYTES = 4  # bytes per number in the optimiser state
+BYTES = 4  # bytes per number in the optimizer state
 
 
 class Size(NamedTuple):
@@ -19,7 +19,7 @@ class Size(NamedTuple):
     active: int  # number of parameters that process one token
     trained: int  # number of parameters that are not frozen
     flops: int  # number of FLOPs per token in the forward and the backward pass
-    moments: int  # size of the optimiser state in bytes
+    moments: int  # size of the optimizer state in bytes
 
 
 class _Block(NamedTuple):
@@ -102,31 +102,72 @@ def forward_flops(cfg: TrainConfig, shares: Sequence[float] = ()) -> float:
     shares: for each routed layer, the share of tokens that the layer selects when the model is scored.
         Without `shares`, the result is for a forward pass in training.
     """
-    block = _block(cfg)
-    matrices = 2 * block.multiplied
-    attention = 4 * cfg.n_head * cfg.head_width * cfg.block_size
     head = cfg.vocab_size + cfg.unused_ids
     total: float = 2 * head * cfg.d_model
     if cfg.tie_head:
         total += 2 * cfg.embed_lora_rank * (head + cfg.d_model)
-    routed = 0
+    return total + sum(layer_flops(cfg, shares))
+
+
+def layer_flops(cfg: TrainConfig, shares: Sequence[float] = ()) -> list[float]:
+    """Return the number of FLOPs per token of each layer in a forward pass. For `shares`, see above."""
+    block = _block(cfg)
+    matrices = 2 * block.multiplied
+    attention = 4 * cfg.n_head * cfg.head_width * cfg.block_size
+    by_student = bool(shares) and (cfg.route == "student" or cfg.route == "auto")
+    remaining = iter(shares)
+    layers: list[float] = []
     for letter in cfg.letters:
         if letter == "D":
-            total += matrices + attention
+            layers.append(matrices + attention)
             continue
-        share = shares[routed] if shares else cfg.capacity
-        routed += 1
-        by_student = bool(shares) and (cfg.route == "student" or cfg.route == "auto")
-        total += share * matrices + share**2 * attention
-        if letter == "M":
-            total += 2 * 3 * cfg.d_model
-        elif letter == "T" and by_student:
-            total += 2 * 2 * cfg.d_model
-        else:
-            total += 2 * (2 * cfg.d_model + 3 * cfg.d_model * cfg.prior_width)
-            if letter == "T":  # the router needs the output of the block for all tokens
-                total += matrices + attention
-    return total
+        share = next(remaining) if shares else cfg.capacity
+        flops = share * matrices + share**2 * attention + _router_flops(cfg, letter, by_student)
+        if letter == "T" and not by_student:  # the router needs the output of the block for all tokens
+            flops += matrices + attention
+        layers.append(flops)
+    return layers
+
+
+def _router_flops(cfg: TrainConfig, letter: str, by_student: bool) -> float:
+    """Return the number of FLOPs per token of a router, including its student."""
+    if letter == "M":
+        return 2 * 3 * cfg.d_model
+    if letter == "T" and by_student:
+        return 2 * 2 * cfg.d_model
+    return 2 * (2 * cfg.d_model + 3 * cfg.d_model * cfg.prior_width)
+
+
+class ForwardCost(NamedTuple):
+    """The number of FLOPs per token in a forward pass of a model."""
+
+    letters: str  # the kind of each layer
+    scored: float  # when the model is scored, if each routed layer selects the share `capacity`
+    training: float
+    dense: float  # if all layers were dense
+
+    def table(self) -> dict[str, Any]:
+        """Return the costs as `--json` shows them, with the names that summary.json uses."""
+        return {
+            "letters": self.letters,
+            "forward_flops": self.scored,
+            "forward_flops_training": self.training,
+            "forward_flops_dense": self.dense,
+        }
+
+
+def forward_cost(cfg: TrainConfig, ids: int | None = None) -> ForwardCost:
+    """Return the cost of a forward pass, before the shares that routers select have been measured.
+
+    ids: the number of token ids, if the tokenizer has fewer token ids than `vocab_size` allows.
+    """
+    exact = cfg.model_copy(update={"vocab_size": ids or cfg.vocab_size})
+    return ForwardCost(
+        letters=cfg.letters,
+        scored=forward_flops(exact, [cfg.capacity] * len(cfg.routed_layers)),
+        training=forward_flops(exact),
+        dense=forward_flops(exact.model_copy(update={"block_pattern": "D"})),
+    )
 
 
 def _block(cfg: TrainConfig) -> _Block:
@@ -163,7 +204,7 @@ def _block(cfg: TrainConfig) -> _Block:
 
 
 def _state_numbers(cfg: TrainConfig, trained: int, hidden_matrices: int) -> int:
-    """Return the number of elements in the optimiser state."""
+    """Return the number of elements in the optimizer state."""
     per_parameter = state_tensors(cfg.optimizer, cfg.momentum)
     others = OPTIMIZERS[cfg.optimizer].others
     if not others:

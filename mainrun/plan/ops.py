@@ -43,7 +43,7 @@ GUARANTEES = (
 
 @dataclass(frozen=True)
 class Transfer:
-    """The settings that control how an op transfers the optimiser state to the new model."""
+    """The settings that control how an op transfers the optimizer state to the new model."""
 
     mode: str = "auto"
     min_coverage: float = 0.0  # the minimum fraction of the state to transfer

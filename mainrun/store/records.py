@@ -380,7 +380,12 @@ SUMMARY = {
     "geometry?": pair(at_least_one),
     "ledger?": {"asked?": count, "trained?": count, "reused?": count, "wasted?": count},
     "routing?": ROUTING,
-    "presentations?": {"presentations_per_token": not_negative, "train_tokens_per_epoch?": at_least_one},
+    "segments?": [{"flops_per_token": not_negative}],
+    "presentations?": {
+        "presentations_per_token": not_negative,
+        "train_tokens_per_epoch?": at_least_one,
+        "forward_passes?": at_least_one,
+    },
     "fingerprints?": table_of(text),
     "origin?": table,
     "tokenizer?": text,

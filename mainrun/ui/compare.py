@@ -39,8 +39,9 @@ NEEDED = (
 SAME = ("corpus", "val")  # the fingerprints that must be equal in all compared runs
 STATUSES = ("pass", "flag", "fail")  # the possible results of a guard
 
+FORWARD_FLOPS = "forward FLOPs"  # this column is shown only if the runs differ in it
 HEAD = (
-    "run", "full last", "full best", "delta full", "official", "bits/byte",
+    "run", "full last", "full best", "delta full", FORWARD_FLOPS, "official", "bits/byte",
     "steps", "tokens", "seen/token", "params", "time", "tok/s", "guards",
 )  # fmt: skip
 
@@ -146,10 +147,27 @@ def _row(summary: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
         "tokens": summary["tokens"],
         "presentations_per_token": summary["presentations"]["presentations_per_token"],
         "params": summary["params"],
+        "forward_flops": forward_flops(summary),
         "seconds": summary["seconds"],
         "tokens_per_s": summary["tokens_per_s"],
         "guards": guards,
     }
+
+
+def forward_flops(summary: dict[str, Any]) -> float | None:
+    """Return the number of FLOPs per token in a forward pass of the scored model.
+
+    The number of a routed model is based on the shares of tokens that its routers selected. The number is
+    None if the summary does not contain the FLOPs of the run.
+    """
+    if "routing" in summary:
+        return float(summary["routing"]["forward_flops"])
+    if summary.get("segments"):
+        return summary["segments"][-1]["flops_per_token"] / 3  # a training step costs three forward passes
+    if "flops" not in summary:
+        return None
+    passes = summary["presentations"].get("forward_passes", 1)
+    return summary["flops"] / (3 * passes * summary["tokens"])
 
 
 # -- the table
@@ -160,30 +178,35 @@ def show(table: list[dict[str, Any]], console: Console) -> None:
 
     On a wide screen, the table has one row per run. On a narrow screen, the table has one column per run.
     """
+    head = list(HEAD)
     cells = [_cells(row, first=i == 0) for i, row in enumerate(table)]
-    wide = _draw(list(HEAD), cells)
+    column = head.index(FORWARD_FLOPS)
+    if len({line[column] for line in cells}) == 1:
+        for line in (head, *cells):
+            del line[column]
+    wide = _draw(head, cells)
     if _fits(wide, console):
         console.print(wide)
     else:
-        _show_transposed(cells, console)
+        _show_transposed(head, cells, console)
     for note in _notes(table):
         console.print(note, soft_wrap=True, markup=False)
 
 
-def _show_transposed(cells: list[list[str]], console: Console) -> None:
+def _show_transposed(names: list[str], cells: list[list[str]], console: Console) -> None:
     """Print a table with one column per run, or several tables if the screen is too narrow for all runs."""
     while cells:
         count = len(cells)
-        drawn = _draw_transposed(cells)
+        drawn = _draw_transposed(names, cells)
         while count > 1 and not _fits(drawn, console):
             count -= 1
-            drawn = _draw_transposed(cells[:count])
+            drawn = _draw_transposed(names, cells[:count])
         console.print(drawn)
         cells = cells[count:]
 
 
-def _draw_transposed(cells: list[list[str]]) -> Table:
-    head, *lines = ([name, *values] for name, *values in zip(HEAD, *cells, strict=True))
+def _draw_transposed(names: list[str], cells: list[list[str]]) -> Table:
+    head, *lines = ([name, *values] for name, *values in zip(names, *cells, strict=True))
     return _draw(head, lines)
 
 
@@ -244,6 +267,7 @@ def _cells(row: dict[str, Any], *, first: bool) -> list[str]:
         f"{row['full_last']:.4f}",
         f"{row['full_best']:.4f}",
         "" if first else f"{row['delta_full']:+.4f}",
+        "" if row["forward_flops"] is None else short(row["forward_flops"]),
         f"{row['official']:.4f} ({percent(row['coverage'])}{flag})",
         f"{row['bits_per_byte']:.4f}",
         f"{row['steps']:,}{star}",

@@ -400,6 +400,22 @@ def show_table(head: list[str], lines: list[list[str]]) -> None:
     console().print(table)
 
 
+def forward_cost_text(cost: dict[str, Any]) -> str:
+    """Describe the cost of a model with routed blocks, which is the result of `ForwardCost.table`.
+
+    For example, the text is "4.6M FLOPs per token, 0.584 of the dense model".
+    """
+    from mainrun.run.progress import short
+
+    dense = cost["forward_flops_dense"]
+    scored = cost["forward_flops"]
+    training = cost["forward_flops_training"]
+    text = f"{short(scored)} FLOPs per token, {scored / dense:.3f} of the dense model"
+    if training != scored:
+        text += f"; in training {short(training)}, {training / dense:.3f}"
+    return text
+
+
 def field_value(value: Any) -> str:
     """Format the value of a config field in the syntax of --set."""
     if value is None:

@@ -30,7 +30,7 @@ from mainrun.core.machine_class import compile_balance
 from mainrun.data import scoring
 from mainrun.data.batches import Batches
 from mainrun.data.token_cache import TokenData
-from mainrun.plan.cost import segment_costs, size
+from mainrun.plan.cost import forward_cost, segment_costs, size
 from mainrun.plan.ops import Schedule
 from mainrun.plan.optimizers import state_tensors
 from mainrun.plan.plan import Plan, StepInputs
@@ -59,6 +59,9 @@ def estimate(cfg: TrainConfig, probe: bool = False, store: bool = False) -> dict
         "flops": flops,
         "memory": estimate_memory(plan, device, vocab_size, store),
     }
+    last = plan.segments[-1].cfg
+    if last.routed_layers:
+        cost["routing"] = forward_cost(last, vocab_size).table()
     if cfg.growth.ops:
         cost["segments"] = segments
     if probe:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mainrun.errors import UsageError
-from mainrun.ui.console import Debug, Json, emit, field_value, show_table
+from mainrun.ui.console import Debug, Json, emit, field_value, forward_cost_text, show_table
+
+if TYPE_CHECKING:
+    from mainrun.config import TrainConfig
 
 # The symbols that the table shows for the bounds in a JSON schema.
 BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
@@ -50,15 +53,33 @@ def _all_presets() -> Listing:
     records = []
     lines = []
     for preset in preset_names():
+        configs = load(preset)
         steps = []
-        for cfg in load(preset):
+        for cfg in configs:
             _, _, step = cfg.preset.partition(":")
             if step:
                 steps.append(step)
         about = _description(preset)
-        records.append({"preset": preset, "about": about, "steps": steps})
-        lines.append([preset, about, ", ".join(steps)])
-    return records, ["preset", "about", "steps"], lines
+        routing = {} if steps else _routing(configs[0])
+        records.append({"preset": preset, "about": about, "steps": steps, **routing})
+        lines.append([preset, about, ", ".join(steps), _describe_routing(routing)])
+    return records, ["preset", "about", "steps", "routed layers and forward pass"], lines
+
+
+def _routing(cfg: TrainConfig) -> dict[str, Any]:
+    """Return the layers and the cost of a config with routed blocks, or an empty dictionary."""
+    from mainrun.plan.cost import forward_cost
+
+    if not cfg.routed_layers:
+        return {}
+    return {"routing": forward_cost(cfg).table()}
+
+
+def _describe_routing(record: dict[str, Any]) -> str:
+    """Describe the result of `_routing` as text."""
+    if "routing" not in record:
+        return ""
+    return f"{record['routing']['letters']}: {forward_cost_text(record['routing'])}"
 
 
 def _description(preset: str) -> str:
@@ -82,11 +103,14 @@ def _fields_of(name: str) -> Listing:
         values = cfg.model_dump(exclude={"preset"})
         changes = {key: value for key, value in values.items() if value != before[key]}
         fields = {key: value for key, value in values.items() if value != defaults[key]}
-        records.append({"preset": cfg.preset, "run": cfg.run_id, "fields": fields, "step": changes})
+        record = {"preset": cfg.preset, "run": cfg.run_id, "fields": fields, "step": changes}
+        records.append(record | _routing(cfg))
         label = cfg.preset
         for key, value in changes.items():
             lines.append([label, key, field_value(value), field_value(before[key])])
             label = ""  # only the first row of each preset shows the preset name
+        if cfg.routed_layers:
+            lines.append([label, "(forward pass)", _describe_routing(_routing(cfg)), ""])
         before = values
     return records, ["preset", "field", "value", "before" if len(records) > 1 else "default"], lines
 

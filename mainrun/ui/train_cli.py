@@ -23,6 +23,7 @@ from mainrun.ui.console import (
     console,
     emit,
     field_value,
+    forward_cost_text,
     is_leader,
     process_group,
     show_table,
@@ -356,6 +357,9 @@ def _estimate_rows(cost: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
     yield "parameters", f"{cost['params']:,}"
     yield "FLOPs", f"{cost['flops']:.3g}"
+    if "routing" in cost:
+        yield "layers", cost["routing"]["letters"]
+        yield "forward pass", forward_cost_text(cost["routing"])
     yield "memory", f"about {short(cost['memory'])}B"
     yield "ETA", f"about {clock(cost['eta_seconds'])} {_eta_basis(cost)}"
     plan = cost["plan"]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from reports.evidence import findings, model_card, tables
 from reports.evidence.figures import growth as growth_figure
 from reports.evidence.figures import registry
+from reports.evidence.figures import routing as routing_figure
 from reports.evidence.load import ReportData, Study
 from reports.evidence.pdf import figure, heading, page_break, paragraph, table
 from reports.evidence.tables import Column, Row, Table, fixed, integer, mean_of, scientific, text
@@ -80,6 +81,8 @@ def make_tables(data: ReportData) -> Iterator[Table]:
         yield tables.machines(data)
     for number, run in enumerate(growth_figure.grown_runs(data), 1):
         yield tables.growth(run, number)
+    for number, run in enumerate(routing_figure.routed_runs(data), 1):
+        yield tables.routing(run, number)
     for number, study in enumerate(data.studies, 1):
         yield from tables.study(study, number)
     yield model_card.checklist(data)
@@ -109,6 +112,7 @@ def headline(data: ReportData) -> Table | None:
                 name,
                 ", ".join(str(run.cfg.seed) for run in runs),
                 mean_of(runs, tables.get_full),
+                mean_of(recipe.runs, tables.get_forward_flops),
                 mean_of(runs, tables.get_official),
                 mean_of(runs, tables.get_coverage),
                 recipe.runs[0].summary["params"],
@@ -120,6 +124,7 @@ def headline(data: ReportData) -> Table | None:
         Column("recipe", text, 0.28),
         Column("seeds", text, 0.1),
         Column("full", fixed(4)),
+        tables.FORWARD_FLOPS,
         Column("official", fixed(4)),
         Column("covers %", fixed(1)),
         Column("parameters", integer),
@@ -130,7 +135,7 @@ def headline(data: ReportData) -> Table | None:
         "Means over the listed seeds, at the last step, in nats per character of val. "
         "The full score counts every token once. Recipes are ranked by the full score."
     )
-    return Table("headline", "Both recipes in numbers", columns, rows, note, red)
+    return tables.with_forward_flops(Table("headline", "Both recipes in numbers", columns, rows, note, red))
 
 
 # -- the sections
@@ -271,6 +276,14 @@ def growth(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable
         yield from report.table(f"growth_{number}")
 
 
+def routing(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
+    for number, run in enumerate(routing_figure.routed_runs(report.data), 1):
+        yield page_break(430)
+        yield heading(f"Routed blocks of {run.id}", 0)
+        yield from figure(drawings, f"routing-{number}", routing_figure.CAPTION)
+        yield from report.table(f"routing_{number}")
+
+
 def failures(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
     failed = report.table("failures")
     points = failures_in_log(report.log)
@@ -355,6 +368,8 @@ def missing_sections(report: Report, drawings: Mapping[str, Drawing]) -> Iterato
         yield from _missing_figures(study, number, drawings)
     if not growth_figure.grown_runs(report.data):
         yield "growth (no run has growth ops)"
+    if not routing_figure.routed_runs(report.data):
+        yield "routing (no run has routed blocks)"
     if not report.samples:
         yield "samples (not requested, or no run has a checkpoint)"
     if report.log is None:
@@ -379,6 +394,7 @@ SECTIONS: tuple[Section, ...] = (
     training,
     studies,
     growth,
+    routing,
     failures,
     samples,
     appendix,

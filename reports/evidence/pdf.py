@@ -176,7 +176,8 @@ def _longest(cells: Sequence[str]) -> float:
     """Return the width of the widest cell of a column, in points."""
     from reportlab.pdfbase.pdfmetrics import stringWidth
 
-    return max(stringWidth(text, BOLD, CELL_SIZE) for text in cells) + GAP + 1
+    lines = (line for text in cells for line in text.split("\n"))
+    return max(stringWidth(line, BOLD, CELL_SIZE) for line in lines) + GAP + 1
 
 
 def _column_widths(columns: Sequence[Column], longest: Sequence[float], width: float) -> list[float]:
@@ -219,7 +220,8 @@ def _table_style(content: Table) -> list[Any]:
         ("FONT", (0, 0), (-1, 0), BOLD, CELL_SIZE),
         ("FONT", (0, 1), (-1, -1), FONT, CELL_SIZE),
         ("LEADING", (0, 0), (-1, -1), 9),
-        ("VALIGN", (0, 0), (-1, -1), "TOP"),
+        ("VALIGN", (0, 0), (-1, 0), "BOTTOM"),
+        ("VALIGN", (0, 1), (-1, -1), "TOP"),
         ("LINEBELOW", (0, 0), (-1, 0), 0.6, "#000000"),
         ("LINEBELOW", (0, -1), (-1, -1), 0.4, "#888888"),
         ("LEFTPADDING", (0, 0), (-1, -1), 0),

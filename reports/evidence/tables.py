@@ -17,6 +17,9 @@ from typing import Any
 
 from mainrun import stats
 from mainrun.config import MIN_COVERAGE
+from mainrun.plan.cost import layer_flops
+from mainrun.plan.routing import LETTERS
+from mainrun.ui.compare import forward_flops
 from reports.evidence.load import (
     Recipe,
     ReportData,
@@ -85,6 +88,16 @@ def scientific(number: Any) -> str:
     return f"{number:.3g}".replace("e+", "e")
 
 
+def compact(number: Any) -> str:
+    """Format a number of FLOPs with three digits and a suffix, such as 4.59M."""
+    if number is None:
+        return ""
+    for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            return f"{number / size:.3g}{suffix}"
+    return f"{number:.3g}"
+
+
 def setting(value: Any) -> str:
     """Format the value of a config field in the syntax of the option `--set`."""
     if value is None:
@@ -127,7 +140,7 @@ def describe_bounds(bounds: Any) -> str:
 class Column:
     """A column of a table."""
 
-    head: str
+    head: str  # a line break divides a long head into two lines of the PDF
     format: Format = text
     share: float = 0.0  # the width relative to other columns, or 0 to fit the width to the cells
 
@@ -162,7 +175,7 @@ class Table:
         path = folder / f"{self.name}.csv"
         with path.open("w", encoding="utf-8", newline="") as f:
             writer = csv.writer(f, lineterminator="\n")
-            writer.writerow(self.heads)
+            writer.writerow(head.replace("\n", " ") for head in self.heads)
             for row in self.rows:
                 writer.writerow(map(_csv_value, row))
         return path
@@ -210,6 +223,28 @@ def get_seconds(run: Run) -> float:
     return float(run.summary["seconds"])
 
 
+def get_forward_flops(run: Run) -> float:
+    """Return the number of FLOPs per token in a forward pass of the scored model."""
+    flops = forward_flops(run.summary)
+    assert flops is not None, "a report refuses a run without FLOPs"
+    return flops
+
+
+FORWARD_FLOPS = Column("forward\nFLOPs", compact)
+
+
+def with_forward_flops(table: Table) -> Table:
+    """Explain the column of the forward FLOPs, or remove it if all rows show the same number."""
+    place = table.columns.index(FORWARD_FLOPS)
+    if len({compact(row[place]) for row in table.rows}) > 1:
+        table.note += " forward FLOPs is the cost per token of a forward pass of the scored model."
+        return table
+    table.columns = [column for column in table.columns if column is not FORWARD_FLOPS]
+    for row in table.rows:
+        del row[place]
+    return table
+
+
 # -- recipes and runs
 
 
@@ -227,6 +262,7 @@ def recipes(data: ReportData) -> Table:
         Column("full", fixed(4)),
         Column("sd", fixed(4)),
         Column("±95%", fixed(4)),
+        FORWARD_FLOPS,
         Column("official", fixed(4)),
         Column("covers %", fixed(1)),
         Column("params", integer),
@@ -239,7 +275,7 @@ def recipes(data: ReportData) -> Table:
         f"scores that cover less than {MIN_COVERAGE:.0%} of val are not compared. Seconds exclude runs "
         "that reused steps from the store."
     )
-    return Table("recipes", "Recipes", columns, rows, note, red)
+    return with_forward_flops(Table("recipes", "Recipes", columns, rows, note, red))
 
 
 def _rank(recipe: Recipe) -> tuple[bool, float]:
@@ -258,6 +294,7 @@ def _recipe_row(recipe: Recipe) -> Row:
         recipe.name,
         len(valid),
         *mean,
+        mean_of(shown, get_forward_flops),
         mean_of(valid, get_official),
         mean_of(shown, get_coverage),
         shown[0].summary["params"],
@@ -279,6 +316,7 @@ def runs(data: ReportData) -> Table:
         Column("seed", identifier),
         Column("full", fixed(4)),
         Column("best", fixed(4)),
+        FORWARD_FLOPS,
         Column("official", fixed(4)),
         Column("covers %", fixed(1)),
         Column("bits/byte", fixed(4)),
@@ -293,7 +331,7 @@ def runs(data: ReportData) -> Table:
     )
     if red:
         note += " Red: a run that failed a guard. It is excluded from all means, differences and figures."
-    return Table("runs", "Runs", columns, rows, note, red)
+    return with_forward_flops(Table("runs", "Runs", columns, rows, note, red))
 
 
 def _run_row(run: Run) -> Row:
@@ -303,6 +341,7 @@ def _run_row(run: Run) -> Row:
         run.cfg.seed,
         last["full"],
         run.summary["best"]["full"],
+        get_forward_flops(run),
         last["official"],
         get_coverage(run),
         last["bits_per_byte"],
@@ -529,6 +568,46 @@ def _op_row(number: int, op: Mapping[str, Any], run: Run) -> Row:
 
 def _was_rolled_back(op: Mapping[str, Any]) -> bool:
     return str(op.get("event", "")).endswith("ERROR")
+
+
+# -- routed blocks
+
+
+def routing(run: Run, number: int) -> Table:
+    """Make the table of the layers of a run with routed blocks."""
+    facts = run.summary["routing"]
+    cfg = run.resolved.segments[-1].cfg
+    dense = layer_flops(cfg.model_copy(update={"block_pattern": "D"}))[0]
+    results = zip(facts["selected"], facts["student_accuracy"], strict=True)
+    rows: list[Row] = []
+    for layer, (letter, flops) in enumerate(
+        zip(cfg.letters, layer_flops(cfg, facts["selected"]), strict=True)
+    ):
+        selected, accuracy = (None, None) if letter == "D" else (100 * share for share in next(results))
+        rows.append([layer, f"{letter}, {LETTERS[letter]}", selected, accuracy, flops, flops / dense])
+    columns = [
+        Column("layer", integer),
+        Column("kind", text, 0.4),
+        Column("selected %", fixed(1)),
+        Column("student\naccuracy %", fixed(1)),
+        Column("forward FLOPs\nper token", integer),
+        Column("relative\nto D", fixed(3)),
+    ]
+    return Table(f"routing_{number}", "The layers", columns, rows, _routing_note(run))
+
+
+def _routing_note(run: Run) -> str:
+    facts = run.summary["routing"]
+    flops = get_forward_flops(run)
+    ratio = flops / facts["forward_flops_dense"]
+    return (
+        f"A forward pass of the scored model takes {compact(flops)} FLOPs per token, which is {ratio:.3f} "
+        "of the dense model. selected is the share of tokens in the first 64 rows of val. student accuracy "
+        "is the share of tokens for which the student predicts whether training would select them. The loss "
+        f"on val is {run.summary['last']['loss']:.4f} nats per token. With the selection of training, which "
+        f"sees the future, the loss would be {facts['topk_loss']:.4f}. This second loss is not a score, and "
+        "nothing is ranked by it."
+    )
 
 
 # -- appendix

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from reports.evidence.figures import (
     curves,
+    forward_flops,
     gap,
     growth,
     headline,
@@ -19,6 +20,7 @@ from reports.evidence.figures import (
     importance,
     ledger,
     parallel,
+    routing,
     rungs,
     schedules,
     seeds,
@@ -59,6 +61,7 @@ class StudyFigure:
 RUNS = {
     "headline": RunFigure(RESULT, headline.draw, headline.caption),
     "curves": RunFigure(COST, curves.draw, curves.caption),
+    "forward-flops": RunFigure(COST, forward_flops.draw, forward_flops.caption),
     "seeds": RunFigure(COST, seeds.draw, seeds.caption),
     "waterfall": RunFigure(ABLATION, waterfall.draw, waterfall.caption),
     "gap": RunFigure(TRAINING, gap.draw, gap.caption, "Train and validation"),
@@ -67,6 +70,7 @@ RUNS = {
 STUDY = {
     "history": StudyFigure(history.draw, history.CAPTION, history.NEEDS),
     "importance": StudyFigure(importance.draw, importance.CAPTION, importance.NEEDS),
+    "forward-flops": StudyFigure(forward_flops.draw_study, forward_flops.STUDY_CAPTION, forward_flops.NEEDS),
     "ledger": StudyFigure(ledger.draw, ledger.CAPTION, ledger.NEEDS),
     "slices": StudyFigure(slices.draw, slices.CAPTION, slices.NEEDS),
     "parallel": StudyFigure(parallel.draw, parallel.CAPTION, parallel.NEEDS),
@@ -84,6 +88,8 @@ def draw_all(data: ReportData) -> dict[str, Figure]:
         figures[name] = row.draw(data)
     for i, run in enumerate(growth.grown_runs(data), 1):
         figures[f"growth-{i}"] = growth.draw(run)
+    for i, run in enumerate(routing.routed_runs(data), 1):
+        figures[f"routing-{i}"] = routing.draw(run)
     for i, study in enumerate(data.studies, 1):
         for name, study_row in STUDY.items():
             figures[f"study-{i}-{name}"] = study_row.draw(study)
