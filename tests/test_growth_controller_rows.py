@@ -45,7 +45,7 @@ def config(*ops: dict[str, Any], **changes: Any) -> TrainConfig:
 class FakeDevice:
     """A device with one process."""
 
-    leads, compile = True, False
+    leads, compile, attention = True, False, "plain"
 
     def any_process(self, flag: bool) -> bool:
         return flag

@@ -281,7 +281,7 @@ def test_a_new_capacity_changes_the_score_immediately(tmp_path: Path) -> None:
 
 MANY = (
     ("stack_layers", [0, 1, 0, 1, 2, 3], 3, {"init": "identity"}),
-    ("set_capacity", 0.25, 4),
+    ("set_capacity", 0.25, 6),
     ("widen_mlp", 160, 6),
     ("set_attn_lora_rank", 4, 8),
     ("add_heads", 4, 9),
@@ -290,10 +290,13 @@ MANY = (
 )
 
 
-@pytest.mark.parametrize("at", [5, 16])
+@pytest.mark.parametrize("at", [7, 16])
 def test_a_killed_run_grows_to_the_same_bits(tmp_path: Path, whole: Path, at: int) -> None:
-    """The checks of an op after a resume need the sharpness of the last step."""
-    cfg = growing(*MANY, checkpoint_every=5)
+    """A run that resumes at step 6 checks `widen_mlp`, which needs the sharpness of the step before.
+
+    A run that resumes at step 15 remembers `stack_layers`, which removed all routers.
+    """
+    cfg = growing(*MANY, checkpoint_every=3)
     with pytest.raises(Killed):
         train(cfg, tmp_path, progress=Watch({at: kill}))
     assert train(cfg, tmp_path)["resumed"] == 1
@@ -303,7 +306,7 @@ def test_a_killed_run_grows_to_the_same_bits(tmp_path: Path, whole: Path, at: in
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a run that was not interrupted, with the ops MANY."""
-    cfg = growing(*MANY, checkpoint_every=5)
+    cfg = growing(*MANY, checkpoint_every=3)
     out = tmp_path_factory.mktemp("whole")
     train(cfg, out)
     return out / cfg.run_id
