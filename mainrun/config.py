@@ -219,7 +219,7 @@ class TrainConfig(BaseModel):
         0, "ids at the end of the vocabulary that no text uses yet; their logits are -inf", ge=0, le=1_000_000
     )
 
-    # -- optimiser
+    # -- optimizer
     optimizer: OptimizerName = static("sgd", "muon: Muon for matrices, AdamW for everything else")
     lr: float = scheduled(6e-3, "peak learning rate (muon: of the matrices only)", gt=0, le=1000)
     lr_aux: float = scheduled(

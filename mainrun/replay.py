@@ -26,7 +26,7 @@ from mainrun.plan.plan import Plan
 from mainrun.store import checkpoint
 from mainrun.store.checkpoint import sha256_tensors
 from mainrun.store.rundir import RunDir, write_json
-from mainrun.train import State, score, set_up
+from mainrun.train import State, score, set_last_inputs, set_up
 
 
 class Replay:
@@ -63,6 +63,7 @@ class Replay:
         with checkpoint.fit_errors(f"the checkpoint of step {meta['step']} in {self.run.checkpoints}"):
             load_state(growth.state, tensors, meta["step"], meta["presented"], meta.get("growth"))
             growth.restore()
+        set_last_inputs(growth.state, growth.plan, self.setup.device)
         return growth
 
     def totals(self, growth: Controller) -> dict[str, Any]:

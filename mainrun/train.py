@@ -688,11 +688,19 @@ def set_up(cfg: TrainConfig, fired: Sequence[Any] = ()) -> Setup:
     return Setup(cfg, device, corpus, data, plan)
 
 
+def set_last_inputs(state: State, plan: Plan, device: Device) -> None:
+    """Set the values of the last step that scores depend on. Loading a state does not set these values."""
+    inputs = plan.at(max(state.step - 1, 0))
+    # an operation after this step may already have changed the capacity
+    inputs = inputs._replace(capacity=state.cfg.capacity)
+    state.model.set_inputs(inputs, device.attention)
+
+
 def score(setup: Setup, plan: Plan, state: State) -> Iterator[dict[str, Any]]:
     """Score the weights on each held-out split that exists. Yield one row of metrics.jsonl per split."""
     cfg = setup.cfg
     data = setup.data
-    state.model.set_inputs(plan.at(max(state.step - 1, 0)), setup.device.attention)
+    set_last_inputs(state, plan, setup.device)
     for split in ("val", "dev"):
         if split not in data.splits:
             continue
@@ -703,7 +711,8 @@ def score(setup: Setup, plan: Plan, state: State) -> Iterator[dict[str, Any]]:
             result = scoring.evaluate(state.model, tokens, **size, geometry=cfg.geometry)
             row = {"event": "eval", "step": state.step, "split": split, **asdict(result)}
             if state.cfg.routed_layers:
-                row["routers"] = selected_shares(state.model, tokens, state.cfg)
+                logits = scoring.LOGITS[setup.device.torch_device.type]
+                row["routers"] = selected_shares(state.model, tokens, state.cfg, logits)
         yield row | {"seconds": time.perf_counter() - started}
 
 

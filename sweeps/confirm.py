@@ -26,7 +26,7 @@ from sweeps.trial import Trial
 FIRST_NOISE_SEED = 1  # the first noise seed is the seed of the base config plus this number
 FIRST_CONFIRMATION_SEED = 101  # the first confirmation seed is the seed of the base config plus this number
 
-Job = tuple[str, int]  # a pair of the text "noise" or a trial number, and a seed
+Job = tuple[str, int]  # the first item is "noise" or a trial number, and the second item is a seed
 
 
 def confirm(search: Search) -> dict[str, Any]:

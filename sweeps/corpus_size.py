@@ -65,7 +65,7 @@ def _dry_run(study: Study, base: TrainConfig) -> int:
         return int(json.loads(process.stdout)["plan"]["train_tokens"])
     lines = process.stderr.strip().splitlines()
     message = lines[-1] if lines else "the process ended without a message"
-    if process.returncode == Interrupted.exit_code:  # the disk may be full
+    if process.returncode == Interrupted.exit_code:  # the command was interrupted, for example by a full disk
         raise Interrupted(message.removeprefix("interrupted: "))
     error = UsageError if process.returncode == UsageError.exit_code else MainrunError
     raise error(f"the base config of the study cannot be trained: {message.removeprefix('error: ')}")

@@ -32,7 +32,7 @@ from sweeps.trial import Trial, TrialRuns, TrialState
 
 UNLIMITED = 1_000_000  # the maximum number of trials if the budget sets no maximum
 
-Target = tuple[TrainConfig, int]  # the config of a run, and the step to stop at (0: the end of the run)
+Target = tuple[TrainConfig, int]  # the config of a run and its last step, where 0 means the end of the run
 
 
 class Search:
@@ -69,7 +69,7 @@ class Search:
         self.train_tokens = self._count_train_tokens()
         self._costs: dict[int, Ledger] = {}  # the cost of each finished trial, by trial number
         self._runs: dict[int, TrialRuns] = {}  # the runs of each trial that is not in the database yet
-        self._reported = 0  # how many generations were reported to the sampler
+        self._reported = 0  # the number of generations whose scores were reported to the sampler
         self._first_open = 0  # index of the first generation with an unfinished trial
 
     def _count_train_tokens(self) -> int:

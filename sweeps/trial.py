@@ -45,7 +45,7 @@ class Trial:
     scores: dict[int, float] = field(default_factory=dict)  # maps each rung to the score at the rung
     raw_scores: dict[int, float] = field(default_factory=dict)  # the trial's own scores, if it has branches
     state: TrialState = TrialState.WAITING
-    reason: str = ""  # why the trial was pruned, diverged or failed
+    reason: str = ""  # the reason why the trial was pruned, diverged or failed
 
     @property
     def is_finished(self) -> bool:

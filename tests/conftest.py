@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# On a busy machine, the tokenizer's threads would wait for each other. The tokens are the same without
-# threads.
+# Without this variable, the tokenizer's threads would slow down the tests on a busy machine. The tokens do
+# not depend on it.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # Hypothesis examples take longer on a busy machine, so a slow example is not an error.
@@ -54,7 +54,7 @@ def tiny():
 
 
 def tiny_sets(**changes: object) -> list[str]:
-    """Return the tiny config with these changes, as `--set key=value` command-line arguments."""
+    """Return `--set key=value` arguments that give the tiny config with these changes."""
     arguments = []
     for key, value in (TINY | changes).items():
         text = str(value).lower() if isinstance(value, bool) else str(value)

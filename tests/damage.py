@@ -1,6 +1,6 @@
-"""Damage the files of mainrun at random and run a command that reads them.
+"""Damage mainrun's files at random, and run commands that read them.
 
-test_damaged.py runs a sample of the cases. This command runs more of them:
+test_damaged.py runs a random sample of the cases. Run more cases with:
 
     python tests/damage.py --cases 20000 --seed 1        # print every case that fails
     python tests/damage.py --case 1:57                   # run one case and print all of its output
@@ -197,7 +197,7 @@ def _bundle(folder: Path, run: Path) -> None:
 
 
 def add_manifest(files: dict[str, bytes], summary: dict[str, Any]) -> dict[str, bytes]:
-    """Return the files with a manifest that matches them."""
+    """Return the files with a new manifest that lists their checksums."""
     members = {name: data for name, data in files.items() if name != "MANIFEST.json"}
     figures = {name: summary[name] for name in ("last", "best", "steps", "params", "weights")}
     plain = ("run", "preset", "fingerprints", "tokenizer", "geometry", "machine_class", "versions", "guards")
@@ -253,7 +253,7 @@ RAW_VALUES = {
     "nested 10,000 deep": "[" * 10_000 + "]" * 10_000,
     "100,000 items": f"[{'0,' * 99_999}0]",
 }
-FIXED = ", checksums fixed"  # appended to the description of a damage
+FIXED = ", checksums fixed"  # marks a case whose checksums were updated
 PLACEHOLDER = "PLACEHOLDER-OF-A-RAW-VALUE"
 RAW_LINES = (
     "[1]",
@@ -281,7 +281,7 @@ def slots(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def put(value: Any, path: tuple[Any, ...], new: Any) -> Any:
-    """Return a copy of a nested value in which the value at the path is replaced."""
+    """Return a copy of a nested value with a new value at the given path."""
     if not path:
         return new
     copy = value.copy()
@@ -302,7 +302,7 @@ def cut(value: Any, path: tuple[Any, ...]) -> Any:
 def damage_value(chance: random.Random, value: Any) -> tuple[str, str]:
     """Return a damaged JSON text and a description of the damage."""
     paths = list(slots(value))
-    # Limit the depth first: most values are deeply nested, so they would be drawn nearly every time.
+    # Draw the depth before the path. Most values are deeply nested, so the others would rarely be drawn.
     depth = chance.randint(0, max(map(len, paths)))
     path = chance.choice([path for path in paths if len(path) <= depth])
     where = ".".join(map(str, path)) or "the top"
@@ -407,7 +407,7 @@ def replace_with(path: Path, what: str) -> None:
     PLACES[what](path)
 
 
-# -- recompute checksums, as a malicious user would
+# -- recomputed checksums
 
 
 def _dumped(value: Any) -> bytes:
@@ -447,7 +447,7 @@ CHECKSUMS: dict[str, Callable[[Path], None]] = {
 }
 
 
-# -- the files to damage, and the commands that read them
+# -- files and their commands
 
 
 @dataclass(frozen=True)
@@ -554,20 +554,21 @@ MEMBERS = (
 )
 
 REWRITTEN = (".lock", "status.json", "env.json")  # every start rewrites these files
-# error messages about the source tree under test, which the damage did not cause
+# These error messages describe the source tree under test. The damage does not cause them.
 ABOUT_THE_TREE = (
     "the working tree has uncommitted changes",
     "a submission must not contain",
 )
+# Commands that check files exit with these codes if they find a problem.
 CHECKS = {
     "store verify": {1},
     "store audit": {1},
     "grow verify": {1},
     "verify": {1},
-}  # exit codes of commands that check files and find a problem
+}
 
 
-# -- damage that once caused a crash or a hang
+# -- known crashes and hangs
 
 
 @dataclass(frozen=True)
@@ -793,11 +794,11 @@ class FixtureDirectory:
         """Return the hash of every file that a refused command must not change."""
         paths = sorted(path for path in self.made.rglob("*") if path.is_file() and path.name not in REWRITTEN)
         hashes = {str(path.relative_to(self.made)): _sha256(path.read_bytes()) for path in paths}
-        hashes.pop("studies/tiny/study.json")  # every start of a study records in this file how to resume it
+        hashes.pop("studies/tiny/study.json")  # each start of a study rewrites this file
         return hashes
 
     def renew(self, *parts: str) -> None:
-        """Make a fresh copy that contains the given folders, the cache and the top-level files."""
+        """Copy the given folders, the cache and all top-level files into a clean directory."""
         shutil.rmtree(self.place, ignore_errors=True)
         self.place.mkdir(parents=True)
         for path in self.made.iterdir():
@@ -807,7 +808,7 @@ class FixtureDirectory:
                 shutil.copytree(path, self.place / path.name)
 
     def changed(self, damaged: str) -> list[str]:
-        """Return the files that changed, except for the damaged file."""
+        """Return the undamaged files that the command has changed."""
         changed = []
         for name, sha256 in self.hashes.items():
             path = self.place / name
@@ -872,7 +873,7 @@ def prepare(fixture: FixtureDirectory, seed: int, index: int) -> Case:
 
 
 def _add_missing(path: Path) -> None:
-    """Create a pin, because a store contains pins only while a run uses it."""
+    """Create a missing pin file. A store contains pins only while a run is using it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.parent.name == "pins":
         path.write_text(json.dumps(["0" * 64]))
@@ -917,7 +918,7 @@ def _damage_member(fixture: FixtureDirectory, chance: random.Random, name: str) 
 def run_case(fixture: FixtureDirectory, driver: Driver, case: Case) -> tuple[Outcome, str]:
     """Run the command of a prepared case.
 
-    Return its outcome and the reason why the case failed, or an empty string if it passed.
+    Return the outcome and the reason for a failure. The reason is empty if the case passed.
     """
     env = {"MAINRUN_CACHE": str(fixture.place / "cache")}
     outcome = driver.run(case.argv, fixture.place, env)

@@ -1,4 +1,4 @@
-"""Report how dense the code is: constructs per 1,000 lines that slow a reader down, and broken rules.
+"""Count dense constructs per 1,000 lines of code, and report places that break a style rule.
 
     python tests/density.py                   # the product, a row per folder
     python tests/density.py mainrun/train.py  # a row per file
@@ -21,7 +21,7 @@ COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 LONGEST_FUNCTION = 60
 WIDEST_LINE = 110
-# Methods that change their object. In `a, b = x.pop(), x` the order of evaluation matters.
+# These methods change their object, so `a, b = x.pop(), x` depends on the order of evaluation.
 CHANGING = {
     "pop",
     "popleft",

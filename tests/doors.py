@@ -42,7 +42,7 @@ from mutate import whole_number
 
 ROOT = Path(__file__).parents[1]
 
-# Modules to import once, before the first fork. Importing them starts no threads, which a fork would lose.
+# Import these modules once, before the first fork. Their import starts no threads, which a fork would lose.
 WARM = (
     "mainrun.cli", "mainrun.config", "mainrun.data.sources", "mainrun.train", "mainrun.run.session",
     "mainrun.ui.sample", "mainrun.checks.guards", "mainrun.ui.compare", "mainrun.ui.doctor",
@@ -55,7 +55,7 @@ WARM = (
     "yaml", "ctypes", "difflib", "http.client", "urllib.request", "concurrent.futures", "multiprocessing",
 )  # fmt: skip
 
-# Documented exit codes of each command, in addition to 0, 2 and 75, which every command may return.
+# Every command may exit with 0, 2 or 75. This table lists the additional exit codes of each command.
 OTHER_CODES = {
     "train": {3},  # the loss became NaN
     "demo": {3},
@@ -63,14 +63,14 @@ OTHER_CODES = {
     "submit": {1},  # the upload failed
     "verify": {1},  # the bundle does not match its manifest
     "store verify": {1},  # a file is damaged
-    "store audit": {1},  # retraining a segment gives different bits
+    "store audit": {1},  # retraining a segment changed the result
     "grow verify": {1},  # an op violates its contract
-    "bench lineage": {1},  # a run that reuses a shared prefix has different bits
+    "bench lineage": {1},  # reusing the steps of another run changed the result
     "bench gpu": {1},  # two runs differ
 }
-MESSAGES = {"demo": 2}  # one message of `demo`, and one of the command that it runs
+MESSAGES = {"demo": 2}  # `demo` and the command that it runs print one message each
 LONGEST_MESSAGE = 3000
-MOST_OUTPUT = 1 << 20  # bytes per stream; longer output is truncated
+MOST_OUTPUT = 1 << 20  # output after this many bytes is truncated
 PREFIX = re.compile(r"^(error|interrupted|diverged|crash)( in process [^\n:]*)?: ?", re.MULTILINE)
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -90,7 +90,7 @@ class Outcome:
 
     @property
     def message(self) -> str:
-        """The error message without its prefix, or an empty string."""
+        """The error message without its prefix, or an empty string if there is none."""
         match = PREFIX.search(self.err)
         return self.err[match.end() :].strip() if match else ""
 
@@ -129,7 +129,7 @@ class Outcome:
 
 
 def command_of(argv: Sequence[str]) -> str:
-    """Return the name of the command as in `OTHER_CODES`: two words for a subcommand, otherwise one."""
+    """Return the name of a command, such as `train` or `store verify`."""
     groups = {name.split()[0] for name in OTHER_CODES if " " in name}
     return " ".join(argv[: 2 if argv and argv[0] in groups else 1])
 
@@ -138,7 +138,7 @@ def command_of(argv: Sequence[str]) -> str:
 class Driver:
     """A process that has imported everything and forks one child per case.
 
-    Use it as a context manager, from a single thread.
+    Use a driver as a context manager and from a single thread.
 
     `tree` is the root of the code under test. `env` changes the environment of the interpreter, for example
     its locale. With `warm=False`, the process imports only the command line.
@@ -210,7 +210,7 @@ class Driver:
         return Outcome(command_of(words), **json.loads(line))
 
 
-# -- the process that forks the cases
+# -- forking the cases
 
 
 def serve(warm: bool) -> None:
@@ -230,7 +230,7 @@ def serve(warm: bool) -> None:
             if name == WARM[0] or not name.startswith(("mainrun", "sweeps", "reports")):
                 raise RuntimeError(f"{name} cannot be imported") from e
     typer_main = importlib.import_module("typer.main")
-    # Building the Typer command takes as long as running a small command.
+    # Build the Typer command once, because building it takes as long as running a small command.
     typer_main.get_command = functools.cache(typer_main.get_command)
     typer_main.get_command(importlib.import_module("mainrun.cli").app)
     gc.collect()
@@ -294,7 +294,7 @@ def _stream(kind: str) -> tuple[int | None, int | None]:
 def _wait(pid: int, end: float, pipes: dict[int, bytearray]) -> int | None:
     """Wait for a child and return its exit code, or None if it exceeds the time limit.
 
-    In both cases, kill all processes that the child has started.
+    Afterwards, kill all processes that the child has started.
     """
     ended = os.pidfd_open(pid)
     waiting = [ended, *pipes]
@@ -350,9 +350,9 @@ def _child(case: dict[str, Any], writes: dict[str, int | None]) -> None:
 
 
 def _decode(text: str) -> str:
-    """Decode a command-line argument as the interpreter does in its locale.
+    """Decode a command-line argument as Python does in the current locale.
 
-    A text with other lone surrogates is returned unchanged, because no shell could pass it.
+    If the text cannot be encoded, return it unchanged, because no shell could pass it.
     """
     try:
         return os.fsdecode(text.encode("utf-8", "surrogateescape"))
@@ -448,7 +448,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
-    sys.path.insert(0, str(args.tree))  # odd_cases must read the options of the tree under test
+    sys.path.insert(0, str(args.tree))  # make odd_cases import the code under test
     import odd_cases
 
     known = odd_cases.commands()
@@ -471,7 +471,7 @@ def _run_cases(args: argparse.Namespace, known: dict[str, list[Any]], folder: Pa
         try:
             return [row for job in jobs for row in job.result()]
         finally:
-            stop.set()  # after Ctrl-C, each job stops when its current case is finished
+            stop.set()  # after Ctrl-C, each job finishes its current case and stops
 
 
 def _run_part(

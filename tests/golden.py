@@ -4,9 +4,9 @@
     python tests/golden.py --add        # record new cases only; then run --check
     python tests/golden.py --check      # train all cases again and list those that differ
 
-A record is valid for one machine class and one set of library versions, because other processors and other
-versions of torch give other bits. Make a record from a commit that is known to be correct, and never make one
-to get a failing test to pass.
+A record is valid for one machine class and one set of library versions, because the exact results depend on
+the processor and the version of torch. Record results only from a commit that is known to be correct, and
+never to make a failing test pass.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def growing(*ops: dict[str, Any], **fields: Any) -> dict[str, Any]:
     return ADAMW | fields | {"growth": {"version": 2, "ops": list(ops)}}
 
 
-# Maps each case to (preset, fields). The cases in SLOW take long, so only the slow tests run them.
+# Each case has a preset and changed fields. The cases in SLOW take long, so only the slow tests run them.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "preset baseline": ("baseline", {}),
     "preset optimized": ("optimized", {}),
@@ -161,6 +161,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             grow("widen_mlp", 160, trigger={"wait_iters": 5}),
         ),
     ),
+    "routed by Mixture-of-Depths": ("baseline", ADAMW | {"block_pattern": "DM", "dropout": 0.1}),
+    "routed by surprise pairs": ("optimized", {"block_pattern": "DS", "capacity": 0.25}),
+    "routed by temporal surprise": ("optimized", {"block_pattern": "DT", "gate": "straight"}),
+    "grow set_capacity": ("baseline", growing(grow("set_capacity", 0.25), block_pattern="DM")),
     "compiled, muon": ("baseline", MUON | {"compile": "on", "n_layer": 1, "dropout": 0.1}),
     "compiled, bfloat16": (
         "baseline",
@@ -240,7 +244,7 @@ def numbers(run: Path) -> dict[str, Any]:
 
 
 def machine_class() -> dict[str, Any]:
-    """Return the properties of this machine that affect the bits: the processor and the library versions."""
+    """Return the processor and the library versions of this machine, which affect the exact results."""
     from importlib.metadata import version
 
     from mainrun.config import from_dict

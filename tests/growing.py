@@ -104,7 +104,7 @@ def trained(cfg: TrainConfig, count: int = 3, dtype: torch.dtype = torch.float64
 def go_on(
     model: GPT, optimizers: Optimizers, what: Op, mode: str = "scale", count: int = 0
 ) -> tuple[GPT, Optimizers, IndexMap]:
-    """Apply an op, transfer the optimiser state, and train for `count` more steps."""
+    """Apply an op, transfer the optimizer state, and train for `count` more steps."""
     new, moved = grown(model, what)
     after_it = Optimizers(new.cfg, new)
     after_it.load(transfer(optimizers.state(), moved, mode)[0])

@@ -43,7 +43,7 @@ TWINS = {"min": "max", "max": "min", "any": "all", "all": "any"}
 
 
 class AddedOperator(Operator):
-    """An operator that replaces complete nodes of the syntax tree.
+    """A mutation operator that replaces complete nodes of the syntax tree.
 
     `alternatives` returns the source code of each possible replacement of a node.
     """
@@ -102,7 +102,7 @@ class DropKeyword(AddedOperator):
 class DropStatement(AddedOperator):
     """Replace a statement with `pass`.
 
-    This applies to calls, assignments to attributes or items, augmented assignments and `raise`.
+    The statement is a call, an assignment to an attribute or item, an augmented assignment or a `raise`.
     """
 
     def alternatives(self, node: Any) -> list[str]:
@@ -245,7 +245,7 @@ def apply(mutant: Mutant, source: str) -> str:
 
 
 def mutate(source: str, operator: str, occurrence: int) -> str:
-    """Return the source with one change, or unchanged if the operator fails."""
+    """Apply one change to the source, or return the source unchanged if the operator fails."""
     try:
         return mutate_code(source, OPERATORS[operator], occurrence) or source
     except AttributeError:  # Cosmic Ray 8.7 fails on dotted names in `except (a.Error, b.Error)`
@@ -274,7 +274,7 @@ def is_annotation(node: Any) -> bool:
 
 
 def is_shortened_text(node: Any) -> bool:
-    """Return whether the number only sets how much of a hash is shown, as in f"{digest[:12]}"."""
+    """Return whether the number only shortens a displayed hash, as in f"{digest[:12]}"."""
     in_slice = node.parent is not None and node.parent.type in ("subscript", "sliceop")
     return (
         node.type == "number" and in_slice and any(child.parent.type == "fstring" for child in upwards(node))
@@ -282,7 +282,7 @@ def is_shortened_text(node: Any) -> bool:
 
 
 def is_safeguard(node: Any) -> bool:
-    """Return whether the node is in an assert, or in an argument that only matters after another bug."""
+    """Return whether the node is in an assert or in one of the arguments in `SAFEGUARDS`."""
     if any(child.parent.type == "assert_stmt" for child in upwards(node)):
         return True
     arguments = [child for child in (node, *upwards(node)) if child.type == "argument"]
@@ -314,7 +314,7 @@ def changed_line(source: str, mutated: str) -> tuple[str, str]:
 def statement_lines(source: str) -> dict[int, range]:
     """Map each line to the lines of the smallest statement that contains it.
 
-    For a compound statement, these are the lines before its body.
+    A compound statement has only the lines before its body.
     """
     ranges = {}
     for node in ast.walk(ast.parse(source)):

@@ -10,9 +10,9 @@ never run. By default, one worker runs per core. A worker imports the libraries 
 each mutant, so a mutant has no start-up time.
 
 Cosmic Ray makes the mutants (tests/mutants.py). We use our own runner because Cosmic Ray starts a new Python
-interpreter for each mutant, which takes four seconds. We do not use mutmut for two reasons. It changes only
-function bodies, but our tolerances, bounds and leak patterns are tables at the top of a module. It also
-rewrites every function, and the guards that hash the source would then fail.
+interpreter for each mutant, which takes four seconds. We do not use mutmut for two reasons. First, mutmut
+changes only function bodies, but our tolerances, bounds and leak patterns are tables at the top of a module.
+Second, mutmut rewrites every function, so the guards that hash the source would fail.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 EQUIVALENT = HERE / "equivalent_mutants.toml"
-DEADLINE = ".deadline"  # suffix of the file with the current test's deadline, next to the result file
+DEADLINE = ".deadline"  # suffix of the file that contains the current test's deadline
 LEFT_OUT = (
     "[.]git",
     ".venv*",
@@ -54,25 +54,26 @@ LEFT_OUT = (
     "docs",
 )
 
-# A source file is tested by tests/test_STEM.py and tests/test_PACKAGE_STEM.py, with or without _rows at the
-# end, and by the tests in this table.
+# The tests of a source file are tests/test_STEM.py and tests/test_PACKAGE_STEM.py, their variants that end in
+# _rows, and the tests in this table.
 MIRRORS = {
     "mainrun/bench": "test_bench",
     "mainrun/checks/guards.py": "test_guards test_guards_rows",
     "mainrun/checks/repeat.py": "test_growth_repeat test_growth_controller",
     "mainrun/core/average.py": "test_model test_layers_rows",
     "mainrun/core/cuda_graph.py": "test_estimate test_train_rows",
-    "mainrun/core/dropout.py": "test_model test_kernels test_train_rows",
+    "mainrun/core/dropout.py": "test_model test_kernels test_train_rows test_routed_steps",
     "mainrun/core/frozen_torch.py": "test_plain_run test_train",
     "mainrun/core/hardware.py": "test_device test_kernels",
-    "mainrun/core/layers.py": "test_model test_train_rows",
+    "mainrun/core/layers.py": "test_model test_train_rows test_routing",
     "mainrun/core/lora.py": "test_layers test_layers_rows",
     "mainrun/core/machine_class.py": "test_device test_lineage",
     "mainrun/core/moe.py": "test_layers test_layers_rows",
     "mainrun/core/native/cpu.py": "test_kernels",
-    "mainrun/core/optimizers.py": "test_model test_kernels test_train_rows",
+    "mainrun/core/optimizers.py": "test_model test_kernels test_train_rows test_routed_steps",
     "mainrun/core/pending_losses.py": "test_train test_train_rows",
     "mainrun/core/process_group.py": "test_device test_train_rows",
+    "mainrun/core/routing.py": "test_routing test_routed_steps",
     "mainrun/data/batches.py": "test_tokens test_tokens_rows",
     "mainrun/data/mix.py": "test_corpus",
     "mainrun/data/scoring.py": "test_scoring test_guards",
@@ -86,13 +87,14 @@ MIRRORS = {
     "mainrun/files/locks.py": "test_rundir test_store_rundir",
     "mainrun/growth/make.py": "test_growth_controller test_growth_controller_rows",
     "mainrun/growth/state.py": "test_growth_controller test_growth_controller_rows",
-    "mainrun/plan/cost.py": "test_growth_simulate test_growth_plan test_layers",
+    "mainrun/plan/cost.py": "test_growth_simulate test_growth_plan test_layers test_routed_steps",
     "mainrun/plan/op_files.py": "test_growth_schedule test_growth_schedule_rows",
     "mainrun/plan/op_values.py": "test_growth_schedule test_growth_schedule_rows",
     "mainrun/plan/ops.py": "test_growth_schedule test_growth_schedule_rows",
     "mainrun/plan/optimizers.py": "test_growth_simulate test_growth_moments",
     "mainrun/plan/plan.py": "test_config test_config_rows test_train_rows",
     "mainrun/plan/recipes.py": "test_config test_config_rows test_presets",
+    "mainrun/plan/routing.py": "test_routing test_routed_steps test_config_rows",
     "mainrun/plan/seeds.py": "test_model test_train_rows",
     "mainrun/plan/simulate.py": "test_growth_simulate test_growth_plan",
     "mainrun/plan/triggers.py": "test_growth_schedule test_growth_schedule_rows",
@@ -106,7 +108,7 @@ MIRRORS = {
     "mainrun/store/files.py": "test_store test_leases",
     "mainrun/store/nodes.py": "test_store",
     "mainrun/store/records.py": "test_damaged",
-    "mainrun/train.py": "test_train test_model",
+    "mainrun/train.py": "test_train test_model test_routing test_routed_steps",
     "mainrun/ui/compare.py": "test_cli test_damaged",
     "mainrun/ui/console.py": "test_cli test_doors",
     "mainrun/ui/demo.py": "test_cli",
@@ -141,12 +143,12 @@ def mirrored_tests(file: str, root: Path) -> list[str]:
     return sorted(f"tests/{name}.py" for name in names if (root / "tests" / f"{name}.py").is_file())
 
 
-# -- the worker: a process in a copy of the tree, which forks a child for each mutant
+# -- the worker
 
 
 def serve() -> None:
     """Read one request per line and answer each with a line of JSON. Only these answers go to stdout."""
-    # Ctrl-C reaches the whole process group, and the parent process handles it.
+    # Ctrl-C reaches the whole process group. Ignore it here, because the parent process handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != HERE]
@@ -174,7 +176,7 @@ def run_in_fork(kind: str, limit: float, result: str, **arguments: Any) -> dict[
     child = os.fork()
     if child == 0:
         os.setsid()
-        # A background job inherits an ignored SIGINT, but some tests send SIGINT to themselves.
+        # Background jobs ignore SIGINT, but some tests send it to themselves, so restore the default handler.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         devnull = os.open(os.devnull, os.O_RDONLY)
@@ -268,7 +270,7 @@ class Measure(Recorder):
     def __init__(self, sources: list[str]) -> None:
         import coverage
 
-        os.environ["COVERAGE_CORE"] = "ctrace"  # the only coverage core that supports contexts
+        os.environ["COVERAGE_CORE"] = "ctrace"  # only this coverage core supports contexts
         self.sources = sources
         self.coverage = coverage.Coverage(data_file=None, include=sources, config_file=False, messages=False)
         self.seconds: Counter[str] = Counter()
@@ -311,7 +313,7 @@ class Measure(Recorder):
         }  # fmt: skip
 
 
-# -- the parent process, which sends the requests
+# -- the parent process
 
 
 class Worker:
@@ -467,7 +469,7 @@ def try_mutant(worker: Worker, baseline: Baseline, mutant: Any, source: str) -> 
     return Verdict(mutant, "killed", by=by, seconds=answer["seconds"])
 
 
-Reasons = dict[tuple[str, str, str], str]  # maps (file, line, changed line) to the reason
+Reasons = dict[tuple[str, str, str], str]  # maps (file, line, changed line) to why the change has no effect
 
 
 def read_equivalents(paths: list[Path]) -> Reasons:

@@ -1,8 +1,8 @@
 """Unusual command lines for test_doors.py: every command and every option, with unlikely values.
 
-The seed and the index determine a case. The commands and options are read from the Typer application. A text
-option needs a row in `TEXT`. The values of all other options depend on their types. The arguments in `BASE`
-prevent a case from using the network or from training for more than a second.
+The seed and the index determine a case. The commands and options are read from the Typer application. Each
+text option needs a row in the table `TEXT`. The values of all other options depend on their types. The
+arguments in `BASE` prevent a case from using the network or from training for more than a second.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def number(rng: random.Random) -> str:
     return word(rng) if rng.random() < 0.15 else rng.choice(NUMBERS)
 
 
-# -- documents that are nearly valid; each case gets new ones, under the names in DOCUMENTS
+# -- nearly valid documents
 
 VALUES = (
     "-1", "0", "1", "1.5", "1e-320", "1e308", "-0.0", "nan", "inf", "true", '""', '"x"', '"none"', "[]", "{}",
@@ -162,7 +162,7 @@ DOCUMENTS: dict[str, Draw] = {
 
 
 def path(rng: random.Random) -> str:
-    """Return a path in the folder of the case (see `make_folder`), or an odd word."""
+    """Draw a path in the folder of the case, or an odd word."""
     chance = rng.random()
     if chance < 0.25:
         return word(rng)
@@ -186,20 +186,20 @@ PLACES = (
 )  # fmt: skip
 
 
-# -- text options: nearly valid values, in addition to words and paths
+# -- nearly valid text options
 
 
 def preset(rng: random.Random) -> str:
     """Draw a preset that does not take minutes to train."""
     names = ("demo:x", "baseline:x", "staged:", "small.toml", "small.toml:x", "Grown", "demo-grow", "demo:")
     drawn = rng.choice((path, word, lambda r: "odd-preset.toml", lambda r: r.choice(names)))(rng)
-    if drawn == "empty.toml":  # an empty preset means the baseline at its full size
+    if drawn == "empty.toml":  # an empty preset would train the full-size baseline
         return "small.toml"
     return drawn
 
 
 def setting(rng: random.Random) -> str:
-    """Return KEY=VALUE. A field that sets the amount of work never gets a large valid number."""
+    """Return KEY=VALUE. Fields that set the amount of work, such as `epochs`, get no large valid number."""
     from mainrun.config import TrainConfig
 
     fields = [*sorted(TrainConfig.model_fields), *["corpus", "growth"] * 6]
@@ -262,7 +262,7 @@ def schedule(rng: random.Random) -> str:
     }
     try:
         return json.dumps(data if rng.random() < 0.7 else data["ops"])
-    except ValueError:  # Python refuses to print integers with this many digits
+    except ValueError:  # Python refuses to print integers with too many digits
         return "{}"
 
 
@@ -323,7 +323,7 @@ def choice(*some: str) -> Draw:
     return lambda rng: rng.choice(some) if rng.random() < 0.4 else word(rng)
 
 
-# Draws the value of each text option and argument.
+# These functions draw the values of text options and arguments.
 TEXT: dict[str, Draw] = {
     "--preset": preset,
     "--set": setting,
@@ -348,7 +348,7 @@ TEXT: dict[str, Draw] = {
     "file": lambda rng: rng.choice((path, nested, schedule, word, _growth_name))(rng),
 }
 
-# Arguments that make each command finish quickly.
+# These arguments make each command finish quickly.
 BASE: dict[str, list[str]] = {
     "train": ["--preset", "small.toml"],
     "demo": ["--set", "no_such_field=1"],
@@ -397,7 +397,7 @@ VALID = {
     "name": "done", "runs": "RUN", "run": "RUN", "places": "runs", "key": "0", "place": "study.toml",
     "file": "growth.json", "folder": "new", "path": "bundle.zip",
 }  # fmt: skip
-# Options that set the amount of work.
+# These options set the amount of work, such as the number of samples.
 WORK_SIZES = {
     "-n",
     "--max-tokens",
@@ -506,7 +506,7 @@ def make(seed: int, index: int, known: dict[str, list[Any]]) -> Case:
         count = rng.choice((0, 1, 1, 2)) if param.nargs == -1 else rng.choice((1,) * 20 + (0, 2))
         places += [draw(rng) if odd else valid for _ in range(count)]
     if ends_early:
-        places = ["broken.toml"]  # a study whose corpus is missing
+        places = ["broken.toml"]  # the corpus of this study is missing
     if any(p.opts[0] == "--prompt" for p in options) and "--prompt" not in drawn and rng.random() < 0.9:
         drawn += ["--prompt", "Show"]
     base = BASE[command]
@@ -643,7 +643,7 @@ REFERS = {
 
 
 def make_folder(fixture: Path, folder: Path, words: Sequence[str]) -> None:
-    """Copy the fixture, and add each odd file that the words of the command mention."""
+    """Copy the fixture into the folder of a case, and add the odd files that its command names."""
     shutil.copytree(fixture, folder, symlinks=True)
     named = " ".join(words)
     named += " ".join(more for name, more in REFERS.items() if name in named)
@@ -680,7 +680,7 @@ ODD: dict[str, Callable[[Path], None]] = {
 def run_case(driver: Driver, case: Case, fixture: Path, folder: Path) -> tuple[Outcome, str]:
     """Run a case.
 
-    Return its outcome and the reason why the case failed, or an empty string if it passed.
+    Return the outcome and the reason for a failure. The reason is empty if the case passed.
     """
     make_folder(fixture, folder, [*case.argv, *case.env.values(), *case.files.values()])
     for document, text in case.files.items():

@@ -40,7 +40,7 @@ def make_study(fields: Mapping[str, Any] | None = None, **keys: Any) -> Study:
 
 
 def make_search(folder: Path, study: Study, engine: Any) -> Search:
-    """Create a search that starts no trainer, because tokens.json already has the number of tokens."""
+    """Create a search. It starts no trainer, because tokens.json already contains the number of tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokens.json").write_text(json.dumps({"train_tokens": TRAIN_TOKENS}))
     return Search(study, folder, engine, lambda text: None, lambda: None)
@@ -61,7 +61,7 @@ class Trainer:
         self.diverging: Callable[[TrainConfig], bool] = lambda cfg: False
         self.failing: Callable[[TrainConfig], bool] = lambda cfg: False
         self.failure = Outcome(False, reason="no such corpus")
-        self.reused = 0  # number of initial steps of each run that count as reused from the store
+        self.reused = 0  # mark this many initial steps of each run as reused
         self.val: ScoreFunction = no_score
         self.closed = False
 
@@ -142,7 +142,7 @@ def eval_row(split: str, step: int, full: float) -> dict[str, Any]:
 
 
 def score_of(split: str, step: int, full: float) -> dict[str, Any]:
-    """Return a score. Its `official` value is `full` plus 10, so that tests can tell the two apart."""
+    """Return a score whose `official` value is `full` plus 10, so that tests can tell the two apart."""
     return {
         "step": step,
         "split": split,
@@ -175,7 +175,7 @@ class ScriptedSampler:
 class FakeDatabase:
     """A replacement for Optuna's database, which takes a second to create.
 
-    It keeps the finished trials in order.
+    The replacement keeps the finished trials in order.
     """
 
     def __init__(self, study: Study, folder: Path, note: Callable[[str], None], written: int = 0) -> None:

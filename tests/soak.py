@@ -51,16 +51,16 @@ from soak_sessions import (  # noqa: E402
 
 HOUR, DAY = 3600.0, 86_400.0
 CLOCKS = (-400 * DAY, -3 * DAY, -2 * HOUR, -90.0, 90.0, 2 * HOUR, 3 * DAY, 400 * DAY)
-BUSY = "is being written by process"  # part of the error message if another session uses the run
+BUSY = "is being written by process"  # the error message if another process uses the run
 MOST_REFUSALS = 200
 EVERY_STUDY, EVERY_PAIR = 30, 4
-DISK = 64 << 20  # size in bytes of the disk that each subject gets
+DISK = 64 << 20  # each subject gets a disk of this many bytes
 MS_REMOUNT, MNT_DETACH = 32, 2
 
 
 # -- comparing
 
-# Fields that may differ, because they depend on the clock, the machine or the number of sessions.
+# These fields may differ, because they depend on the clock, the machine or the number of sessions.
 ROW_FREE = frozenset({"seconds", "reused"})
 SUMMARY_FREE = frozenset(
     {
@@ -114,7 +114,7 @@ def read_rows(path: Path) -> list[Any]:
 def compare_rows(
     name: str, expected: Sequence[dict[str, Any]], actual: Sequence[dict[str, Any]]
 ) -> list[str]:
-    """Return the first rows that differ, and report a different number of rows."""
+    """Describe up to three differences between the rows, including a different number of rows."""
     differences = []
     if len(expected) != len(actual):
         differences.append(f"{name}: {len(actual)} rows, undisturbed {len(expected)}")
@@ -423,14 +423,14 @@ def write_study(chance: random.Random, path: Path) -> Path:
 
 
 def draw_disturbances(chance: random.Random, expected: Ending, study: bool) -> tuple[Disturbance, ...]:
-    """Draw one signal. A stop and a killed worker are followed by a second signal.
+    """Draw one signal. If it stops the session or kills a worker, draw a second signal.
 
     About half of the first signals are timed. The others are sent just before a file operation.
     """
     kinds = ["KILL"] * 5 + ["TERM"] * 2 + ["INT"] + ["STOP"] * 2 + ["WORKER"] * 4 * study
     kind = chance.choice(kinds)
     pause = chance.choice([0.05, 0.2, 0.6]) if kind == "STOP" else 0.0
-    # Resumed sessions are shorter, so an early moment is more likely to be reached.
+    # Prefer early moments, because a resumed session is short and may end before a later moment.
     share = chance.random() ** (4.0 if study else 3.0)
     if kind != "WORKER" and chance.random() < 0.5:
         first = Disturbance(kind, operation=1 + int(share * expected.operations), pause=pause)
@@ -467,7 +467,7 @@ def date_now(folder: Path) -> None:
 
 @contextmanager
 def own_disk(place: Path) -> Iterator[bool]:
-    """Mount a small tmpfs at a folder, and yield whether this process was allowed to.
+    """Mount a small tmpfs at a folder, and yield whether mounting succeeded.
 
     `set_disk` changes the size of this disk.
     """
@@ -592,7 +592,7 @@ class Subject:
             ]
         store = self.disk / "store"
         if store.is_dir() and self.kind != "study":
-            # `store verify` would report the future dates that the soak itself has set.
+            # Reset the dates, because `store verify` would report the future dates that this test has set.
             date_now(store)
             self._undisturbed(("store", "verify", "--store", str(store)), "verify")
 
@@ -609,7 +609,7 @@ class Subject:
     def _reference(self, argv: Sequence[str], name: str) -> Ending | None:
         """Train a subject without disturbances.
 
-        Return None if the subject cannot be trained even then.
+        Return None if training fails even without disturbances.
         """
         ending = self._undisturbed(argv, name)
         if ending.code in (2, 3):
@@ -713,7 +713,7 @@ class Subject:
         if ending.session.disk_is_full and self.has_disk:
             set_disk(self.disk, DISK)
         if ending.code == 2 and BUSY in ending.text and (self.kind == "study" or self._had_second_process):
-            self._refused += 1  # a process of an ended session or a second process is still writing
+            self._refused += 1  # another process is still writing to the run
             if self._refused > MOST_REFUSALS:
                 self.result.failures.append(
                     f"a lock that no process holds any more: {ending.text.strip()[-300:]}"
@@ -791,7 +791,7 @@ def soak(seed: int, kills: int, jobs: int, minutes: float, folder: Path, only: i
         pid = os.fork()
         if pid == 0:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-            # Exiting normally kills the running sessions and unmounts their disks.
+            # On SIGTERM, exit normally, which kills the running sessions and unmounts their disks.
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
             for fd in [send, receive, *(fd for pair in servers.values() for fd in pair)]:
                 os.close(fd)

@@ -3,7 +3,7 @@
 A session is `mainrun ARGUMENTS` in its own process. The process is forked from one that has imported
 everything and computed nothing, so it starts in milliseconds. A disturbance is a signal that is sent either
 after some seconds or just before the n-th file operation of the session. A signal before a file operation
-always hits the few instructions between two operations.
+reliably interrupts the session between two operations.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-# Modules to import once, before the first session.
+# Import these modules once, before the first session.
 WARM = (
     "mainrun.cli",
     "mainrun.train",
@@ -88,7 +88,8 @@ FILE_OPERATIONS = frozenset(
         "os.scandir",
     }
 )
-# (purpose, part of the path) of file operations. The first entry whose part occurs in the path counts.
+# Each entry has a purpose and a part of a path. A file operation has the purpose of the first entry whose
+# part occurs in its path.
 AREAS = (
     ("token cache", "/tokens"),
     ("checkpoint", "/checkpoints"),
@@ -103,7 +104,8 @@ AREAS = (
 NAMES = tuple(dict.fromkeys(name for name, _ in AREAS))
 SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "INT": signal.SIGINT, "STOP": signal.SIGSTOP}
 HANDLED = (signal.SIGINT, signal.SIGTERM)
-# Numbers shared with the parent: file operations so far, area of the last one, signals sent by the session.
+# A session shares three numbers with its parent: how many file operations it has started, the area of the
+# last operation, and how many signals it has sent to itself.
 SHARED = struct.Struct("<III")
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
@@ -116,7 +118,7 @@ def warm_up() -> None:
     for name in WARM:
         importlib.import_module(name)
     typer_main = importlib.import_module("typer.main")
-    # Building the Typer command takes as long as running a small command.
+    # Build the Typer command once, because building it takes as long as running a small command.
     typer_main.get_command = functools.cache(typer_main.get_command)
     typer_main.get_command(importlib.import_module("mainrun.cli").app)
     gc.collect()
@@ -152,7 +154,8 @@ class Session:
     cache: Path
     log: Path
     disturbances: tuple[Disturbance, ...] = ()
-    # The error of time.time() in seconds, the later error, and the number of the call at which it changes.
+    # Entries 0 and 1 are errors of time.time() in seconds. Entry 2 is the number of the call at which the
+    # second error replaces the first.
     clock: tuple[float, float, int] = (0.0, 0.0, 0)
     file_limit: int = 0  # largest file size in bytes; 0 means no limit
     disk_is_full: bool = False  # the disk may run out of space
@@ -182,7 +185,7 @@ class Ending:
     text: str
     seconds: float
     operations: int
-    applied: tuple[tuple[str, str], ...]  # kind and area of each disturbance that took place
+    applied: tuple[tuple[str, str], ...]  # the kind and the area of each disturbance that happened
 
     def problem(self) -> str:
         """Return the problem with this ending, or an empty string if there is none."""
@@ -195,7 +198,7 @@ class Ending:
         for kind in kinds & {"KILL", "TERM", "INT"}:
             allowed |= {-SIGNALS[kind], *(() if kind == "KILL" else (75,))}
         if "INT" in kinds:
-            allowed.add(130)  # the signal came before the command had set its own handlers
+            allowed.add(130)  # the command may not have set its signal handlers yet
         if self.session.disk_is_full:
             allowed.add(75)
         return "" if self.code in allowed else f"exit code {self.code}"
@@ -215,10 +218,10 @@ class Running:
         self._waiting = list(session.disturbances)
         self._resume_at: float | None = None
         self._pause = 0.0
-        self._own = 0  # number of counted disturbances that the session sent to itself
+        self._own = 0  # number of signals from the session itself that are already counted
         sys.stdout.flush()
         sys.stderr.flush()
-        signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)  # until the session has set its own handlers
+        signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)  # the child unblocks these signals
         self.pid = os.fork()
         if self.pid == 0:
             _run_session(session, self.shared)
@@ -332,7 +335,7 @@ def adopt_orphans() -> None:
 def wait_for_orphans(limit: float) -> bool:
     """Wait until all processes of ended sessions have exited.
 
-    Return False if some of them had to be killed.
+    Return False if any of these processes had to be killed.
     """
     end = time.monotonic() + limit
     while time.monotonic() < end:
@@ -373,7 +376,7 @@ def _run_session(session: Session, shared: mmap.mmap) -> None:
             )
         Probe(session, shared)
         code = run_main(session.argv)
-    except KeyboardInterrupt:  # interrupted before the command line started
+    except KeyboardInterrupt:  # the session was interrupted before the command line started
         code = 130
     except BaseException:
         traceback.print_exc()
@@ -420,7 +423,7 @@ def _set_clock(clock: tuple[float, float, int]) -> None:
 
 
 class Probe:
-    """Counts the file operations of a session and sends it the signals that are due before them."""
+    """Counts the file operations of a session, and sends the signal that is due before an operation."""
 
     def __init__(self, session: Session, shared: mmap.mmap) -> None:
         self.bases = (str(session.base), str(session.cache))

@@ -27,7 +27,7 @@ from mainrun.run import batch
 from mainrun.run.session import train
 from mainrun.store.nodes import Node, Store
 
-# A run has 37 steps, with nodes after steps 18 and 36 (scores), 27 (the decay begins) and 37 (the end).
+# A run has 37 steps. The store keeps nodes after steps 18 and 36 (scores), 27 (start of the decay) and 37.
 SMALL: dict[str, Any] = {
     "num_titles": 200,
     "n_layer": 1,
@@ -265,7 +265,7 @@ def test_an_edit_with_a_valid_checksum_is_detected(store: Store, step: int, edit
 
 
 def test_a_node_under_the_key_of_another_config_is_detected(store: Store) -> None:
-    """The node is valid, but its config starts the decay later than the config that belongs to its key."""
+    """Store a valid node under the key of a config whose learning rate decays at another step."""
     other = batch.share_steps([config(decay_frac=0.5)], None).chains[config(decay_frac=0.5).run_id][37]
     rewrite(store, at(store, 37), key=other)
     assert {finding.why for finding in audit(store, 100) if finding.node.key == other} == {
@@ -291,7 +291,7 @@ def test_damage_is_reported_and_does_not_crash(store: Store, tmp_path: Path) -> 
     assert "rows are incomplete" in why[18]
 
 
-# -- segments that cannot be trained on this machine
+# -- untrainable segments
 
 
 def test_a_segment_without_its_corpus_is_skipped_with_the_reason(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Benchmarks: the plain loop, the parts of a step, the workers, `bench gpu`, and the savings from sharing."""
+"""Test the benchmarks of the plain loop, the parts of a step, the GPU and the savings from sharing."""
 
 from __future__ import annotations
 
@@ -157,9 +157,9 @@ def test_each_part_dominates_a_config_that_consists_of_it(tiny: Any) -> None:
     # The measured share ranges from 0.03 to 0.17, depending on the machine and its load.
     assert dropped["dropout"] > 0.01, dropped
     wide = {"vocab_size": 40_000, "tie_head": False, "batch_size": 16, "label_smoothing": 0.1}
-    assert shares(tiny(**small | wide))["loss"] > 0.1  # 0.2 to 0.53, depending on the load
+    assert shares(tiny(**small | wide))["loss"] > 0.1  # measured shares: 0.2 to 0.53
     muon = {"d_model": 256, "batch_size": 1, "block_size": 2, "optimizer": "muon"}
-    assert shares(tiny(**small | muon))["optimiser"] > 0.3
+    assert shares(tiny(**small | muon))["optimizer"] > 0.3
 
 
 def test_profiling_removes_its_hooks(tiny: Any) -> None:
@@ -180,7 +180,7 @@ def test_profiling_removes_its_hooks(tiny: Any) -> None:
         ("aten::_softmax", "attention"),
         ("aten::_log_softmax", "loss"),
         ("CrossEntropyBackward", "loss"),
-        ("aten::_fused_adamw_", "optimiser"),
+        ("aten::_fused_adamw_", "optimizer"),
         ("graph_0_cpp_fused_native_layer_norm_3", "norm"),
         ("aten::bernoulli_", "dropout"),
         ("aten::mul", None),
@@ -211,7 +211,7 @@ for line in sys.stdin:
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return a function that installs fake workers. A worker logs each word, runs `code` and answers."""
+    """Return a function that installs fake workers. Each worker logs requests, runs `code` and answers."""
     log = tmp_path / "words"
 
     def install(code: str = "pass") -> Path:
@@ -291,7 +291,7 @@ def test_a_worker_that_ends_early_is_an_error(
 
 
 def ended(pid: int, seconds: float = 10) -> bool:
-    """Wait for a process to end. Return False if it is still running when the time is over."""
+    """Wait for a process to end. Return False if the process is still running at the time limit."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
@@ -369,7 +369,7 @@ def test_the_parent_does_not_import_torch() -> None:
     assert process.stdout == "False\n"
 
 
-# -- the parts of bench gpu that need no GPU
+# -- bench gpu without a GPU
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -461,7 +461,7 @@ def test_a_run_with_other_bits_is_reported(tiny: Any, monkeypatch: pytest.Monkey
 
     def final_bits(run: RunDir) -> str:
         calls.append(run)
-        return f"{real_bits(run)}{len(calls) == 2}"  # return different bits in the second call
+        return f"{real_bits(run)}{len(calls) == 2}"  # the second call returns a different value
 
     monkeypatch.setattr(lineage, "final_bits", final_bits)
     (row, _) = lineage.measure(tiny(**small), studies=(4,), trials=1)

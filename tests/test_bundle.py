@@ -133,7 +133,7 @@ def encrypted() -> bytes:
 
 def extra_name() -> bytes:
     info = entry("code/extra")
-    info.extra = struct.pack("<HH", 0x7075, 4) + b"evil"  # some unpackers use this name instead
+    info.extra = struct.pack("<HH", 0x7075, 4) + b"evil"  # some programs unpack the file under this name
     return zipped((info, b"x"))
 
 
@@ -276,7 +276,7 @@ def test_an_allowed_name_stays_in_its_folder(name: str) -> None:
 @settings(max_examples=200)
 @given(st.data())
 def test_a_flipped_byte_is_detected(data: st.DataObject) -> None:
-    """A bundle with one changed byte is refused, differs from its manifest, or contains the same files."""
+    """If one byte of a bundle changes, reading fails, the manifest differs, or the files are unchanged."""
     files = add_manifest(GOOD)
     zip_bytes = bytearray(pack(files))
     offset = data.draw(st.integers(0, len(zip_bytes) - 1))

@@ -82,7 +82,7 @@ def test_every_bit_comes_back(
     raw: bytes,
     transposed: bool,
 ) -> None:
-    """The examples include NaNs with a payload, negative zeros, subnormals, empty tensors and views."""
+    """A checkpoint keeps every bit, even of NaN payloads, negative zeros, subnormals and views."""
     n = torch.Size(shape).numel()
     bits = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
     value = (bits[:n] > 127) if dtype == torch.bool else bits[: n * dtype.itemsize].view(dtype)
@@ -127,7 +127,7 @@ def test_the_newest_two_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_damaged_newer_checkpoint_does_not_displace_a_good_one(tmp_path: Path) -> None:
-    """A run falls back to step 10 and saves step 12. The damaged newer checkpoints must not count."""
+    """If a resumed run saves a checkpoint of step 12, it must replace the damaged later checkpoints."""
     for step in (10, 37):
         saved(tmp_path, step)
     shutil.copytree(tmp_path / "step-00000037", tmp_path / "step-00000038")
@@ -369,7 +369,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Run
 def again(cfg: TrainConfig, run: RunDir, out: Path, damage: Callable[[list[Path]], None]) -> Notes:
     """Copy a run without its summary, damage its checkpoints and resume it.
 
-    The resumed run must have the same bits. `damage` receives the paths of the checkpoints, newest first.
+    The resumed run must end with the same bits as the original run. `damage` receives the paths of the
+    checkpoints, newest first.
     """
     notes = Notes()
     copy = RunDir(shutil.copytree(run.path, out / cfg.run_id))

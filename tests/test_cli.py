@@ -1,4 +1,4 @@
-"""The command line in one process: output, exit codes, tables and error messages."""
+"""Test the output, exit codes, tables and error messages of the command line within one process."""
 
 import io
 import json

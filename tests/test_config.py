@@ -1,4 +1,4 @@
-"""Configs: round trips, refusals, presets, and the plan that follows from a config."""
+"""Test the round trips, refusals and presets of configs, and the plan that follows from a config."""
 
 import contextlib
 import itertools
@@ -22,7 +22,7 @@ from mainrun.plan.recipes import load, parse_set, preset_names
 SCHEMA = TrainConfig.model_json_schema()["properties"]
 FIELDS = [f for f in TrainConfig.model_fields if f != "preset"]
 
-# A value for each field that differs from the default and is allowed with the defaults of all other fields.
+# For each field, this table has a value that differs from the default and needs no change of other fields.
 OTHER: dict[str, Any] = {
     "seed": 7, "device": "cpu", "dtype": "bfloat16", "threads": 2, "compile": "on", "attention": "sdpa",
     "corpus": "hn", "num_titles": 5000, "shuffle": False,
@@ -48,6 +48,9 @@ OTHER: dict[str, Any] = {
     "official_geometry": "8x64",
     "log_every": 10, "checkpoint_every": 50,
     "growth": {"ops": [{"name": "set_lr", "value": 0.01, "trigger": {"budget_frac": 0.5}}]},
+    "block_pattern": "DSM", "capacity": 0.25, "gate": "straight", "route": "student", "prior_factor": 0.125,
+    "sharpness": 0.5, "sharpness_end": 3.0, "prior_loss": 0.1, "student_loss": 0.02, "router_loss": 0.02,
+    "router_z_loss": 0.001, "lr_router": 0.01, "lr_prior": 0.02, "lr_student": 0.03,
 }  # fmt: skip
 NEEDS = {"rdrop": {"rdrop": 0.5, "dropout": 0.1}}  # fields that need another field
 
@@ -58,6 +61,8 @@ def default(**changes: Any) -> TrainConfig:
 
 def values(field: str) -> st.SearchStrategy[Any]:
     """Generate values within the bounds of a field."""
+    if field == "block_pattern":
+        return st.sampled_from(["D", "DM", "DS", "DT", "DSTM"])
     kinds = SCHEMA[field].get("anyOf", [SCHEMA[field]])
     return st.one_of([_values(kind) for kind in kinds])
 
@@ -135,7 +140,7 @@ def test_every_field_has_a_class_a_description_and_bounds() -> None:
 
 
 def test_exactly_the_inputs_of_a_step_are_scheduled() -> None:
-    """A scheduled field must affect the resolved steps, because the lineage key is computed from them."""
+    """Lineage keys contain the inputs of each step, so every scheduled field must affect these inputs."""
     inputs = set(StepInputs._fields) - {"average"}
     assert {f for f in inputs if TrainConfig.class_of(f) != "scheduled"} == set()
     shapes = {
@@ -147,6 +152,7 @@ def test_exactly_the_inputs_of_a_step_are_scheduled() -> None:
         "decay_frac",
         "decay_shape",
         "min_lr_frac",
+        "sharpness_end",
         "ema",
         "swa",
         "growth",
@@ -159,7 +165,7 @@ def test_exactly_the_inputs_of_a_step_are_scheduled() -> None:
     "field", sorted(shape for shape in FIELDS if TrainConfig.class_of(shape) == "scheduled")
 )
 def test_a_scheduled_field_changes_a_resolved_step(field: str) -> None:
-    base: dict[str, Any] = {"weight_decay": 0.1, "dropout": 0.1, "schedule": "wsd"}
+    base: dict[str, Any] = {"weight_decay": 0.1, "dropout": 0.1, "schedule": "wsd", "block_pattern": "DSM"}
     if field == "schedule":
         changed = base | {"schedule": "cosine"}
     elif field in base:
@@ -262,6 +268,13 @@ def test_a_value_outside_the_bounds_is_refused_by_name(field: str) -> None:
         ({"official_geometry": "0x128"}, ["official_geometry"]),
         ({"official_geometry": "8x129"}, ["official_geometry", "block_size=128"]),
         ({"official_geometry": "-1x8"}, ["official_geometry"]),
+        ({"capacity": 0}, ["capacity=0", "greater than 0"]),
+        ({"capacity": 1.01}, ["capacity=1.01", "less than or equal to 1"]),
+        ({"student_loss": -0.5}, ["student_loss=-0.5", "greater than or equal to 0"]),
+        ({"router_z_loss": -1}, ["router_z_loss=-1", "greater than or equal to 0"]),
+        ({"sharpness": 0}, ["sharpness=0", "greater than 0"]),
+        ({"gate": "hard"}, ["gate='hard'", "'soft'", "'straight'"]),
+        ({"route": "topk"}, ["route='topk'", "'auto'", "'own'", "'student'"]),
         ({"corpus": "wiki"}, ["corpus='wiki'", "synthetic"]),
         ({"corpus": "file:"}, ["corpus='file:'", "file:PATH"]),
         ({"corpus": "mix"}, ["corpus='mix'", "mix:PATH.toml"]),
@@ -437,7 +450,7 @@ def test_a_preset_overrides_the_fields_of_its_base(tmp_path: Path) -> None:
             f'[[steps]]\nname = "x"\nbase = "baseline"\n[[steps]]\nname = "y"\nbase = "{ladder}:c"\n',
         )
     )
-    # A step with a base does not build on the step before it.
+    # A ladder step that names a base starts from this base instead of the previous step.
     assert (first.lr, second.lr) == (6e-3, 0.25)
 
 
@@ -552,7 +565,7 @@ def test_the_learning_rate_stays_between_zero_and_its_peak(plan: Plan) -> None:
     assert all(a >= b for a, b in itertools.pairwise(after))
     low = plan.cfg.min_lr_frac
     assert all(f >= low - 1e-12 for f in after)
-    # The schedule spans the whole run: one step after the end, the rate would be exactly the final rate.
+    # The learning rate would reach its final value exactly one step after the end of the run.
     if plan.cfg.schedule != "constant" and plan.decay_start < plan.steps:
         assert factors[plan.decay_start] == 1
         assert math.isclose(plan.lr_factor(plan.steps), low, abs_tol=1e-12)
@@ -590,7 +603,7 @@ def test_evaluations_are_at_both_ends_and_as_frequent_as_configured(plan: Plan) 
 )
 def test_the_shapes_of_the_weight_decay(shape: str, half: float) -> None:
     fields = {"weight_decay": 0.1, "batch_size": 2, "block_size": 4, "epochs": 1}
-    if shape == "quarter":  # a quarter of the way, linear and cosine differ
+    if shape == "quarter":  # linear and cosine differ after a quarter of the run
         linear, cosine = (
             Plan(default(wd_schedule=s, **fields), 8 * 40).at(10).weight_decay for s in ("linear", "cosine")
         )
@@ -603,7 +616,7 @@ def test_the_shapes_of_the_weight_decay(shape: str, half: float) -> None:
 
 
 def test_the_decay_does_not_begin_before_the_warm_up_ends() -> None:
-    """Rounding up both the warm-up and the decay makes them overlap, so the decay becomes shorter."""
+    """If rounding makes the warm-up and the decay overlap, the decay becomes shorter."""
     plan = Plan(
         default(schedule="wsd", warmup_frac=0.3, decay_frac=0.7, batch_size=2, block_size=4, epochs=1), 8 * 5
     )
@@ -829,11 +842,11 @@ def test_ops_that_set_the_current_values_change_nothing() -> None:
 
 
 def test_a_schedule_computed_by_hand() -> None:
-    """Without ops, the run would have 100 steps: 400 tokens, 8 per step and 2 epochs."""
+    """Without ops, two epochs of 400 tokens would take 100 steps of 8 tokens."""
     entries = [
         op("set_batch_size", 4, budget_frac=0.5),
         op("set_lr", 0.25, budget_frac=0.75),
-        op("set_dropout", 0.0, step=3),  # due earlier, but it waits for the ops before it
+        op("set_dropout", 0.0, step=3),  # this op waits for the ops before it
     ]
     plan = Plan(
         default(**SHORT | {"growth": {"ops": entries}, "schedule": "constant", "eval_per_epoch": 1}), 400
@@ -869,7 +882,7 @@ def test_an_op_fires_within_the_budget_or_is_refused() -> None:
         assert all(word in str(e.value) for word in words), str(e.value)
     with pytest.raises(
         ConfigError, match=r"growth: ops\[0\] 'set_batch_size' .*after step 99.*has 100 steps"
-    ):  # the budget has no room for a step of the larger batch
+    ):  # too few tokens are left for a step with the larger batch
         Plan(default(**SHORT | {"growth": {"ops": [op("set_batch_size", 4, step=99)]}}), 400)
     assert Plan(default(**SHORT | {"growth": {"ops": [op("set_batch_size", 1, step=99)]}}), 400).steps == 101
 
@@ -907,7 +920,7 @@ def test_all_ways_to_pass_a_schedule_give_the_same_config(how: str, tmp_path: Pa
 
 
 GOOD = op("set_lr", 0.1, step=5)
-# A few faults of each kind. The file tests/data/growth_faults.txt has all of them.
+# This table has a few faults of each kind. The file tests/data/growth_faults.txt has all faults.
 FAULTY: list[tuple[Any, list[str]]] = [
     (3, ["growth: 3 is not a schedule", "{ ops = ["]),
     (True, ["growth: True is not a schedule", "{ ops = ["]),

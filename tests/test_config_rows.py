@@ -1,4 +1,4 @@
-"""Hand-written values for every number of a config and its plan: bounds, defaults, rates, steps, messages."""
+"""Compare every number of a config and its plan with hand-written values."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from mainrun.plan import recipes
 from mainrun.plan.ops import ARCHITECTURE
 from mainrun.plan.plan import Decision, Plan, Segment
 from mainrun.plan.recipes import load, parse_set
+from mainrun.store.lineage import chain
 
 INF = math.inf
 
@@ -39,7 +40,7 @@ def below(value: Any) -> Any:
     return value - 1 if isinstance(value, int) else math.nextafter(value, -INF)
 
 
-# -- fields: class, default, smallest and largest allowed value
+# -- single fields
 
 BELOW_1 = 1 - 2**-53  # the largest float below 1
 ABOVE_0 = 5e-324  # the smallest float above 0
@@ -68,12 +69,23 @@ NUMBERS: list[tuple[str, str, Any, Any, Any]] = [
     ("head_dim", "static", 0, 0, 65_536),
     ("experts", "static", 0, 0, 65_536),
     ("top_k", "static", 2, 1, 65_536),
+    ("capacity", "scheduled", 0.5, ABOVE_0, 1.0),
+    ("prior_factor", "static", 0.0625, ABOVE_0, 4.0),
+    ("sharpness", "scheduled", 0.3, ABOVE_0, 1000.0),
+    ("sharpness_end", "scheduled", 6.0, ABOVE_0, 1000.0),
+    ("prior_loss", "scheduled", 0.05, 0.0, 100.0),
+    ("student_loss", "scheduled", 0.01, 0.0, 100.0),
+    ("router_loss", "scheduled", 0.01, 0.0, 100.0),
+    ("router_z_loss", "scheduled", 0.0001, 0.0, 100.0),
     ("attn_lora_rank", "static", 0, 0, 65_536),
     ("embed_lora_rank", "static", 0, 0, 65_536),
     ("lora_alpha", "static", 16.0, ABOVE_0, 1e6),
     ("unused_ids", "static", 0, 0, 1_000_000),
     ("lr", "scheduled", 0.006, ABOVE_0, 1000.0),
     ("lr_aux", "scheduled", 0.0, 0.0, 1000.0),
+    ("lr_router", "scheduled", 0.0, 0.0, 1000.0),
+    ("lr_prior", "scheduled", 0.0, 0.0, 1000.0),
+    ("lr_student", "scheduled", 0.0, 0.0, 1000.0),
     ("momentum", "static", 0.0, 0.0, BELOW_1),
     ("beta1", "static", 0.9, 0.0, BELOW_1),
     ("beta2", "static", 0.999, 0.0, BELOW_1),
@@ -96,7 +108,7 @@ NUMBERS: list[tuple[str, str, Any, Any, Any]] = [
     ("log_every", "inert", 1, 1, 1_000_000),
     ("checkpoint_every", "inert", 0, 0, 1_000_000_000),
 ]
-CHOICES: list[tuple[str, str, Any, list[Any]]] = [  # field, class, default, all allowed values
+CHOICES: list[tuple[str, str, Any, list[Any]]] = [  # field, class, default, allowed values
     ("device", "static", "auto", ["auto", "cpu", "cuda"]),
     ("dtype", "static", "float32", ["float32", "bfloat16"]),
     ("compile", "static", "auto", ["auto", "on", "off"]),
@@ -117,6 +129,8 @@ CHOICES: list[tuple[str, str, Any, list[Any]]] = [  # field, class, default, all
     ("tie_head", "static", True, [True, False]),
     ("init_depth_scaled", "static", False, [True, False]),
     ("router_weights", "static", "renormalised", ["renormalised", "softmax"]),
+    ("gate", "static", "soft", ["soft", "straight"]),
+    ("route", "static", "auto", ["auto", "own", "student"]),
     ("optimizer", "static", "sgd", ["sgd", "adamw", "muon"]),
     ("wd_schedule", "scheduled", "constant", ["constant", "linear", "cosine"]),
     ("schedule", "scheduled", "cosine", ["constant", "cosine", "wsd"]),
@@ -126,6 +140,7 @@ OTHERS: list[tuple[str, str, Any]] = [
     ("preset", "inert", "custom"),
     ("corpus", "static", "synthetic"),
     ("frozen", "static", ()),
+    ("block_pattern", "static", "D"),
     ("growth", "scheduled", {"version": 2, "ops": []}),
     ("official_geometry", "inert", ""),
 ]
@@ -192,7 +207,7 @@ def test_a_frozen_layer_must_be_a_whole_number(layers: Any) -> None:
     assert refusals(frozen=layers).startswith("frozen=")
 
 
-# -- conflicting fields: the smallest violation, its message, and the nearest allowed config
+# -- conflicting fields
 
 OPS = {"ops": [{"name": "set_lr", "value": 0.01, "trigger": {"step": 5}}]}
 ROPE_ODD = {"position": "rope", "d_model": 24}
@@ -301,6 +316,59 @@ PAIRS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         {"warmup_frac": 1.0},
     ),
 ]
+KINDS = "D (dense), M (Mixture-of-Depths), S (surprise pairs), T (temporal surprise)"
+PAIRS += [
+    (
+        {"block_pattern": "DX"},
+        f"block_pattern='DX' contains 'X'; use the letters {KINDS}",
+        {"block_pattern": "DM"},
+    ),
+    (
+        {"block_pattern": "dm"},
+        f"block_pattern='dm' contains 'd'; use the letters {KINDS}",
+        {"block_pattern": "DM"},
+    ),
+    (
+        {"block_pattern": "DMD", "n_layer": 2},
+        "block_pattern='DMD' has 3 letters for n_layer=2 layers; "
+        "write 1 to 2 letters, because the pattern is repeated over the layers",
+        {"block_pattern": "DMD", "n_layer": 3},
+    ),
+    (
+        {"block_pattern": ""},
+        "block_pattern='' has 0 letters for n_layer=6 layers; "
+        "write 1 to 6 letters, because the pattern is repeated over the layers",
+        {"block_pattern": "D"},
+    ),
+    (
+        {"block_pattern": "M"},
+        "block_pattern='M' makes the first layer 'M'; begin the pattern with D",
+        {"block_pattern": "DM"},
+    ),
+    (
+        {"block_pattern": "TD"},
+        "block_pattern='TD' makes the first layer 'T'; begin the pattern with D",
+        {"block_pattern": "DT"},
+    ),
+    (
+        {"block_pattern": "DSS"},
+        "block_pattern='DSS' puts S in layer 2 after 'S' (layers: DSSDSS); "
+        "put a D before each S, because S measures the change made by the preceding D block",
+        {"block_pattern": "DSDS"},
+    ),
+    (
+        {"block_pattern": "DMS", "n_layer": 4},
+        "block_pattern='DMS' puts S in layer 2 after 'M' (layers: DMSD); "
+        "put a D before each S, because S measures the change made by the preceding D block",
+        {"block_pattern": "DMT"},
+    ),
+    (
+        {"block_pattern": "DTS", "n_layer": 3},
+        "block_pattern='DTS' puts S in layer 2 after 'T' (layers: DTS); "
+        "put a D before each S, because S measures the change made by the preceding D block",
+        {"block_pattern": "DST"},
+    ),
+]
 GEOMETRY = "write ROWSxTOKENS, such as 64x128, with at most block_size=128 tokens"
 PAIRS += [
     (
@@ -372,6 +440,22 @@ def test_segment_configs_have_the_config_and_one_more_per_op() -> None:
         ({"dropout": 0.5}, "dropouts", (0.5, 0.5, 0.5)),
         ({"dropout": 0.5, "attn_dropout": 0.0}, "dropouts", (0.5, 0.0, 0.5)),
         ({"dropout": 0.5, "resid_dropout": 0.25}, "dropouts", (0.5, 0.5, 0.25)),
+        ({}, "letters", "DDDDDD"),
+        ({}, "routed_layers", ()),
+        ({"block_pattern": "DM", "n_layer": 5}, "letters", "DMDMD"),
+        ({"block_pattern": "DM", "n_layer": 5}, "routed_layers", (1, 3)),
+        ({"block_pattern": "DSTM", "n_layer": 4}, "letters", "DSTM"),
+        ({"block_pattern": "DSTM"}, "routed_layers", (1, 2, 3, 5)),
+        ({}, "prior_width", 32),
+        ({"d_model": 576}, "prior_width", 36),
+        ({"d_model": 528}, "prior_width", 34),  # 33, plus 1
+        ({"d_model": 544}, "prior_width", 34),  # exactly 34
+        ({"d_model": 520}, "prior_width", 34),  # 32.5, rounded up to 33, plus 1
+        ({"prior_factor": 1e-9}, "prior_width", 2),
+        ({"d_model": 24}, "prior_width", 2),
+        ({"d_model": 40}, "prior_width", 4),
+        ({"d_model": 200, "prior_factor": 0.07}, "prior_width", 14),  # 14.000000000000002
+        ({"prior_factor": 4.0}, "prior_width", 2048),
         ({}, "passes", 1),
         ({"rdrop": 0.5, "dropout": 0.5}, "passes", 2),
         ({"batch_size": 3, "block_size": 5}, "geometry", (3, 5)),
@@ -396,8 +480,9 @@ def test_the_task_has_the_public_numbers() -> None:
     assert config.MIN_COVERAGE == 0.97
 
 
-# -- the plan: 81 tokens, 8 per step, 10 steps per epoch
+# -- the plan
 
+# The plans have 81 train tokens, 8 tokens per step and 10 steps per epoch.
 SMALL: dict[str, Any] = {"block_size": 4, "batch_size": 2, "epochs": 1}
 
 
@@ -423,7 +508,7 @@ def cosine(progress: float) -> float:
         ({"warmup_iters": 4, "warmup_frac": 0.9}, [0.25, 0.5, 0.75, 1.0, *(cosine(s / 6) for s in range(6))]),
         ({"warmup_iters": 20}, [s / 20 for s in range(1, 11)]),
         ({"warmup_frac": 1.0}, [s / 10 for s in range(1, 11)]),
-        ({"warmup_frac": 0.05}, [cosine(s / 10) for s in range(10)]),  # half a step is rounded down to none
+        ({"warmup_frac": 0.05}, [cosine(s / 10) for s in range(10)]),  # a warm-up of half a step is skipped
         ({"warmup_frac": 0.06}, [1.0, *(cosine(s / 9) for s in range(9))]),
         ({"schedule": "constant"}, [1.0] * 10),
         ({"schedule": "constant", "warmup_frac": 0.3, "min_lr_frac": 0.1}, [1 / 3, 2 / 3, *[1.0] * 8]),
@@ -508,7 +593,93 @@ def test_the_inputs_of_a_step() -> None:
         "lr": 0.5, "lr_aux": 0.5, "weight_decay": 0.25, "dropout": 0.5, "attn_dropout": 0.5,
         "resid_dropout": 0.5, "batch_size": 2,
         "grad_accum": 2, "rdrop": 0.75, "label_smoothing": 0.125, "average": 1.0,
+        **dict.fromkeys(ROUTED, 0.0),
     }  # fmt: skip
+
+
+ROUTED: dict[str, Any] = {
+    "capacity": 0.25, "sharpness": 2.0, "prior_loss": 0.5, "student_loss": 0.75, "router_loss": 1.5,
+    "router_z_loss": 1.25, "lr_router": 0.125, "lr_prior": 0.375, "lr_student": 0.625,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("pattern", "unused"),
+    [
+        ("D", list(ROUTED)),
+        ("DM", ["sharpness", "prior_loss", "lr_prior"]),
+        ("DS", ["router_loss", "router_z_loss"]),
+        ("DT", ["router_loss", "router_z_loss"]),
+        ("DSM", []),
+    ],
+)
+def test_an_input_of_routed_blocks_is_0_if_no_block_uses_it(pattern: str, unused: list[str]) -> None:
+    plan = make_plan(block_pattern=pattern, sharpness_end=2.0, schedule="constant", **ROUTED)
+    inputs = plan.at(3)._asdict()
+    assert {name: inputs[name] for name in ROUTED} == ROUTED | dict.fromkeys(unused, 0.0)
+    assert all(type(inputs[name]) is float for name in ROUTED)
+    shown = plan.table()["first_step"]
+    assert [name for name in ROUTED if name not in shown] == unused
+    other = {name: value / 2 for name, value in ROUTED.items() if name in unused}
+    if "sharpness" in unused:
+        other["sharpness_end"] = 7.0
+    changed = make_plan(
+        block_pattern=pattern, **{"sharpness_end": 2.0, "schedule": "constant"} | ROUTED | other
+    )
+    assert chain("00", changed) == chain("00", plan), "these values do not change the keys of a run"
+
+
+@pytest.mark.parametrize(
+    ("fields", "rate"), [({}, 0.5), ({"lr_aux": 0.25}, 0.25), ({"lr_aux": 0.25, "lr_router": 0.125}, 0.125)]
+)
+def test_the_rates_of_routers_follow_the_schedule(fields: dict[str, Any], rate: float) -> None:
+    plan = make_plan(lr=0.5, block_pattern="DS", schedule="cosine", warmup_iters=2, **fields)
+    peaks = {
+        "lr_router": rate,
+        "lr_prior": fields.get("lr_aux", 0.5),
+        "lr_student": fields.get("lr_aux", 0.5),
+    }
+    for step in range(plan.steps):
+        inputs = plan.at(step)
+        for name, peak in peaks.items():
+            assert getattr(inputs, name) == pytest.approx(peak * plan.lr_factor(step))
+
+
+# -- the sharpness: 10 steps, with w steps of warm-up
+
+
+def test_the_sharpness_step_by_step() -> None:
+    plan = make_plan(block_pattern="DS", sharpness=1.0, sharpness_end=3.0, warmup_iters=4)
+    rise = [0.0, 0.0, 0.0, 0.0, 0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    expected = [1 + 2 * (1 - cosine(progress)) for progress in rise]
+    assert [plan.at(step).sharpness for step in range(10)] == pytest.approx(expected, abs=1e-12)
+    assert plan.sharpness(25) == 3.0
+    falling = make_plan(block_pattern="DT", sharpness=3.0, sharpness_end=1.0)
+    assert falling.at(0).sharpness == 3.0 and falling.at(9).sharpness == 1.0
+    assert falling.at(3).sharpness == pytest.approx(3 - 2 * (1 - cosine(3 / 9)))
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.3, 6.0), (0.1, 100.0), (0.7, 0.2), (1000.0, 0.3), (0.03, 0.9)])
+def test_the_ends_of_the_sharpness_are_exact(start: float, end: float) -> None:
+    plan = make_plan(block_pattern="DS", sharpness=start, sharpness_end=end, warmup_iters=3)
+    assert [plan.at(step).sharpness for step in range(4)] == [start] * 4
+    assert plan.at(9).sharpness == end
+
+
+def test_a_run_that_only_warms_up_keeps_its_sharpness() -> None:
+    for warmup in (9, 10, 50):
+        plan = make_plan(block_pattern="DS", sharpness=1.0, sharpness_end=3.0, warmup_iters=warmup)
+        assert [plan.at(step).sharpness for step in range(10)] == [1.0] * 10
+    one = make_plan(block_pattern="DS", sharpness=1.0, sharpness_end=3.0, max_steps=1)
+    assert one.at(0).sharpness == 1.0
+
+
+def test_a_new_capacity_leaves_the_sharpness_alone() -> None:
+    fields: dict[str, Any] = {"block_pattern": "DS", "sharpness": 1.0, "sharpness_end": 3.0, "capacity": 0.75}
+    plain = make_plan(**fields)
+    plan = make_plan(**fields, growth={"ops": [op("set_capacity", 0.25, step=5)]})
+    assert [plan.at(step).capacity for step in range(10)] == [0.75] * 5 + [0.25] * 5
+    assert [plan.at(step).sharpness for step in range(10)] == [plain.at(step).sharpness for step in range(10)]
 
 
 @pytest.mark.parametrize(
@@ -598,7 +769,7 @@ def test_the_steps_with_an_evaluation(fields: dict[str, Any], steps: set[int]) -
     [
         ({"schedule": "constant"}, []),
         ({"schedule": "constant", "warmup_iters": 3}, [3]),
-        ({}, [1]),  # a cosine decay starts after its first step, which has the peak rate
+        ({}, [1]),  # the first step has the peak rate, and the decay starts after it
         ({"warmup_iters": 3}, [3, 4]),
         ({"schedule": "wsd", "decay_frac": 0.5}, [6]),
         ({"schedule": "wsd", "decay_frac": 0.5, "warmup_frac": 0.5}, [5, 6]),
@@ -646,7 +817,7 @@ def test_the_resolved_table() -> None:
     assert make_plan(swa=0.5).table()["swa_start"] == 5
 
 
-# -- the position where a step begins to read
+# -- reading positions
 
 
 @pytest.mark.parametrize(
@@ -654,10 +825,10 @@ def test_the_resolved_table() -> None:
     [
         ("sequential", 20, [(0, 0), (0, 8), (1, 0), (1, 8), (2, 0)]),
         ("sequential", 17, [(0, 0), (0, 8), (1, 0), (1, 8), (2, 0)]),
-        ("sequential", 16, [(0, 0), (1, 0), (2, 0)]),  # the last span lacks its last target
+        ("sequential", 16, [(0, 0), (1, 0), (2, 0)]),  # a second span would need a 17th token as its target
         ("sequential", 9, [(0, 0), (1, 0)]),
         ("shuffle_titles", 17, [(0, 0), (0, 8), (1, 0)]),
-        ("shuffle_titles", 16, [(0, 0), (0, 0), (1, 0), (1, 0)]),  # the second step reads the start again
+        ("shuffle_titles", 16, [(0, 0), (0, 0), (1, 0), (1, 0)]),  # both steps read the first tokens
         ("shuffle_titles", 20, [(0, 0), (0, 8), (1, 0)]),
     ],
 )
@@ -686,7 +857,7 @@ def test_the_place_of_a_step_in_a_later_segment() -> None:
     assert Segment(from_dict(SMALL))[1:] == (0, 0, 0, 0, 0, None)
 
 
-# -- growth: 800 tokens in 100 steps of 8
+# -- growth
 
 
 def op(name: str, value: Any = None, **trigger: Any) -> dict[str, Any]:
@@ -760,7 +931,7 @@ def test_a_growing_batch_size() -> None:
     assert [plan.at(s).batch_size for s in (19, 20, 29, 30)] == [2, 4, 4, 8]
     assert [plan.at(s).grad_accum for s in (34, 35)] == [1, 2]
     assert [plan.segment_at(s).first for s in (0, 19, 20, 44, 99)] == [0, 0, 20, 35, 35]
-    # There are three evaluations per epoch. An epoch has 50 steps, then 25, then 12.
+    # Each epoch has three evaluations. The ops shorten an epoch from 50 steps to 25 and then to 12.
     assert plan.eval_steps == {1, 16, 28, 34, 38, 42, 45}
     assert plan.breaks == [20, 30, 35]
 
@@ -802,7 +973,7 @@ def test_a_plan_with_an_undecided_op() -> None:
         decided.table()["growth"]
         == "set_lr 0.25 after step 10, set_lr 0.125 after step 34, set_dropout 0.5 after step 50"
     )
-    late = plan_with(*ops, lr=0.5, fired=(10, 96))  # the decision is late, so the last op is due immediately
+    late = plan_with(*ops, lr=0.5, fired=(10, 96))  # the second op fires late, so the last op is due at once
     assert late.fired == (10, 96, 96)
 
 
@@ -843,7 +1014,7 @@ def test_a_plan_after_one_more_decision() -> None:
 
 
 def test_ops_after_a_late_decision_are_dropped() -> None:
-    """A late op is refused before a run, but it is dropped if a decision of the run made it late."""
+    """A config is refused if an op is due after the end. An op that becomes late during a run is dropped."""
     ops = op("set_lr", 0.25, loss_below=3.0), op("set_batch_size", 8, step=50)
     plan = plan_with(*ops, fired=(99,))
     assert (plan.fired, len(plan.segments), plan.steps) == ((99,), 2, 100)
@@ -1151,7 +1322,7 @@ def test_from_dict_keeps_the_preset_name() -> None:
 
 
 def test_wrong_fields_are_reported_before_the_faults_of_ops() -> None:
-    """Ops can be applied only to a valid config, but their syntax is always checked."""
+    """The syntax of ops is always checked, but their effects are checked only for a valid config."""
     late = {"ops": [{"name": "set_grad_accum", "value": 3, "trigger": {"step": 5}}]}
     assert refusals(growth=late).startswith("growth: ops[0] 'set_grad_accum': grad_accum=3")
     assert refusals(growth=late, lr=-1.0).splitlines() == refusals(lr=-1.0).splitlines()

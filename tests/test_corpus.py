@@ -1,4 +1,4 @@
-"""Corpora that are not on the hub: order, splits, fingerprints, and messages about bad input."""
+"""Test the order, splits, fingerprints and error messages of corpora that are not on the hub."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ from mainrun.store import records
 from mainrun.store.rundir import RunDir
 from reports.submission.prepare import _run_files
 
-SECONDS = 8.0  # the time limit of the random sample
+SECONDS = 8.0  # time limit of all random cases
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_damage_that_crashed_or_hung(fixture: FixtureDirectory, driver: Driver, 
 
 
 def sample(fixture: FixtureDirectory, driver: Driver, seed: int, seconds: float) -> None:
-    """Run random cases until the time is over.
+    """Run random cases until the time limit is reached.
 
     The message of a failed case contains the command that repeats this case.
     """

@@ -30,7 +30,7 @@ SMALL: dict[str, Any] = {
     "optimizer": "sgd",
 }
 
-# The first op fires at a fixed step and the second at an evaluation. All processes must decide the same.
+# The first op fires at a fixed step, and the second at an evaluation. All processes must choose alike.
 GROWS = (
     '{"version":2,"ops":[{"name":"stack_layers","value":[0,0,1],"init":"identity","trigger":{"step":9}},'
     '{"name":"widen_mlp","value":160,"trigger":{"any":[{"loss_below":0.1},{"wait_iters":5}]}}]}'
@@ -159,7 +159,7 @@ def test_an_interrupted_run_of_two_processes_resumes(tmp_path: Path) -> None:
     compare(RunDir(tmp_path / "one" / cfg.run_id), run)
     assert [r["step"] for r in run.metrics() if r["event"] == "step"] == list(range(1, status["steps"] + 1))
 
-    # Running the command again shows the finished run. With --fresh, no process reuses the old summary.
+    # Running the command again shows the finished run. With --fresh, all processes ignore the old summary.
     weights = (run.summary() or {})["weights"]
     assert torchrun(tmp_path / "two", **changes).returncode == 0 and (run.summary() or {})["resumed"] == 1
     done = torchrun(tmp_path / "two", "--fresh", **changes)

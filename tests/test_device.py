@@ -1,4 +1,4 @@
-"""How a run uses the machine: it makes the same choices every time and records them in the machine class."""
+"""A run makes the same hardware choices every time and records them in its machine class."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def python(code: str, **env: str) -> str:
     return done.stdout.strip()
 
 
-# Allocate a 64 MB tensor twenty times. The default allocator maps new memory every time.
+# Allocate a 64 MB tensor twenty times. Each time, the default allocator maps new memory.
 FAULTS = """
 import resource
 from mainrun.core.hardware import tune_allocator
@@ -102,7 +102,7 @@ def test_the_allocator_changes_no_bit_and_stands_in_env_json(tmp_path: Path) -> 
     assert found[0][0] == found[1][0] and found[1][1].startswith("default") and found[0][1] != found[1][1]
 
 
-# -- what a run uses by default
+# -- defaults of a run
 
 
 def test_attention_is_chosen_by_device_dtype_length_and_dropout(tiny: Tiny) -> None:
@@ -173,11 +173,11 @@ def test_the_rate_that_is_used_is_a_whole_256th_and_recorded(asked: float, used:
         )
 
 
-# -- losses that stay on the device for some steps
+# -- losses that are read late
 
 
 class Late(Device):
-    """A device that reads the numbers of several steps together, as on a GPU."""
+    """A device that fetches the losses of several steps together, as a GPU does."""
 
     def __init__(self, cfg: TrainConfig) -> None:
         super().__init__(cfg)
@@ -234,8 +234,10 @@ def test_a_loss_that_is_read_late_still_ends_the_run(
     def planted(*args: Any) -> Any:
         nonlocal calls
         calls += 1
-        found, plain = loss(*args)
-        return (found * float("nan"), plain) if calls == 12 else (found, plain)
+        result = loss(*args)
+        if calls != 12:
+            return result
+        return result._replace(minimized=result.minimized * float("nan"))
 
     monkeypatch.setattr(trainer, "compute_loss", planted)
     cfg = tiny(checkpoint_every=10, eval_per_epoch=0)
@@ -251,7 +253,7 @@ def test_a_loss_that_is_read_late_still_ends_the_run(
 def test_a_bad_loss_at_the_end_of_a_reading_keeps_the_rows_before_it(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The failed step has not changed the weights, so the saved checkpoint must cover every row before it."""
+    """A failed step does not change the weights, so the checkpoint must cover all rows before this step."""
     cfg = tiny(eval_per_epoch=0, checkpoint_every=10**6)
     train(cfg, tmp_path / "whole")
     loss, calls = trainer.compute_loss, 0
@@ -259,8 +261,10 @@ def test_a_bad_loss_at_the_end_of_a_reading_keeps_the_rows_before_it(
     def planted(*args: Any) -> Any:
         nonlocal calls
         calls += 1
-        found, plain = loss(*args)
-        return (found * float("nan"), plain) if calls == last else (found, plain)
+        result = loss(*args)
+        if calls != last:
+            return result
+        return result._replace(minimized=result.minimized * float("nan"))
 
     last = 8  # step 1 is read alone, because it has a score; steps 2 to 8 are read together
     with monkeypatch.context() as late:
@@ -295,7 +299,7 @@ def test_a_checkpoint_between_two_readings_has_every_row(
     assert results(RunDir(tmp_path / "late" / cfg.run_id)) == results(RunDir(tmp_path / "whole" / cfg.run_id))
 
 
-# -- every kind of dropout has an effect
+# -- dropout
 
 
 @pytest.mark.parametrize("attention", ["plain", "sdpa"])
@@ -318,9 +322,9 @@ def test_each_dropout_alone_changes_the_training_and_is_the_same_twice(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_dropout_keeps_is_scaled_to_keep_the_mean(tiny: Tiny, dtype: torch.dtype) -> None:
-    """In bfloat16, the scale of dropout is not rounded.
+    """The scale of dropout is not rounded to bfloat16.
 
-    With rounding, 256/230 would become 1.109, and every branch would be about 0.3% too small.
+    Rounding would turn 256/230 into 1.109, and the output of dropout would be about 0.3% too small.
     """
     for drop in (26, 13, 51, 128):
         p = drop / 256
@@ -386,7 +390,7 @@ def test_what_makes_libraries_compute_otherwise_is_in_the_machine_class(
     assert Device(tiny()).machine_class["instructions"] != plain["instructions"]
 
 
-# -- the time of a run, by purpose
+# -- the time by purpose
 
 
 def test_the_seconds_of_a_run_add_up(tiny: Tiny, tmp_path: Path) -> None:
@@ -416,7 +420,7 @@ def test_the_seconds_of_a_run_add_up(tiny: Tiny, tmp_path: Path) -> None:
     assert summary["spent"]["steps"] == pytest.approx(steps, rel=0.2)
 
 
-# -- compiled runs keep the promises of uncompiled runs
+# -- compiled runs
 
 
 @COMPILER

@@ -48,7 +48,7 @@ def fixture(driver: Driver, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return odd_cases.make_fixture(driver, tmp_path_factory.mktemp("doors"))
 
 
-# -- commands that failed in the past
+# -- known failures
 
 
 class Row(NamedTuple):
@@ -125,7 +125,7 @@ FAILED_ONCE = [
     Row("sweep run broken.toml --out FOLDERS", "1,500 folders; at most 200"),
     Row(f"{TRAIN} --set seed=6", "got MAINRUN_CACHE", 2, {"env": {"MAINRUN_CACHE": "d/" * 1500}}),
     Row(f"{TRAIN} --set seed=6", "got MAINRUN_CACHE", 2, {"env": {"MAINRUN_CACHE": "loop"}}),
-    # a home directory of a user who does not exist
+    # These paths are in the home directory of an unknown user.
     Row("store ls --store ~no-such-user", "~ names no user"),
     Row(f"{TRAIN} --set corpus=file:~no-such-user/x", "~ names no user"),
     Row("download hn", "~ names no user", 2, {"env": {"MAINRUN_CACHE": "~no-such-user"}}),
@@ -134,11 +134,11 @@ FAILED_ONCE = [
     Row(f"{TRAIN} --store loop", LOOP),
     Row("store ls --store loop", LOOP),
     Row(f"{TRAIN} --out loop/x", LOOP),
-    # arguments that are not text, and a stdout that cannot be written
+    # An argument is not text, or stdout cannot be written.
     Row("train --preset small.toml --out BYTES", "not UTF-8 text"),
     Row("presets", "stdout cannot be written (No space left on device)", 2, {"stdout": "full"}),
     Row("presets --json", "stdout cannot be written (No space left on device)", 2, {"stdout": "full"}),
-    Row("presets", "", 0, {"stdout": "closed"}),  # as with `| head`, which exits early
+    Row("presets", "", 0, {"stdout": "closed"}),  # `| head` closes stdout early, too
     Row("presets no", "", 2, {"stderr": "full"}),
     Row("presets no", "", 2, {"stderr": "closed"}),
     # numbers
@@ -187,7 +187,7 @@ def test_a_preset_of_300_000_unknown_keys(driver: Driver, tmp_path: Path) -> Non
 def test_suggestions_are_computed_only_for_the_faults_that_are_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Comparing one name with all fields takes 0.2 ms, so 300,000 unknown names would take a minute."""
+    """A comparison of a name with all fields takes 0.2 ms, so 300,000 unknown names would take a minute."""
     names = []
     monkeypatch.setattr(config, "nearest", lambda name, allowed: names.append(name) or "")
     (tmp_path / "keys.toml").write_text("".join(f"k{i} = 1\n" for i in range(2000)), encoding="utf-8")
@@ -196,7 +196,7 @@ def test_suggestions_are_computed_only_for_the_faults_that_are_shown(
     assert names == [f"k{i}" for i in range(10)]
 
 
-# -- messages about input that is too large, and commands that succeed anyway
+# -- input that is too large
 
 
 @pytest.mark.parametrize(
@@ -395,7 +395,7 @@ def test_a_wrong_option_of_the_tool_is_refused(script: str, option: str) -> None
 
 @pytest.mark.slow
 def test_an_interrupted_tool_ends_without_a_traceback() -> None:
-    # A background job inherits an ignored SIGINT.
+    # Background jobs ignore SIGINT, so restore the default handler.
     allow_interrupts = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
     command = [sys.executable, str(ROOT / "tests" / "doors.py"), "--cases", "100000", "--jobs", "2"]
     process = subprocess.Popen(

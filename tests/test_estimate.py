@@ -1,4 +1,4 @@
-"""The estimate of --dry-run: the memory and the time of a run."""
+"""Test the memory and the time that --dry-run estimates for a run."""
 
 from __future__ import annotations
 
@@ -78,6 +78,19 @@ def test_the_memory_contains_its_parts(tiny: Any) -> None:
     assert tensor_bytes(tiny(**size, optimizer="sgd", dtype="bfloat16")) < 0.8 * plain
 
 
+def test_a_routed_block_takes_memory_for_its_selected_tokens(tiny: Any) -> None:
+    size = {"batch_size": 512, "block_size": 64, "d_model": 64, "n_layer": 4, "vocab_size": 500}
+    size |= {"compile": "off", "attention": "plain", "optimizer": "sgd"}
+    dense = tensor_bytes(tiny(**size))
+    layer = (tensor_bytes(tiny(**size | {"n_layer": 8})) - dense) / 4
+    eighth = tensor_bytes(tiny(**size, block_pattern="DM", capacity=0.125))
+    half = tensor_bytes(tiny(**size, block_pattern="DM", capacity=0.5))
+    assert dense - 2 * layer < eighth < half < dense
+    assert half - eighth > 0.3 * layer, "two layers with fewer tokens"
+    everywhere = tensor_bytes(tiny(**size, block_pattern="DT", capacity=0.5))
+    assert everywhere > half + 2 * layer, "T passes all tokens through its block as well"
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "muon"])
 def test_the_estimate_takes_no_memory_and_draws_no_random_numbers(tiny: Any, optimizer: str) -> None:
     huge = tiny(
@@ -99,7 +112,12 @@ def test_the_estimate_takes_no_memory_and_draws_no_random_numbers(tiny: Any, opt
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
-    [{"dtype": "float32", "dropout": 0.1, "optimizer": "adamw"}, {"dtype": "bfloat16", "optimizer": "muon"}],
+    [
+        {"dtype": "float32", "dropout": 0.1, "optimizer": "adamw"},
+        {"dtype": "bfloat16", "optimizer": "muon"},
+        {"block_pattern": "DSMT", "dropout": 0.1, "optimizer": "adamw"},
+        {"block_pattern": "DM", "capacity": 0.125, "dtype": "bfloat16", "optimizer": "muon"},
+    ],
 )
 def test_the_estimate_is_close_to_the_measured_peak(tiny: Any, changes: dict[str, Any]) -> None:
     cfg = tiny(
@@ -133,7 +151,7 @@ def test_the_time_is_the_sum_of_its_parts(tiny: Any, monkeypatch: pytest.MonkeyP
     cfg = tiny(dev_frac=0.2, compile="off")
     device, plan, data = planned(cfg)
     steps: list[int] = []
-    times = iter([0.5, 9.0, 0.4, 2.0, 2.0])  # three steps, then the beginnings of val and dev
+    times = iter([0.5, 9.0, 0.4, 2.0, 2.0])  # three steps and two short evaluations take these seconds
 
     def seconds_of(work: Any) -> float:
         work()

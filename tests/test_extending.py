@@ -19,7 +19,7 @@ COMMANDS = re.compile(r"^```console\n(?P<text>.*?)```$", re.S | re.M)
 
 
 def sections(text: str) -> dict[str, str]:
-    """Map the headings of the page to those sections that contain an example."""
+    """Map the heading of each section that contains an example to the section."""
     parts = re.split(r"^## (.+)$", text, flags=re.M)
     found = dict(zip(parts[1::2], parts[2::2], strict=True))
     return {heading: body for heading, body in found.items() if "```console" in body}
@@ -59,7 +59,7 @@ def last_row(lines: list[str], table: str) -> int:
     rest = range(begin + 1, len(lines))
     close = next(i for i in rest if re.match(r"[)\]}]", lines[i]))
     while re.match(r"\s*[)\]}]", lines[close - 1]) and not lines[close - 1].rstrip().endswith(","):
-        close -= 1  # the rows are inside a nested bracket
+        close -= 1  # skip the closing bracket of an inner literal
     return close
 
 

@@ -1,4 +1,4 @@
-"""Hashing and canonical JSON, which determine the bytes of stored files, and locks between processes."""
+"""Test hashing and canonical JSON, which determine the bytes of stored files, and locks between processes."""
 
 from __future__ import annotations
 

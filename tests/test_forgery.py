@@ -1,4 +1,4 @@
-"""Someone edits the files of a real run between two sessions. No edit improves a figure unnoticed."""
+"""Edit the files of a real run between two sessions. Every edit that improves a figure must be detected."""
 
 from __future__ import annotations
 

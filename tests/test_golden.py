@@ -37,8 +37,8 @@ def test_every_operation_and_every_optimizer_has_a_case() -> None:
 
     fields = [fields for _, fields in golden.CASES.values()]
     named = {op["name"] for values in fields for op in values.get("growth", {}).get("ops", ())}
-    # These three ops need no case: set_eval_interval changes no bit, set_eval_iters is refused, and the tests
-    # of set_warmup_iters use their own schedule.
+    # These three ops need no case: set_eval_interval changes no result, set_eval_iters is refused, and the
+    # tests of set_warmup_iters use their own schedule.
     assert set(NAMES) - named == {"set_eval_interval", "set_eval_iters", "set_warmup_iters"}
     assert {values.get("optimizer") for values in fields} >= set(
         get_args(TrainConfig.model_fields["optimizer"].annotation)

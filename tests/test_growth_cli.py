@@ -1,4 +1,4 @@
-"""`mainrun grow plan` and `verify`: output and exit codes, in this process and without training."""
+"""Test the output and exit codes of `mainrun grow plan` and `verify` in this process, without training."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def finding(ok: bool = True, same: bool = True, check: str = "function") -> Repe
 
 @pytest.fixture
 def repeated(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Replace `repeat_ops`. Return a list of the findings to report, followed by the arguments of calls."""
+    """Replace `repeat_ops`. Return the list that the fake returns, followed by the arguments of its calls."""
     called: list[Any] = []
 
     def fake(run_: RunDir, store: Any) -> Iterable[RepeatedCheck]:

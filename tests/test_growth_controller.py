@@ -1,4 +1,4 @@
-"""Growth in complete runs: when operations fire, equal bits after interruptions, and failed operations."""
+"""Test in complete runs when operations fire, that interruptions change no bit, and how operations fail."""
 
 from __future__ import annotations
 
@@ -324,7 +324,7 @@ def test_runs_that_grow_at_different_steps_share_the_steps_before(tmp_path: Path
 
 
 def test_a_run_reuses_no_step_after_a_different_decision(tmp_path: Path) -> None:
-    """Two runs decide at step 18, and only one of them grows. They share the steps up to 18."""
+    """At step 18, one of two runs grows and the other does not. The runs share the steps up to 18."""
     store = Store(tmp_path / "store")
     fires = config(op("widen_mlp", 160, {"any": [{"loss_below": 0.01}, {"wait_iters": 18}]}))
     never = config(op("widen_mlp", 160, {"loss_below": 0.01}))
@@ -352,7 +352,7 @@ def test_the_audit_trains_a_grown_node_again(tmp_path: Path) -> None:
 
 
 def broken_widen_mlp(c: operators.Change) -> operators.Pieces:
-    """Make widen_mlp wrong: each copied unit contributes more output than its share."""
+    """Widen the MLP incorrectly: scale its output weights by 1.5."""
     pieces = operators.widen_mlp(c)
     return {
         n: replace(p, weight=p.weight * 1.5) if n.endswith("down.weight") else p for n, p in pieces.items()
@@ -431,7 +431,7 @@ def test_an_op_that_raises_has_failed(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_loss_before_an_op_belongs_to_the_state_at_that_step(tmp_path: Path) -> None:
-    """Without an evaluation, no loss is known before an op. A second op uses the first op's reevaluation."""
+    """Before the first evaluation, no loss is known. An op uses the loss after an earlier op at its step."""
     ops = [
         op("widen_mlp", 160, {"step": 5}),
         op("widen_mlp", 192, {"step": 9}),
@@ -446,7 +446,7 @@ def test_the_loss_before_an_op_belongs_to_the_state_at_that_step(tmp_path: Path)
 
 
 def test_a_later_op_does_not_hide_copies_that_stay_equal(tmp_path: Path) -> None:
-    """Copies without noise stay equal. This is checked after 10 steps, or just before layers are stacked."""
+    """Copies without noise stay equal. A run checks them after 10 steps, or just before it stacks layers."""
     wide = op("widen_model", {"factor": 2}, {"step": 4})
     after = {
         "frozen": op("freeze_layer", 0, {"step": 7}),

@@ -1,4 +1,4 @@
-"""Growth without training: when operations fire, the journal, and failed operations."""
+"""Test without training when growth operations fire, what the journal records, and how failures end."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_waiting_starts_at_the_last_op() -> None:
     assert run.growth.decide() and fired(run) == (10, 20)
 
 
-# -- what an operation does, and its rows in the journal
+# -- operations and the journal
 
 
 def test_no_op_acts_before_its_step_or_after_the_last_step() -> None:
@@ -399,7 +399,7 @@ def test_the_journal_records_why_an_op_fired() -> None:
     whys = [row["why"] for row in run.rows if row["event"] == "OPERATION_START"]
     assert whys == ["loss 2.7500 < 3", "0 steps since the last op >= 0"]
     late = Run(config(LOSS))
-    # The plan contains the decision, but its score is missing.
+    # The plan says that the op has fired, but the score that triggered the op is missing.
     late.growth.plan = Plan(late.growth.cfg, TOKENS, (10,))
     late.go(10)
     late.act()
@@ -512,7 +512,7 @@ def test_all_failed_checks_are_named(broken_widen_mlp: None) -> None:
     run.go(10)
     with pytest.raises(
         UsageError,
-        match=r"function: max .*; coverage: \d\d\.\d% of the optimiser's state was .*, 100.0% is required",
+        match=r"function: max .*; coverage: \d\d\.\d% of the optimizer's state was .*, 100.0% is required",
     ):
         run.act()
 
@@ -873,7 +873,7 @@ def test_an_average_grows_with_the_weights() -> None:
     assert not torch.equal(average.shadow["embed.weight"], model.embed.weight) and not up.requires_grad
 
 
-def test_the_optimiser_gets_the_schedules_of_new_parameters() -> None:
+def test_the_optimizer_gets_the_schedules_of_new_parameters() -> None:
     run = run_with_ops(
         op(
             "stack_layers", [0, 1, 1], {"step": 10}, lr={"rewarm_iters": 4, "new_params_peak": 1.5}, **INITIAL

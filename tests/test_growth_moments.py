@@ -1,4 +1,4 @@
-"""The optimiser state after each operation, compared with gradients, wide runs and known mistakes."""
+"""Compare the optimizer state after each operation with gradients, wide runs and known mistakes."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ WIDE = {
 @pytest.mark.parametrize("name", WIDE)
 @pytest.mark.parametrize("fault", ["", "unscaled moments", "unscaled rates"])
 def test_a_wide_run_follows_the_narrow_one(name: str, fault: str) -> None:
-    """With scaled moments and rates, 20 steps of AdamW agree to 1e-10. Each scaling is necessary."""
+    """If moments and rates are scaled, the wide and the narrow run agree to 1e-10 over 20 steps of AdamW."""
     fields, value = WIDE[name]
     model, optimizers = trained(config(**ADAMW, **fields), 5)
     state = optimizers.state()
@@ -237,7 +237,7 @@ def test_coverage_is_the_share_of_elements_and_has_a_minimum() -> None:
     assert coverage == pytest.approx(1 - added / total) and not any("blocks.2" in name for name in state)
     with pytest.raises(
         ValueError,
-        match=r"72\.1% of the optimiser's state was transferred, but min_coverage=0.9 requires more",
+        match=r"72\.1% of the optimizer's state was transferred, but min_coverage=0.9 requires more",
     ):
         transfer(optimizers.state(), moved, min_coverage=0.9)
     assert transfer(optimizers.state(), moved, "reset", min_coverage=0.9) == ({}, 0.0), (
@@ -279,7 +279,7 @@ def test_merging_drops_the_moments_of_the_low_rank_term() -> None:
 
 
 def test_trap_state_looked_up_by_position_or_identity() -> None:
-    """Looking up state by position or identity transfers nothing, but raises no error either."""
+    """Looking up optimizer state by position or identity finds nothing and raises no error."""
     model, optimizers = trained(config(**ADAMW))
     new, moved = grown(model, op("widen_model", {"factor": 2}))
     by_position = {f"optimizer/{i}/exp_avg": v for i, v in enumerate(optimizers.state().values())}
@@ -308,7 +308,7 @@ def first_update(model: GPT, optimizers: Optimizers, seed: int = 0) -> dict[str,
 def test_trap_a_second_moment_of_zero_at_a_large_step_count(
     name: str, beta2: float, overshoot: float
 ) -> None:
-    """The first update of a new element is at most the learning rate, even in a tensor after 10,000 steps."""
+    """The first update of a new element is at most the learning rate, even after 10,000 optimizer steps."""
     model = shaken(config(**ADAMW, beta2=beta2, attn_lora_rank=2))
     shapes = {n: p.shape for n, p in model.named_parameters()}
     state = {f"optimizer/{n}/step": torch.tensor(10_000.0) for n in shapes}
@@ -327,7 +327,7 @@ def test_trap_a_second_moment_of_zero_at_a_large_step_count(
     for seed in range(1, 11):  # later updates stay below 2.5 times the learning rate
         later = first_update(new, optimizers, seed)
         assert all(later[n].max() < 2.5 for n in fresh), seed
-    for n in partial:  # the mistake: a second moment of zero
+    for n in partial:  # plant the mistake: set the second moment to zero
         faulty, _ = grown(model, OPS[name](model.cfg))
         zero = {k: v.clone() for k, v in new_state.items()}
         zero[f"optimizer/{n}/exp_avg_sq"][fresh[n]] = 0
@@ -359,7 +359,7 @@ def test_a_partly_new_tensor_with_a_zero_second_moment_starts_empty() -> None:
 
 @pytest.mark.parametrize("mode", ["scale", "keep", "reset"])
 def test_trap_copies_that_never_diverge(mode: str) -> None:
-    """Copies stay equal if their moments are copied, and also if the optimiser state is reset."""
+    """Copies stay equal if their moments are copied, and also if the optimizer state is reset."""
     model, optimizers = trained(config(**ADAMW, **MODERN))
     new, _, moved = go_on(model, optimizers, op("widen_model", {"factor": 2}), mode, count=10)
     assert set(equal_copies(moved, new)) == {name for name, *_ in moved.copies()}

@@ -1,4 +1,4 @@
-"""Pieces, copies, schedules and state transfer on tensors that are small enough to write by hand."""
+"""Test pieces, copies, schedules and state transfer on tensors that are small enough to write by hand."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def test_schedules_are_kept_and_widening_multiplies_them() -> None:
     assert alone == {"a": ParamSchedule(0.5, 2.0, 1.0)}
 
 
-# -- optimiser state
+# -- optimizer state
 
 
 def state(**tensors: Tensor) -> dict[str, Tensor]:
@@ -368,7 +368,7 @@ def test_the_minimum_coverage(least: float, passes: bool) -> None:
     else:
         with pytest.raises(
             ValueError,
-            match=rf"50\.0% of the optimiser's state was transferred, but min_coverage={least:g} requires "
+            match=rf"50\.0% of the optimizer's state was transferred, but min_coverage={least:g} requires "
             "more; lower min_coverage",
         ):
             transfer(ADAM, half, min_coverage=least)

@@ -1,4 +1,4 @@
-"""Each operation on the architecture keeps its promise on small models of every kind. Its formulas hold."""
+"""Each architecture operation keeps its promise and follows its formulas on small models of every kind."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_copied_layers_change_the_function() -> None:
 
 
 def test_an_identity_layer_ends_in_zeros_and_gets_gradients() -> None:
-    """The zeros get gradients at once. The copied tensors before them get gradients one step later."""
+    """Output weights of zero get gradients at once. The tensors before them get gradients a step later."""
     model = shaken(config(bias=True, attn_lora_rank=2))
     new, _ = grown(model, op("stack_layers", (0, 1, 1), init="identity"))
     old, new_weights = weights(model), weights(new)
@@ -220,7 +220,7 @@ def test_an_identity_layer_ends_in_zeros_and_gets_gradients() -> None:
 
 
 def test_trap_a_layer_with_norm_gains_of_zero_gets_no_gradient() -> None:
-    """A layer whose norm gains are zero also returns its input, but its MLP gets no gradient."""
+    """A new layer with norm gains of zero also returns its input, but its MLP gets no gradient."""
     model = shaken(config(norm="rmsnorm", bias=False))
     right, _ = grown(model, op("stack_layers", (0, 1, 1), init="identity"))
     faulty, _ = grown(model, op("stack_layers", (0, 1, 1)))
@@ -260,7 +260,7 @@ def test_the_copies_of_a_unit_have_unequal_shares_of_its_output() -> None:
         share = moved.pieces[f"{mlp}down.weight"].weight
         assert units is not None and isinstance(share, Tensor)
         assert torch.equal(units[:12], torch.arange(12)) and set(units.tolist()) == set(range(12))
-        for side in ("up", "gate"):  # up and gate have the same index
+        for side in ("up", "gate"):  # `up` and `gate` copy the same hidden units
             assert torch.equal(new_weights[f"{mlp}{side}.weight"], old[f"{mlp}{side}.weight"][units])
             assert torch.equal(new_weights[f"{mlp}{side}.bias"], old[f"{mlp}{side}.bias"][units])
         assert torch.equal(new_weights[f"{mlp}down.weight"], old[f"{mlp}down.weight"][:, units] * share)
@@ -284,7 +284,10 @@ def test_identity_units_are_random_and_have_no_output() -> None:
 
 
 def test_a_widened_model_consists_of_tiles() -> None:
-    """Matrices become tile(W, n, n) / n. A tied head keeps its weights, and the last norm is divided by n."""
+    """Widening by n turns each matrix W into tile(W, n, n) / n.
+
+    A tied head keeps its weights, and the last norm is divided by n.
+    """
     for tied in (True, False):
         model = shaken(
             config(
@@ -326,7 +329,7 @@ def test_copies_of_a_query_head_share_kept_keys_and_values() -> None:
     assert torch.equal(new_weights[k], old[k].tile(1, 2) / 2)
     assert torch.equal(new_weights[o], old[o].view(8, 4, 2).repeat_interleave(2, 1).flatten(1).tile(2, 1) / 2)
     faulty, _ = grown(model, op("widen_model", {"factor": 2, "kv": "keep"}))
-    with torch.no_grad():  # the mistake: tile the heads, so that copies of head 1 read the keys of head 2
+    with torch.no_grad():  # plant the mistake: copies of head 1 read the keys of head 2
         for block in faulty.blocks:
             block.attn.q.weight.copy_(block.attn.q.weight.view(4, 2, 2, 16).transpose(0, 1).reshape(16, 16))
             block.attn.o.weight.copy_(block.attn.o.weight.view(16, 4, 2, 2).transpose(1, 2).reshape(16, 16))
@@ -342,7 +345,7 @@ def test_a_change_of_the_head_width_is_refused() -> None:
 
 
 def test_trap_a_tied_head_that_is_widened_twice() -> None:
-    """Each widening divides the last norm by n. Without this division, the logits are 4 times as large."""
+    """Widening divides the last norm by n. Without this, widening by 2 twice multiplies the logits by 4."""
     model = shaken(config(tie_head=True))
     once, _ = grown(model, op("widen_model", {"factor": 2}))
     twice, _ = grown(once, op("widen_model", {"factor": 2}))
@@ -478,7 +481,7 @@ def test_a_rank_of_zero_is_refused() -> None:
 
 
 def test_trap_the_term_of_a_tied_embedding_is_used_at_both_ends() -> None:
-    """If only the input used the low-rank term, merging it would change the output of the head."""
+    """If a tied head ignored the low-rank term of the embedding, merging it would change the logits."""
     model = shaken(config(embed_lora_rank=2))
     new, _ = grown(model, op("merge_lora_weights"))
     assert "embed.lora_a" not in weights(new) and logit_change(model, new, IDX)[0] < 1e-10
@@ -504,7 +507,7 @@ def test_new_ids_change_the_logits_only_without_their_mask() -> None:
         before, logits = model(IDX), new(IDX)
         assert torch.allclose(
             logits[..., :V], before, rtol=0, atol=1e-12
-        )  # a wider product may add in another order
+        )  # a wider matrix product may sum in another order
         assert (logits[..., V:] == -torch.inf).all()
         new.cfg = new.cfg.changed(unused_ids=0)  # the new ids are now in use
         open_ = new(IDX)
@@ -515,7 +518,7 @@ def test_new_ids_change_the_logits_only_without_their_mask() -> None:
     assert (rise > 0.1).any() and not check_function("exact", model, new, IDX).ok
 
 
-# -- random numbers, failures and whole plans
+# -- random numbers and failures
 
 
 def test_random_numbers_depend_only_on_the_seed() -> None:
@@ -532,7 +535,7 @@ def test_random_numbers_depend_only_on_the_seed() -> None:
 
 
 def test_trap_a_failed_op_changes_nothing() -> None:
-    """After a failed operation, the run continues with the old model and optimiser state."""
+    """After a failed operation, the run continues with the old model and optimizer state."""
     model, optimizers = trained(config())
     before, state = weights(model), {k: v.clone() for k, v in optimizers.state().items()}
     what = op("upcycle_moe", {"experts": 4, "shards": 5})
@@ -540,7 +543,7 @@ def test_trap_a_failed_op_changes_nothing() -> None:
         grow(what, model.cfg, model.cfg.changed(experts=4), model, 1)
     assert all(torch.equal(before[n], w) for n, w in weights(model).items())
     assert all(torch.equal(state[n], w) for n, w in optimizers.state().items())
-    with torch.no_grad():  # the mistake: an in-place change remains after the failure
+    with torch.no_grad():  # an in-place change would remain after the failure
         model.embed.weight.mul_(2)
     with pytest.raises(RuntimeError):
         model.norm.weight.data.copy_(torch.zeros(5))  # type: ignore[operator, union-attr]

@@ -1,4 +1,4 @@
-"""The expected pieces of each operation: the source of each channel and the factors of each tensor."""
+"""Each operation takes every channel from the expected source and scales every tensor as expected."""
 
 from __future__ import annotations
 
@@ -703,7 +703,7 @@ def test_freezing_changes_no_parameter() -> None:
         assert isinstance(moved, IndexMap) and operators.OPS[name] is operators.unchanged
 
 
-# -- the order of the random draws, which determines the bits of a grown model
+# -- the order of random draws
 
 
 def normal(*shape: int, seed: int = 7) -> Tensor:

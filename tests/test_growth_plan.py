@@ -1,4 +1,4 @@
-"""`mainrun grow plan`: the exact faults of a schedule, its warnings, and the cost of each segment."""
+"""Test the faults, the warnings and the cost of each segment that `mainrun grow plan` reports."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_sizes_agree_with_a_real_model(cfg: TrainConfig) -> None:
 
 @settings(max_examples=15)
 @given(shapes(), st.sampled_from([("sgd", 0.0), ("sgd", 0.9), ("adamw", 0.0), ("muon", 0.9)]))
-def test_moments_agree_with_a_real_optimiser(cfg: TrainConfig, kind: tuple[str, float]) -> None:
+def test_moments_agree_with_a_real_optimizer(cfg: TrainConfig, kind: tuple[str, float]) -> None:
     cfg = cfg.changed(optimizer=kind[0], momentum=kind[1])
     state = State(cfg, build(cfg, cfg.vocab_size))
     for p in state.model.parameters():
@@ -207,8 +207,8 @@ def test_with_train_tokens_the_segments_assume_the_longest_waits() -> None:
     ops = [
         {"name": "set_lr", "value": 0.1, "trigger": {"any": [{"loss_below": 9}, {"wait_iters": 100}]}},  # 132
         {"name": "stack_layers", "value": [0, 0, 1], "trigger": {"step": 200}},  # step 200
-        {"name": "set_batch_size", "value": 16, "trigger": {"wait_iters": 0}},  # waits for a new loss: 231
-        {"name": "set_lr", "value": 0.2, "trigger": {"wait_iters": 0}},  # uses the same loss: step 231
+        {"name": "set_batch_size", "value": 16, "trigger": {"wait_iters": 0}},  # at the next loss: 231
+        {"name": "set_lr", "value": 0.2, "trigger": {"wait_iters": 0}},  # at the same loss: 231
     ]
     forecast = simulate(cfg, {"ops": ops}, train_tokens=102_401, speed=1e9)
     assert [s.begins for s in forecast.segments] == [

@@ -1,4 +1,4 @@
-"""`grow verify` with a fake `train`: which steps it trains, and how it compares the journals."""
+"""Test with a fake `train` which steps `grow verify` trains and how it compares the journals."""
 
 from __future__ import annotations
 

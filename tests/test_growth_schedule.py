@@ -1,4 +1,4 @@
-"""Growth schedules: both formats, the firing of ops, and the effect of each op on a config and a plan."""
+"""Test both formats of growth schedules, when ops fire, and how ops change a config and a plan."""
 
 from __future__ import annotations
 
@@ -366,10 +366,10 @@ PLATEAU = "plateau: best loss {:.4f} in the last 2 evaluations, 4.0000 before"
         ({"plateau": {"evals": 2, "rel": 0.01}}, facts(100, 4.0, 3.97), None),  # no earlier loss
         ({"plateau": {"evals": 2, "rel": 0.01}}, facts(100, 4.0, 3.99, 3.97), PLATEAU.format(3.97)),
         ({"plateau": {"evals": 2, "rel": 0.01}}, facts(100, 4.0, 3.95, 3.99),
-            None),  # the best of the two losses counts
+            None),  # the better of the two losses counts
         ({"plateau": {"evals": 2, "rel": 0.01}}, facts(100, 4.0, 3.96, 3.96), None),  # a gain of exactly 1%
         ({"plateau": {"evals": 2, "rel": 0.01}}, facts(100, 4.0, 4.0, 4.0, last=80),
-            None),  # only two losses since the last op
+            None),  # there are only two losses since the last op
         ({"plateau": {"evals": 2, "rel": 0.01}}, facts(100, 4.0, 4.0, 4.0, last=79), PLATEAU.format(4.0)),
         ({"any": [{"loss_below": 3.5}, {"wait_iters": 500}]}, facts(500, 3.4), "loss 3.4000 < 3.5"),
         ({"any": [{"loss_below": 3.5}, {"wait_iters": 500}]}, facts(500, 3.6),
@@ -407,7 +407,7 @@ def test_an_op_stays_due_with_a_lower_loss_or_a_longer_wait(bound: float, known:
 
 
 def test_ops_fire_in_order_and_wait_for_a_new_loss_after_reevaluate() -> None:
-    """Decide when each op fires, with a loss every 100 steps."""
+    """Determine the step at which each op fires if every 100th step has a loss."""
     entries = [
         {"name": "set_lr", "value": 0.1, "trigger_loss": 100.0, "max_wait_iters": 10**6, "reevaluate": False},
         {"name": "set_dropout", "value": 0.1, "trigger_loss": 4.0, "max_wait_iters": 250, "reevaluate": True},
@@ -461,6 +461,7 @@ def test_ops_fire_in_order_and_wait_for_a_new_loss_after_reevaluate() -> None:
         ({}, "set_eval_interval", 40, {"eval_interval": 40}),
         ({}, "set_weight_decay", 0.1, {"weight_decay": 0.1}),
         ({}, "set_dropout", 0.1, {"dropout": 0.1}),
+        ({"block_pattern": "DM"}, "set_capacity", 0.25, {"capacity": 0.25}),
         ({}, "reset_lr_schedule", None, {}),
         ({}, "stack_layers", [0, 0, 1, 1], {"n_layer": 4}),
         ({"n_layer": 4, "frozen": [1, 3]}, "stack_layers", [1, 1, 0, 3], {"n_layer": 4, "frozen": (0, 3)}),

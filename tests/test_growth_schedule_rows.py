@@ -1,4 +1,4 @@
-"""The rules of a growth schedule, one row each: the last allowed value, the first refused one, messages."""
+"""Test the rules of a growth schedule with the last allowed and the first refused value of each rule."""
 
 from __future__ import annotations
 
@@ -599,7 +599,7 @@ def test_a_wrong_default_is_reported_and_ignored() -> None:
     assert (schedule.ops[0].on_fail, schedule.ops[0].preserve) == ("abort", "approx")
 
 
-# -- faults of the schedule as a whole
+# -- faults of a schedule
 
 NOT_A_SCHEDULE = (
     "is not a schedule; write { ops = [{ name, value, trigger }, ...] }, or a list of ops "
@@ -928,11 +928,11 @@ def test_a_faulty_op_does_not_reserve_its_id() -> None:
     ]
 
 
-# -- values that do not fit the model: the smallest violation, and the nearest allowed value
+# -- limits of the model
 
 MODEL: dict[
     str, tuple[dict[str, Any], str, Any, dict[str, Any], str]
-] = {  # start, name, value, allowed changes, message
+] = {  # start, name, value, allowed, message
     "half a factor": (
         {},
         "stack_layers",

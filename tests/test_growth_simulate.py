@@ -1,4 +1,4 @@
-"""`simulate` and `cost`: sizes computed by hand, costs of segments, the longest waits, warnings."""
+"""Compare the sizes, costs, waits and warnings of `simulate` and `cost` with values computed by hand."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def op(name: str, value: Any, trigger: dict[str, Any], **more: Any) -> dict[str,
 # -- sizes
 
 SIZES: dict[str, tuple[dict[str, Any], tuple[int, int, int, int, int]]] = {
-    # params, active params, trained params, FLOPs per token, bytes of optimiser moments
+    # A row lists all parameters, active parameters, trained parameters, FLOPs per token and bytes of moments.
     "SGD without momentum has no state": ({}, (11520, 11520, 11520, 68736, 0)),
     "momentum is one number per parameter": ({"momentum": 0.9}, (11520, 11520, 11520, 68736, 4 * 11520)),
     "AdamW has two numbers per parameter": ({"optimizer": "adamw"}, (11520, 11520, 11520, 68736, 8 * 11520)),
@@ -113,7 +113,9 @@ def test_costs_depend_on_the_number_of_ids() -> None:
     assert costs(config(experts=4), 300) == {"params": 24416, "active": 15904, "flops_per_token": 94080}
 
 
-# -- the cost of each segment in a run of 70 steps: 64 tokens per step, 10 steps per epoch
+# -- costs of segments
+
+# Without ops, a run has 70 steps of 64 tokens, and an epoch has 10 steps.
 
 
 def test_each_op_begins_a_segment() -> None:
@@ -198,8 +200,9 @@ def test_too_few_tokens_are_a_fault(tokens: int, message: str | None) -> None:
     )
 
 
-# -- the longest waits, with evaluations after step 1 and after every third step (eval_per_epoch=3)
+# -- the longest waits
 
+# In these runs, evaluations follow step 1 and every third step (eval_per_epoch=3).
 WAITS: dict[str, tuple[list[dict[str, Any]], tuple[int, ...]]] = {
     "at the first evaluation": ([op("set_lr", 0.1, {"wait_iters": 1})], (1,)),
     "a wait of 0 needs an evaluation too": ([op("set_lr", 0.1, {"wait_iters": 0})], (1,)),

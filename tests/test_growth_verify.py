@@ -1,4 +1,4 @@
-"""The checks of a grown model: each passes for a correct operation and fails for a known mistake."""
+"""Each check of a grown model passes for a correct operation and fails for a known mistake."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_tied_head_stays_tied() -> None:
         assert check_tying(model.cfg, new).ok
         assert not check_tying(model.cfg.changed(tie_head=not tie), new).ok
     tie = shaken(config(tie_head=True))
-    tie.head = nn.Linear(8, V, bias=False).double()  # a separate head with the values of the embedding
+    tie.head = nn.Linear(8, V, bias=False).double()  # this head copies the embedding but shares no memory
     tie.head.weight.data.copy_(tie.embed.weight)
     assert not check_tying(tie.cfg, tie).ok
     apart = shaken(config(tie_head=False))
@@ -125,7 +125,7 @@ def test_each_trainable_parameter_is_in_one_group(optimizer: str) -> None:
     assert not check_groups(new, optimizers_after).ok, "none"
 
 
-# -- copies that stay equal, and routers that never change
+# -- equal copies, locked routers
 
 
 def test_trap_a_zero_router_never_moves() -> None:
@@ -177,7 +177,7 @@ def test_copies_with_equal_shares_stay_equal_and_with_unequal_shares_diverge(
     assert equal_copies(moved, new) == ["blocks.0.mlp.up.weight", "blocks.1.mlp.up.weight"]
 
 
-# -- promises about heads, routers and layers
+# -- heads, routers and layers
 
 
 def test_the_rope_check_fails_for_another_head_width_or_table() -> None:
@@ -185,7 +185,7 @@ def test_the_rope_check_fails_for_another_head_width_or_table() -> None:
         model = shaken(config(**fields))
         new, _ = grown(model, op("widen_model", {"factor": 2}))
         assert check_rope(model, new).ok
-        other = GPT(new.cfg.changed(n_head=2), V).double()  # the same width, but fewer and wider heads
+        other = GPT(new.cfg.changed(n_head=2), V).double()  # this model has fewer, wider heads
         assert not check_rope(model, other).ok
     model = shaken(config(position="rope"))
     new, _ = grown(model, op("widen_model", {"factor": 2}))
@@ -200,7 +200,7 @@ def test_the_spread_of_router_scores_is_kept() -> None:
         "blocks.0.mlp",
         "blocks.1.mlp",
     }
-    with torch.no_grad():  # the mistake: the router is not divided by n
+    with torch.no_grad():  # plant the mistake: undo the division of the router by n
         new.get_parameter("blocks.1.mlp.router.weight").mul_(2)
     assert not check_router_scale(model, new, MANY).ok
     dense = shaken(config())
@@ -239,7 +239,7 @@ def test_trap_a_grown_state_is_not_loaded_into_the_old_model() -> None:
     state.optimizers = optimizers_after
     saved = {name: tensor.detach().clone() for name, tensor in state.tensors().items()}
     first = shaken(model.cfg)
-    with torch.no_grad():  # the mistake: no error is raised, because every old parameter exists in the state
+    with torch.no_grad():  # loading by name finds every old parameter, so it raises no error
         for name, p in first.named_parameters():
             p.copy_(saved[f"model/{name}"])
     assert len(first.blocks) == 2 and logit_change(new, first, IDX)[0] > 0.01

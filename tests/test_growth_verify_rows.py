@@ -1,4 +1,4 @@
-"""Each check of a grown model at its limit: the last value that passes and the first value that fails."""
+"""Test each check of a grown model with the last value that passes and the first value that fails."""
 
 from __future__ import annotations
 
@@ -259,10 +259,10 @@ def test_only_exact_is_checked_in_full_precision(promise: str, dtype: str) -> No
 @pytest.mark.parametrize(
     ("coverage", "least", "ok", "words"),
     [
-        (0.9, 0.9, True, "90.0% of the optimiser's state was transferred, 90.0% is required"),
-        (0.8999, 0.9, False, "90.0% of the optimiser's state was transferred, 90.0% is required"),
-        (0.0, 0.0, True, "0.0% of the optimiser's state was transferred, 0.0% is required"),
-        (0.721, 1.0, False, "72.1% of the optimiser's state was transferred, 100.0% is required"),
+        (0.9, 0.9, True, "90.0% of the optimizer's state was transferred, 90.0% is required"),
+        (0.8999, 0.9, False, "90.0% of the optimizer's state was transferred, 90.0% is required"),
+        (0.0, 0.0, True, "0.0% of the optimizer's state was transferred, 0.0% is required"),
+        (0.721, 1.0, False, "72.1% of the optimizer's state was transferred, 100.0% is required"),
     ],
 )
 def test_coverage_and_its_minimum(coverage: float, least: float, ok: bool, words: str) -> None:
@@ -299,7 +299,7 @@ def test_parameters_that_share_memory_are_named() -> None:
 
 
 class FakeOptimizers:
-    """Optimisers with the given parameter groups."""
+    """Optimizers with the given parameter groups."""
 
     def __init__(self, *groups: list[Tensor]) -> None:
         self.all = [SimpleNamespace(param_groups=[{"params": group} for group in groups])]
@@ -336,7 +336,7 @@ def test_each_parameter_must_be_in_one_group_and_nothing_else_in_any() -> None:
     )
 
 
-# -- copies that stay equal, and routers that never change
+# -- equal copies, locked routers
 
 
 NAME, OTHER = "blocks.0.mlp.up.weight", "blocks.1.mlp.up.weight"
@@ -391,7 +391,7 @@ def test_copies_within_the_tolerance_count_as_equal(
 
 
 def test_a_tensor_is_listed_if_all_of_its_copies_are_equal() -> None:
-    """Rows that are copied from two different tensors are judged together."""
+    """An expert is listed only if both of its rows equal the rows that two other experts have copied."""
     names = [f"blocks.0.mlp.experts.{e}.up.weight" for e in range(3)]
     pieces = {
         names[0]: Piece("w", (torch.tensor([0, -1]), None)),
@@ -499,7 +499,7 @@ def test_one_renormalised_expert_is_reported_with_a_fix() -> None:
     assert not [text for text in locked_routers(routed(top_k=2), IDX) if "gradient" in text]
 
 
-# -- promises about heads, routers and layers
+# -- heads, routers and layers
 
 
 def test_the_head_width_must_be_kept() -> None:

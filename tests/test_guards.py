@@ -154,7 +154,7 @@ def _material(digest: str, fields: str) -> tuple[TrainConfig, Corpus, TokenData]
 
 
 def material(**fields: Any) -> tuple[TrainConfig, Corpus, TokenData]:
-    """Return the config, the titles and the tokens of SMALL with these config fields."""
+    """Return the config, the titles and the tokens of SMALL after these fields are changed."""
     cfg = from_dict(SMALL | fields)
     return _material(cfg.digest, cfg.model_dump_json())
 
@@ -289,7 +289,7 @@ def with_titles(e: Evidence, **titles: list[str]) -> Evidence:
 
 @trick("coverage", "flag")
 def drops_the_tail(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """The spans of the official score are so large that it leaves out a third of val."""
+    """The official score uses spans so large that it leaves out a third of val."""
     n = len(honest().data.splits["val"])
     e = honest(official_geometry=f"{int(n * 0.65 / 16)}x16")
     assert 0.6 < e.evals[-1]["coverage"] < 0.67
@@ -346,7 +346,7 @@ def divides_dev_by_more(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evid
 
 @trick("last_and_best")
 def invents_a_best_of_dev(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """The summary contains a score of dev that no evaluation gave."""
+    """The summary contains a dev score that no evaluation produced."""
     e = honest(dev_frac=0.2)
     scores = copy.deepcopy(e.summary["scores"])
     scores["dev"]["last"]["full"] -= 0.1
@@ -419,7 +419,7 @@ def stops_at_the_best(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Eviden
 
 @trick("last_and_best")
 def invents_a_best(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """The summary contains a best score that no evaluation gave."""
+    """The summary contains a best score that no evaluation produced."""
     e = honest()
     return replace(
         e, summary=e.summary | {"best": e.summary["best"] | {"full": e.summary["best"]["full"] - 0.1}}
@@ -631,7 +631,7 @@ class PeekOne(Attention):
 
 
 class PeekAtTheEnd(Attention):
-    """A model that uses the next token at a single position, the last that has one."""
+    """A model that uses the next token only at the last position that has a next token."""
 
     def forward(self, idx: Tensor) -> Tensor:
         logits = super().forward(idx)
@@ -885,7 +885,7 @@ def other_titles() -> tuple[TrainConfig, Corpus, TokenData]:
 
 @trick("data_known")
 def presents_other_titles_as_synthetic(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    """The run presents other titles, with correct fingerprints, as titles of the generator."""
+    """The run claims that other titles, with correct fingerprints, come from the synthetic generator."""
     return run(*other_titles())
 
 
@@ -925,7 +925,7 @@ def test_the_hub_corpus(
     all: bool,
     status: str,
 ) -> None:
-    """A verified checksum makes the data known. With all=True, the guard also loads the titles again."""
+    """Data is known if its checksum was verified. With all=True, the guard also loads the titles again."""
     e = honest()
     e = replace(e, cfg=from_dict(SMALL | {"corpus": "hn"}), corpus=replace(e.corpus, origin=origin))
     if source != "unreachable":

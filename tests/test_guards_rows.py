@@ -1,4 +1,4 @@
-"""Edge cases of each guard: the smallest violation, and the nearest evidence that still passes.
+"""Test each guard with the smallest violation and the nearest evidence that still passes.
 
 The evidence consists of 45 titles, one token per letter and a bigram table as the model, so a check takes
 milliseconds. test_guards.py plays complete tricks against all guards, while this file calls each guard
@@ -40,7 +40,7 @@ BEYOND, WITHIN = 2e-6, 5e-7  # relative changes just above and just below the to
 
 
 class Pieces:
-    """A tokenizer with one token per letter and some longer pieces. It uses the longest piece that fits."""
+    """A tokenizer with one token per letter and some longer pieces. It prefers the longest piece."""
 
     kind = "pieces"
 
@@ -534,7 +534,7 @@ def test_the_known_answer_reveals_replaced_functions(
 
 
 def test_the_known_answer_counts_both_scores(evaluate_calls: list[dict[str, Any]]) -> None:
-    """The known answer has 18 tokens, blocks of four and two spans of seven. Its table is pinned."""
+    """The test pins the tokens, the spans and the table of the known answer."""
     by_evaluate, by_formula = guards_module._known_answer()
     [call] = evaluate_calls
     assert (call["chars"], call["nbytes"], call["block_size"], call["geometry"]) == (50, 40, 4, (2, 3))
@@ -584,13 +584,13 @@ def test_only_the_last_rows_are_scored_again() -> None:
 
 
 def test_the_official_score_is_compared_relative_to_the_full_score() -> None:
-    """Another guard checks the denominators of the official score and the full score."""
+    """Halving both scores passes this guard, because another guard checks their denominators."""
     e = with_row(evidence(), "val", -1, official=times(0.5), full=times(0.5))
     assert check(e, "same_evaluate")[0] == "pass"
     assert check(with_row(e, "val", -1, full=times(0.9)), "same_evaluate")[0] == "fail"
 
 
-# -- how the guards call the model
+# -- calls of the model
 
 
 @pytest.fixture
@@ -821,7 +821,7 @@ def test_the_model_is_restored_after_an_error(guard: str) -> None:
 
 # -- tolerances of logits
 
-# (dtype, largest logit, a change above the tolerance, a change within the tolerance)
+# Each row has a dtype, the largest logit, a change above the tolerance and a change within the tolerance.
 SAME_SHAPE = [
     ("float32", 1.0, 1.1e-4, 0.9e-4), ("float32", -10.0, 1.1e-3, 0.9e-3), ("float32", 0.5, 1.1e-4, 0.9e-4),
     ("float32", -math.inf, 1.1e-4, 0.9e-4), ("float32", math.inf, 1.1e-4, 0.9e-4),
@@ -889,7 +889,7 @@ def test_a_leak_in_either_of_the_two_passes_is_detected(length: int) -> None:
 
 
 def test_the_tolerance_depends_on_the_logits_of_the_first_pass() -> None:
-    """The official pass comes first. The full pass, whose row is longer here, has logits of 10,000."""
+    """Large logits in the later, full pass must not raise the tolerance of the official pass."""
     peek = frame_peeker(0.5)
     model = Table(lambda idx: peek(idx) if idx.shape[1] == 15 else torch.full(idx.shape, 10_000.0))
     assert check(replace(evidence(), model=model), "targets_unseen")[0] == "fail"
@@ -943,7 +943,7 @@ def test_a_forward_that_takes_targets_must_give_the_same_logits(name: str, moves
     assert check(replace(evidence(), model=Taker(name, moves(1.0))), "targets_unseen")[0] == "pass"
     half = evidence(from_dict(CONFIG | {"dtype": "bfloat16"}))
     assert check(replace(half, model=Taker(name, moves(100.0))), "targets_unseen")[0] == "pass"
-    # A leak with the first targets raises the tolerance by 1% of the leak.
+    # If the logits leak with the first targets, the tolerance grows by 1% of the leak.
     just_beyond = 100.5 if moves is any_other else 101.5
     assert check(replace(half, model=Taker(name, moves(just_beyond))), "targets_unseen")[0] == "fail"
 
@@ -1066,7 +1066,7 @@ def test_other_rows_may_move_logits_by_rounding_only(
 def test_the_length_may_move_logits_by_rounding_only(
     length: int, dtype: str, largest: float, beyond: float, within: float
 ) -> None:
-    """The guard shows the model a single row at each of several lengths."""
+    """The guard passes a single row of each of several lengths to the model."""
 
     def leak(amount: float) -> Callable[[Tensor], Tensor]:
         return lambda idx: torch.full(idx.shape, amount * (idx.shape == (1, length)))
@@ -1104,7 +1104,7 @@ def test_the_positions_after_which_causality_changes_tokens(
 
 
 def sorted_text() -> Evidence:
-    """Return evidence whose val begins with 16 ascending tokens, unlike all tokens that replace them."""
+    """Return evidence whose val begins with 16 ascending tokens, unlike all replacements by the guard."""
     corpus = a_corpus(honest_parts()[1].train, [], ["jklmnopqrstuvwxy" + "z" * 83])
     return evidence(corpus=corpus, data=tokens_of(corpus))
 
@@ -1213,7 +1213,7 @@ def counting_loss(targets: Sequence[int], val: Sequence[int], smoothing: float, 
     return -sum(math.log((list(targets).count(token) + smoothing) / total) for token in val) / len(val)
 
 
-# The more letters of val are missing from the first batch, the larger is the best smoothing.
+# If more letters of val are missing from the first batch, the best smoothing is larger.
 @pytest.mark.parametrize(
     ("own", "lacking", "suits"),
     [
@@ -1305,8 +1305,8 @@ def many_titles(split: str, count: int, tokenizer: Pieces) -> Evidence:
     [
         ("val", 2000, 1, False, "fail"),  # every title of val
         ("val", 2000, 1999, False, "fail"),
-        ("train", 1999, 1, False, "fail"),  # all titles of a split with up to 1,999
-        ("train", 2000, 1, False, "pass"),  # every second title of a split with 2,000
+        ("train", 1999, 1, False, "fail"),  # up to 1,999 titles, every title is checked
+        ("train", 2000, 1, False, "pass"),  # from 2,000 titles on, every second title is checked
         ("train", 2000, 2, False, "fail"),
         ("train", 2000, 1, True, "fail"),  # every title
         ("dev", 2000, 1, False, "pass"),
@@ -1526,7 +1526,7 @@ def claim(train: int = 90_000, dev: int = 0, val: int = 10_000, **fields: Any) -
 )
 @pytest.mark.parametrize("corpus", ["hn", "hn-2025"])
 def test_each_rule_of_the_task(fields: dict[str, Any], shown: str, corpus: str) -> None:
-    """A broken rule flags a study and fails a submission."""
+    """The guard flags a study that breaks a rule, and fails a submission that does."""
     e = claim(corpus=corpus, **fields)
     for all, status in ((False, "flag"), (True, "fail")):
         got, detail = check(e, "task_rules", all)

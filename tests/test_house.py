@@ -1,4 +1,4 @@
-"""The rules of the code: import directions, fast start, files that the version hash covers, and density.
+"""Check the import directions, the start-up time, the version hash and the density of the code.
 
 A function for each rule returns the violations. One test applies the function to this repository, and another
 plants a violation and expects the function to name it.
@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("mainrun", "sweeps", "reports")
 
 # The parts that each part may import besides `errors`. A part is a folder or a file directly below mainrun,
-# or a package next to mainrun. In short: core imports only basic parts; train imports core, plan and data;
-# run imports train; checks and sweeps import run.
+# or a package next to mainrun. In short, core imports only basic parts, train imports core, run
+# imports train, and checks and sweeps import run.
 MAY_IMPORT = {
     "config": "files plan data.sources",
     "plan": "files config",
@@ -78,8 +78,8 @@ FACES = {
     ],
 }
 
-# Modules that a run imports although the version hash does not cover them. Each has a reason why it cannot
-# change the bits of a run.
+# A run imports these modules although the version hash does not cover them. Each entry says why the module
+# cannot change the bits of a run.
 NOT_HASHED = {
     "mainrun.errors": "text of errors",
     "mainrun.files": "reads files; what they hold is in the config and in the fingerprints of the data",
@@ -88,18 +88,18 @@ NOT_HASHED = {
 }
 
 MOST_FILES_AT_THE_TOP = 8  # files directly in mainrun/
-MOST_LINES = {"mainrun/train.py": 690}
-# Limits per 1,000 lines: over all files, and for train.py alone.
+MOST_LINES = {"mainrun/train.py": 780}
+# These limits per 1,000 lines apply to all files together and to train.py alone.
 MOST_PER_1000 = {"conditional expressions": 15, "comprehensions": 30}
 MOST_IN_TRAIN = {"conditional expressions": 20}
-# Long functions that are easier to read in one piece. Maps (file, name) to the reason.
+# These long functions are easier to read in one piece. Each (file, name) has a reason.
 LONG_FUNCTIONS: dict[tuple[str, str], str] = {}
 
 
 def plant(root: Path, **files: str) -> Path:
     """Write a tree of small Python files.
 
-    In a name, `__` stands for `/`. Every package gets an `__init__.py`.
+    In a file name, `__` stands for `/`. Every package gets an `__init__.py`.
     """
     for name, text in files.items():
         path = root / (name.replace("__", "/") + ".py")
@@ -478,10 +478,10 @@ def test_a_ninth_file_at_the_top_is_named(tmp_path: Path) -> None:
 
 
 def test_a_trainer_of_too_many_lines_is_named(tmp_path: Path) -> None:
-    plant(tmp_path, mainrun__train="\n" * 689)
+    plant(tmp_path, mainrun__train="\n" * 779)
     assert too_long(tmp_path) == []
-    plant(tmp_path, mainrun__train="\n" * 690)
-    assert too_long(tmp_path) == ["mainrun/train.py has 691 lines, at most 690 are allowed"]
+    plant(tmp_path, mainrun__train="\n" * 780)
+    assert too_long(tmp_path) == ["mainrun/train.py has 781 lines, at most 780 are allowed"]
 
 
 @pytest.mark.parametrize(

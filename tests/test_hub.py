@@ -49,9 +49,9 @@ class Hub(ThreadingHTTPServer):
         self.body = parquet(list(TITLES))
         self.files = ["story.parquet"]
         self.revisions = set(HUB_REVISIONS.values())
-        self.sha256 = ""  # the announced sha256, if it differs from that of the body
+        self.sha256 = ""  # announce this sha256 instead of the real one
         self.missing: set[str] = set()  # may contain "repo" and "file"
-        self.cut = 0  # how often to close the connection after half of the requested bytes
+        self.cut = 0  # close this many connections after half of the requested bytes
         self.short = False  # send only half of the file, and announce only this half
         self.slow = False  # send half of the file, then wait for `release`
         self.release = threading.Event()
@@ -120,7 +120,7 @@ class Handler(BaseHTTPRequestHandler):
         elif path == f"/datasets/{HUB_REPO}/resolve/{revision}/{hub.files[0]}" and "file" not in hub.missing:
             self.reply(
                 302,
-                Location=f"http://localhost:{hub.server_port}/cdn/blob",  # another host name, like a CDN
+                Location=f"http://localhost:{hub.server_port}/cdn/blob",  # like a CDN, use another host name
                 X_Repo_Commit=revision,
                 X_Linked_Size=str(len(hub.body)),
                 X_Linked_Etag=f'"{hub.promised}"',
@@ -272,7 +272,7 @@ def test_one_process_downloads_and_another_reads_offline(hub: Hub) -> None:
 def test_a_cut_connection_is_resumed_where_it_was_cut(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
-    # The library keeps only complete chunks of 10 MB, but this file is smaller.
+    # Reduce the chunk size, because the library keeps only complete chunks of 10 MB and this file is smaller.
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 512)
     hub.cut = 1
     assert load_corpus(config()).train == in_task_order(TITLES, 180)

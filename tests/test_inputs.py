@@ -1,4 +1,4 @@
-"""Values in messages, paths, and documents in TOML, JSON and YAML: what is accepted, and each message."""
+"""Test which paths and which TOML, JSON and YAML documents are accepted, and the messages about others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our kernels compared with torch's: values and gradients, eager and compiled."""
+"""Compare the values and gradients of our kernels with torch's, both eager and compiled."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_attention_and_its_gradients_match_the_formula(p: float, bias: Tensor) -
         if p
         else None
     )
-    strided_q = q.transpose(1, 2).contiguous().transpose(1, 2)  # not contiguous, as in the model
+    strided_q = q.transpose(1, 2).contiguous().transpose(1, 2)  # the model's q is not contiguous either
     for found, right in both(
         lambda *t: attend(*t, bias, mask, p), lambda *t: reference(*t, bias, mask, p), strided_q, k, v
     ):
@@ -180,7 +180,7 @@ def test_gelu_matches_torch_eager_and_compiled() -> None:
 
 def test_the_chunked_loss_and_its_gradient_match_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     target = torch.randint(0, 50, (70,), generator=torch.Generator().manual_seed(1))
-    for chunk in (1, 400, 10**9):  # chunks of one row, of eight rows, and of all rows
+    for chunk in (1, 400, 10**9):  # a chunk has one row, eight rows or all rows
         monkeypatch.setitem(kernels.CHUNK, "cpu", chunk)
         for smoothing in (0.0, 0.2):
             a, b = (
@@ -238,7 +238,7 @@ def with_threads(threads: int, work: Callable[[], Any]) -> Any:
 
 
 def close(found: Tensor, exact: Tensor) -> bool:
-    """Return whether a result is exact, up to one rounding to bfloat16 and the error of float32."""
+    """Return whether a result is exact up to float32 errors and one rounding to bfloat16."""
     return torch.allclose(found.double(), exact, rtol=2**-8 * 1.01, atol=1e-6)
 
 
@@ -452,7 +452,7 @@ def test_the_longer_side_of_the_weight_decides_about_amx(
 
 
 def test_measured_sizes_are_pinned() -> None:
-    """These sizes determine the order of sums and the speed. Measure again before you change them."""
+    """These sizes determine the speed and the order of summation. Benchmark again before you change them."""
     assert (kernels.AMX_MIN_WIDTH, kernels.TRITON_MAX_VOCAB) == (2048, 65_536)
     assert kernels.CHUNK == {"cpu": 1_000_000, "cuda": 50_000_000}
     assert ("AMX bf16" in cpu_flags()) == kernels.HAS_AMX
@@ -482,7 +482,7 @@ class OnGpu(float):
 
 
 def test_an_opaque_op_is_one_operator_when_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second function is for compiling on a CPU. The operator takes its name from the first function."""
+    """An opaque operator has the name of its first function. Compiling on a CPU uses its second function."""
 
     def _thrice(x: Tensor) -> Tensor:
         return 3 * x
@@ -685,7 +685,7 @@ def test_the_native_loss_is_the_mean_of_the_rows(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_gpu_loss_is_the_mean_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fake kernels replace the real ones. The test checks how their results are combined."""
+    """Replace the GPU kernels with fakes, and check how their results are combined."""
     seen: list[Any] = []
 
     class Kernels:

@@ -1,4 +1,4 @@
-"""Experts, low-rank layers, frozen layers and unused ids, each compared with a simple reference."""
+"""Compare experts, low-rank layers, frozen layers and unused ids with simple references."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Averages, low-rank layers and experts, compared with numbers that are computed by hand."""
+"""Compare averages, low-rank layers and experts with numbers that are computed by hand."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Hazard:
     """
 
     files: dict[str, bytes]  # the content "-> target" makes a symbolic link
-    secret: bytes = b""  # must not appear in a bundle or a message
+    secret: bytes = b""  # no bundle or message may contain this secret
     name: str = ""  # the message contains this name
     error: str = ""  # the message matches this pattern
     plant: Callable[[Path], None] | None = None  # adds git objects that a file system cannot store

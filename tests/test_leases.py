@@ -1,4 +1,4 @@
-"""Leases: a single holder at a time, takeover from dead or silent holders, and fencing of old holders."""
+"""A lease has one holder at a time. Others take over from a dead or silent holder and fence it off."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def foreign_lease(files: Folder, key: str = KEY, token: int = 1, **about: object
 
 
 def acquire_when_free(leases: Leases, key: str = KEY) -> None:
-    """Try to acquire the lease until it is free, as a run does. Then stop its heartbeats."""
+    """Keep trying to acquire the lease, as a run does. Then stop its heartbeats."""
     until = time.monotonic() + 20
     while (lease := leases.acquire(key)) is None:
         assert time.monotonic() < until, "never got it"
@@ -162,7 +162,7 @@ for line in sys.stdin:
 
 
 def test_of_two_processes_that_race_for_a_key_one_wins(files: Folder) -> None:
-    """Half of the keys are new. The others belong to a dead process, so both processes try to take over."""
+    """Two processes race for new keys and for keys of a dead process. Exactly one of them gets each key."""
     command = [sys.executable, "-c", RACE, str(files)]
     racers = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)
@@ -422,7 +422,7 @@ def test_a_store_that_fails_for_a_while_costs_only_heartbeats(tmp_path: Path) ->
     path = tmp_path / lease.name
     kept = path.read_bytes()
     path.unlink()
-    path.mkdir()  # a folder can neither be read nor replaced as a lease
+    path.mkdir()  # a folder cannot be read or replaced as a lease
     time.sleep(TTL / 3)
     assert other.acquire(KEY) is None and other.active().keys() == {KEY}
     path.rmdir()

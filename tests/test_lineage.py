@@ -1,4 +1,4 @@
-"""Keys of the lineage chain match the bits of a run: each field is changed once, and both runs are trained.
+"""Change each config field once, train both runs, and compare their lineage keys and their bits.
 
 Two runs must share exactly the steps for which their keys are equal. The tests compare a hash of the weights
 after every step, the rows and the scores. The base config uses every feature, so that nearly every field has
@@ -161,6 +161,20 @@ CASES: dict[str, Case] = {
     "embed_lora_rank": Case(2),
     "lora_alpha": Case(8.0, needs={"attn_lora_rank": 2}),
     "frozen": Case((0,)),
+    "block_pattern": Case("DM"),
+    "gate": Case("straight", needs={"block_pattern": "DM"}),
+    "route": Case("student", needs={"block_pattern": "DM"}),
+    "prior_factor": Case(0.5, needs={"block_pattern": "DS"}),
+    "capacity": Case(0.25, needs={"block_pattern": "DM"}),
+    "sharpness": Case(1.0, needs={"block_pattern": "DS"}),
+    "sharpness_end": Case(3.0, 3, {"block_pattern": "DT"}),  # the sharpness starts to rise after step 2
+    "prior_loss": Case(0.5, needs={"block_pattern": "DS"}),
+    "student_loss": Case(0.5, needs={"block_pattern": "DM"}),
+    "router_loss": Case(0.5, needs={"block_pattern": "DM"}),
+    "router_z_loss": Case(0.5, needs={"block_pattern": "DM"}),
+    "lr_router": Case(0.05, needs={"block_pattern": "DM"}),
+    "lr_prior": Case(0.05, needs={"block_pattern": "DS"}),
+    "lr_student": Case(0.05, needs={"block_pattern": "DM"}),
     "unused_ids": Case(5, needs={"rdrop": 0.0, "label_smoothing": 0.0}),
     "optimizer": Case("adamw"),
     "lr": Case(0.04),
@@ -193,9 +207,10 @@ CASES: dict[str, Case] = {
     "log_every": Case(3, None),
     "checkpoint_every": Case(2, None),
 }
-# The class of these fields is static, but the bits can be equal, because small tensors use a single thread.
-SAME_BITS = {"threads"}
-# Fields that this machine cannot test in seconds, and the machine class that they would give.
+# These fields are static, but two runs can have equal weights. Small tensors use only one thread, and `route`
+# changes only the scores.
+SAME_BITS = {"threads", "route"}
+# This machine cannot test these fields in seconds. Each value is the machine class that the field would give.
 NOT_HERE: dict[str, dict[str, Any]] = {}
 if not torch.cuda.is_available():
     NOT_HERE["device"] = {"device": "NVIDIA H200"}
@@ -219,7 +234,7 @@ class Trained:
     plan: Plan
     keys: list[str]
     states: list[tuple[str, str]]  # hashes of the trained and of the scored weights after each step
-    rows: dict[tuple[str, int], Any]  # figures of each step and of each score
+    rows: dict[tuple[str, int], Any]  # the logged numbers of each step and each score
     weights: str
 
 
@@ -358,7 +373,7 @@ def test_a_compiled_run_has_other_bits_and_other_keys(lab: Lab) -> None:
     assert a.states != b.states
 
 
-# -- the same run, written in another way
+# -- equivalent configs
 
 
 ALIKE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -380,6 +395,12 @@ ALIKE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "a dev share of as many titles": ({"dev_frac": 0.05}, {"dev_frac": 0.051}),
     "a decay that begins at the same step": ({"decay_frac": 0.4}, {"decay_frac": 0.42}),
     "an average that never begins": ({"swa": 0.0}, {"swa": 0.01}),
+    "the letters of each layer": ({"block_pattern": "D"}, {"block_pattern": "DD"}),
+    "the fields of blocks that are not routed": ({}, {"capacity": 0.25, "sharpness": 1.0, "lr_router": 0.5}),
+    "the fields of other routed blocks": (
+        {"block_pattern": "DM"},
+        {"block_pattern": "DM", "prior_loss": 0.5, "sharpness_end": 3.0, "lr_prior": 0.5},
+    ),
     "an op that sets what is set": (
         {"growth": {}, "lr_aux": 0.02},
         {"growth": set_lr(0.02, 4), "lr_aux": 0.02},
@@ -408,13 +429,22 @@ def test_equivalent_configs_have_the_same_keys_and_bits(lab: Lab, what: str) -> 
     assert a.weights == b.weights
 
 
-OPS = {"set_lr": 0.04, "set_weight_decay": 5.0, "set_dropout": 0.5, "set_batch_size": 4, "set_grad_accum": 2}
+OPS = {
+    "set_capacity": 0.25,
+    "set_lr": 0.04,
+    "set_weight_decay": 5.0,
+    "set_dropout": 0.5,
+    "set_batch_size": 4,
+    "set_grad_accum": 2,
+}
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_steps_before_an_op_are_shared_by_runs_of_any_length(lab: Lab, name: str) -> None:
     trunk = {"schedule": "constant", "warmup_frac": 0.0, "wd_schedule": "constant", "swa": 0.0}
     op = {"name": name, "value": OPS[name], "trigger": {"step": 5}}
+    if name == "set_capacity":
+        trunk["block_pattern"] = "DM"
     a = lab.train(lab.config(**trunk, growth={}))
     b = lab.train(lab.config(**trunk, growth={"ops": [op]}, epochs=2 if name == "set_lr" else 1))
     assert last_common_step(a.keys, b.keys) == 5

@@ -1,4 +1,4 @@
-"""The model, the loss and the optimisers, each compared with a simple second implementation."""
+"""Compares the model, the loss and the optimizers with simple second implementations."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def inputs(cfg: TrainConfig, **changes: Any) -> StepInputs:
 
 
 def shaken(cfg: TrainConfig, seed: int = 0) -> GPT:
-    """Return a model with noisy weights: no bias, gate or position is zero, and no gain is one."""
+    """Return a model with noise added to all weights, so that no bias is zero and no gain is one."""
     model = build(cfg, V)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -77,7 +77,10 @@ def shaken(cfg: TrainConfig, seed: int = 0) -> GPT:
 
 
 def some_titles(rows: int = 3, seed: int = 0) -> Tensor:
-    """Return (rows, T) ids with random <eos> tokens, and with one <eos> at the same place in all rows."""
+    """Return token ids of shape (rows, T).
+
+    The <eos> tokens are at random positions and at the middle of each row.
+    """
     generator = torch.Generator().manual_seed(seed)
     idx = torch.randint(3, V, (rows, T), generator=generator)
     idx[torch.rand(rows, T, generator=generator) < 0.15] = EOS
@@ -127,10 +130,9 @@ def torch_logits(model: GPT, idx: Tensor) -> Tensor:
 
 
 def slow_logits(cfg: TrainConfig, w: dict[str, Tensor], idx: Tensor) -> Tensor:
-    """Compute the logits of every dense option by hand.
+    """Compute the logits of a dense model from its weights, with support for every option of the model.
 
-    The weights are a dict. The tokens and heads are computed one at a time, and rotary embeddings as complex
-    numbers.
+    The function computes one token and one head at a time, and applies rotary embeddings as complex numbers.
     """
 
     def linear(x: Tensor, name: str) -> Tensor:
@@ -246,7 +248,7 @@ def test_every_dense_option_is_what_it_says(changes: dict[str, Any]) -> None:
     cfg = config(**changes)
     model, idx = shaken(cfg).double(), some_titles(rows=2)
     with torch.no_grad():
-        # The tolerance is not 1e-10, because the rotary table is in float32.
+        # The tolerance allows for the rounding of the rotary table, which is in float32.
         assert (model(idx) - slow_logits(cfg, weights_of(model), idx)).abs().max() < 1e-5
 
 
@@ -277,7 +279,10 @@ def test_every_dense_option_is_what_it_says(changes: dict[str, Any]) -> None:
     ids=lambda d: "+".join(f"{k}={v}" for k, v in d.items()) or "baseline",
 )
 def test_every_model_field_matters(before: dict[str, Any], change: dict[str, Any]) -> None:
-    """Each field changes the function even if the common weights are equal. All weights get gradients."""
+    """Each field changes the output of the model, even if all common weights are equal.
+
+    All weights get gradients.
+    """
     old, new = shaken(config(**before)), shaken(config(**before | change), seed=1)
     own = new.state_dict()
     new.load_state_dict(
@@ -291,7 +296,7 @@ def test_every_model_field_matters(before: dict[str, Any], change: dict[str, Any
     loss.backward()
     for name, p in new.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all(), name
-        # Softmax ignores a bias that all keys share.
+        # Without rotary embeddings, a key bias changes all scores of a query equally and gets no gradient.
         assert p.grad.abs().max() > 1e-8 or name.endswith("attn.k.bias"), name
 
 
@@ -332,7 +337,7 @@ def test_gates_and_gains_start_neutral(change: dict[str, Any]) -> None:
 
 def test_the_seed_decides_every_weight() -> None:
     a, b, other = (weights_of(build(config(seed=seed), V)) for seed in (1, 1, 2))
-    torch.manual_seed(99)  # earlier random draws do not matter
+    torch.manual_seed(99)  # the state of the global random generator must not affect the weights
     again = weights_of(build(config(seed=1), V))
     assert all(torch.equal(a[n], b[n]) and torch.equal(a[n], again[n]) for n in a)
     assert not torch.equal(a["embed.weight"], other["embed.weight"])
@@ -391,7 +396,7 @@ architectures = st.fixed_dictionaries(
 def test_no_logit_sees_a_later_token(fields: dict[str, Any], title_mask: bool, at: int, seed: int) -> None:
     model, idx = shaken(config(**fields, title_mask=title_mask), seed), some_titles(seed=seed)
     changed = idx.clone()
-    # Replace the token with another word. If it was an <eos>, two titles become one.
+    # Replace the token with another word. Replacing an <eos> token merges two titles.
     changed[:, at] = 3 + (idx[:, at] - 3 + 1) % (V - 3)
     with torch.no_grad():
         before, after = model(idx), model(changed)
@@ -402,10 +407,10 @@ def test_no_logit_sees_a_later_token(fields: dict[str, Any], title_mask: bool, a
 @given(architectures, st.integers(1, T - 1), st.integers(0, 1000))
 @settings(max_examples=25)
 def test_title_mask_hides_earlier_titles(fields: dict[str, Any], start: int, seed: int) -> None:
-    """With the mask, a title cannot see the words before its <eos>. Without the mask, it can."""
+    """A title can see the words before its <eos> only if there is no title mask."""
     idx = some_titles(seed=seed)
     idx[:, start] = EOS
-    idx[:, start + 1 :][idx[:, start + 1 :] == EOS] = 5  # the last title starts at `start`
+    idx[:, start + 1 :][idx[:, start + 1 :] == EOS] = 5  # the last title of each row starts at `start`
     changed = idx.clone()
     words = idx[:, :start] != EOS
     words[:, 0] = True
@@ -454,7 +459,7 @@ def masks(cfg: TrainConfig, at: StepInputs, idx: Tensor, seed: int) -> Tensor | 
 
 
 def test_every_mask_is_used_once_and_drops_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each dropout site has its own mask, drops its share, and scales up the rest to keep the mean."""
+    """Each dropout layer uses its own mask, drops the configured share, and scales up the rest."""
     cfg = config(n_layer=3)
     model, idx = shaken(cfg), some_titles()
     at = inputs(cfg, dropout=64 / 256, attn_dropout=32 / 256, resid_dropout=16 / 256)
@@ -519,8 +524,8 @@ def test_label_smoothing_is_torchs() -> None:
     x, y = idx[:, :-1], idx[:, 1:]
     expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), label_smoothing=0.2)
     plain = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
-    for rdrop in (0.0, 3.0):  # without dropout, the two passes are equal
-        loss, logged = compute_loss(model, x, y, inputs(cfg, label_smoothing=0.2, rdrop=rdrop), None)
+    for rdrop in (0.0, 3.0):  # without dropout, the two forward passes of R-Drop are equal
+        loss, logged, _ = compute_loss(model, x, y, inputs(cfg, label_smoothing=0.2, rdrop=rdrop), None)
         assert torch.allclose(loss, expected, atol=1e-6) and torch.allclose(logged, plain, atol=1e-6)
         assert not logged.requires_grad
 
@@ -532,7 +537,9 @@ def test_rdrop_is_its_formula(smoothing: float) -> None:
     x, y = idx[:, :-1], idx[:, 1:].flatten()
     model.set_dropout(inputs(cfg), "plain")
     pool = masks(cfg, inputs(cfg), torch.cat([x, x]), 5)
-    loss, logged = compute_loss(model, x, idx[:, 1:], inputs(cfg, rdrop=0.7, label_smoothing=smoothing), pool)
+    loss, logged, _ = compute_loss(
+        model, x, idx[:, 1:], inputs(cfg, rdrop=0.7, label_smoothing=smoothing), pool
+    )
     one, two = model(torch.cat([x, x]), pool).chunk(2)
     p, q = one.flatten(0, 1).softmax(-1), two.flatten(0, 1).softmax(-1)
     rows = torch.arange(len(y))
@@ -547,12 +554,12 @@ def test_rdrop_is_its_formula(smoothing: float) -> None:
 def test_rdrop_without_dropout_is_cross_entropy() -> None:
     cfg = config()
     model, idx = shaken(cfg).train(), some_titles()
-    loss, logged = compute_loss(model, idx[:, :-1], idx[:, 1:], inputs(cfg, rdrop=5.0), None)
+    loss, logged, _ = compute_loss(model, idx[:, :-1], idx[:, 1:], inputs(cfg, rdrop=5.0), None)
     expected = F.cross_entropy(model(idx[:, :-1]).flatten(0, 1), idx[:, 1:].flatten())
     assert torch.allclose(loss, expected, atol=1e-6) and torch.allclose(logged, expected, atol=1e-6)
 
 
-# -- the optimisers
+# -- the optimizers
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
@@ -592,9 +599,9 @@ def test_decay_shrinks_matrices_and_tables_at_their_own_rates_and_leaves_vectors
 def hand_written_steps(
     cfg: TrainConfig, w: dict[str, Tensor], batches: list[Tensor], at: StepInputs
 ) -> dict[str, Tensor]:
-    """Compute steps of SGD with Nesterov momentum, or of AdamW, by hand.
+    """Compute the steps of SGD with Nesterov momentum, or of AdamW, from their formulas.
 
-    The gradients come from the slow reference and are clipped before each update.
+    The gradients come from `slow_logits`, and are clipped before each update.
     """
     w = {n: p.clone() for n, p in w.items()}
     first, second = ({n: torch.zeros_like(p) for n, p in w.items()} for _ in range(2))
@@ -667,7 +674,7 @@ def test_muon_moves_matrices_by_the_nearest_orthogonal_one_at_adamws_size() -> N
             nearest = u @ vt
             assert F.cosine_similarity(update.flatten(), nearest.flatten(), dim=0) > 0.9, name
             assert 0.1 * 0.2 * 0.6 < update.square().mean().sqrt() < 0.1 * 0.2 * 1.3, name
-        else:  # the first step of AdamW changes every weight by the learning rate
+        else:  # the first step of AdamW changes every weight by about the learning rate
             assert torch.allclose(update.abs(), torch.full_like(update, 0.01), rtol=1e-3), name
 
 
@@ -686,7 +693,8 @@ def test_muon_in_batches_is_torchs_muon_one_by_one() -> None:
         mine.step()
         torchs.step()
     for a, b in zip(ours, theirs, strict=True):
-        assert torch.allclose(a, b, atol=2e-3), a.shape  # batched bfloat16 products round differently
+        # Batched matrix products round differently in bfloat16.
+        assert torch.allclose(a, b, atol=2e-3), a.shape
         assert not torch.allclose(
             a, torch.randn(a.shape, generator=torch.Generator().manual_seed(1)), atol=0.1
         )
@@ -792,7 +800,7 @@ def test_the_average_is_its_formula(changes: dict[str, Any]) -> None:
             for step, new in enumerate(history[1:]):
                 keep = min(0.9, (1 + step) / (10 + step))
                 expected = keep * expected + (1 - keep) * new[name]
-        else:  # the mean over the last half of the steps
+        else:  # SWA is the mean of the weights over the last half of the steps
             expected = torch.stack([w[name] for w in history[-10:]]).mean(0)
         assert torch.allclose(average.shadow[name], expected, atol=1e-5), name
     live = weights_of(model)

@@ -289,7 +289,7 @@ def test_waits_for_a_mutant():
 
 @pytest.fixture
 def waiting(tmp_path: Path) -> tuple[list[str], Path]:
-    """Return a command whose mutants never end, and the file for the process id of a mutant."""
+    """Return a command that runs endless mutants, and the file to which a mutant writes its process id."""
     (tmp_path / "mainrun").mkdir()
     (tmp_path / "tests").mkdir()
     (tmp_path / "mainrun" / "__init__.py").touch()
@@ -316,7 +316,7 @@ def waiting(tmp_path: Path) -> tuple[list[str], Path]:
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
 def test_no_process_outlives_the_command(name: str, waiting: tuple[list[str], Path]) -> None:
     command, pid_file = waiting
-    # A background job inherits an ignored SIGINT.
+    # Shells start background jobs with SIGINT ignored, and child processes inherit this setting.
     allow_interrupts = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=allow_interrupts
@@ -346,14 +346,14 @@ def is_alive(pid: int) -> bool:
 
 
 def wait_until(happened: Callable[[], bool]) -> None:
-    end = time.monotonic() + 15  # a waiting mutant is killed after 20 seconds in any case
+    end = time.monotonic() + 15  # the mutation tester kills a waiting mutant after at least 20 seconds
     while not happened():
         assert time.monotonic() < end
         time.sleep(0.05)
 
 
 def test_every_equivalent_mutant_has_a_reason_and_its_line_exists() -> None:
-    """An entry for a line that no longer exists would be misleading."""
+    """Entries for lines that no longer exist must be removed."""
     root = SCRIPT.parents[1]
     for file, line, _mutant in mutate.read_equivalents([mutate.EQUIVALENT]):
         assert line in mutate.without_spaces((root / file).read_text()), f"{file}: {line}"

@@ -24,7 +24,7 @@ NEEDS_TRITON = pytest.mark.skipif(
 
 def some(rows: int, vocab: int) -> tuple[Tensor, Tensor]:
     logits = 8 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    logits[:, -3:] = -torch.inf  # unused ids have logits of -inf
+    logits[:, -3:] = -torch.inf  # the last three ids are unused, so their logits are -inf
     return logits.bfloat16().to(DEVICE), torch.arange(rows, device=DEVICE) * 37 % (vocab - 3)
 
 
@@ -46,7 +46,8 @@ def test_the_loss_matches_the_formula_and_is_deterministic(rows: int, vocab: int
     (loss, plain, grad), again = ours(), ours()
     assert exact.grad is not None
     assert torch.allclose(loss.double(), right, rtol=1e-5, atol=1e-5) and torch.equal(loss, plain)
-    unit = 2**-8 if GPU else 2**-7  # the interpreter truncates to bfloat16, and a GPU rounds
+    # The interpreter truncates to bfloat16, but a GPU rounds to the nearest value.
+    unit = 2**-8 if GPU else 2**-7
     assert torch.allclose(grad.double(), exact.grad, rtol=unit * 1.01, atol=1e-6)
     assert torch.equal(grad[:, -3:], torch.zeros_like(grad[:, -3:])), "impossible tokens have no gradient"
     assert torch.equal(loss, again[0]) and torch.equal(grad, again[2])

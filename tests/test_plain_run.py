@@ -1,4 +1,4 @@
-"""Tests that train.py alone gives the bits of the full harness and imports only what its config needs."""
+"""Tests that train.py alone gives the same bits as the full harness and imports no unneeded modules."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SETS = [
     "log_every=1",
     "compile=off",
 ]
-# modules that only some configs need
+# A plain run must not import these modules, because only some configs need them.
 OPTIONAL = (
     "torch._dynamo",
     "torch._inductor",
@@ -55,7 +55,7 @@ def alone(preset: str, sets: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return rows without `seconds`, which depends on time, and `tokens`, which only the harness writes."""
+    """Return rows without `seconds`, which always varies, and `tokens`, which only the harness writes."""
     return [{key: row[key] for key in row if key not in ("seconds", "tokens")} for row in rows]
 
 

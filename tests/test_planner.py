@@ -18,7 +18,7 @@ from mainrun.store.planner import Assignment, Assignments, assign, shared_steps
 
 
 def chain(inputs: Sequence[object]) -> list[str]:
-    """Return keys like those of lineage: two chains share their keys up to their first different input."""
+    """Return keys as `lineage.chain` does: two chains have equal keys up to their first different input."""
     return ["root", *(repr(tuple(inputs[: i + 1])) for i in range(len(inputs)))]
 
 
@@ -63,7 +63,7 @@ def test_every_run_starts_from_a_node_that_exists_by_then(
 ) -> None:
     """A run starts at a root, at a node of the store, or at a node that an earlier run has saved."""
     chains, stored = batch
-    left: dict[str, str] = {}  # maps the key of a node to the run that saved it
+    left: dict[str, str] = {}  # maps the key of each node to the run that saved the node
     planned = assign(chains, stored)
     for assignment in planned.order:
         keys = chains[assignment.name]
@@ -185,7 +185,10 @@ def test_enough_workers_need_as_long_as_the_longest_run() -> None:
 
 
 def test_the_run_with_the_longest_followers_starts_first() -> None:
-    """A run of 100 steps starts before a separate run of 50 steps, and includes the steps of a third run."""
+    """The run of 100 steps starts before the unrelated run of 50 steps.
+
+    The run of 100 steps also trains all steps of the third run.
+    """
     chains = {"trunk": chain([0] * 5), "long": chain([0] * 5 + [1] * 95), "lone": chain([2] * 50)}
     planned = assign(chains)
     assert [assignment.name for assignment in planned.order] == ["long", "lone", "trunk"] and [
@@ -221,7 +224,7 @@ def test_steps_in_the_store_are_not_trained() -> None:
     assert assign({"a": keys}, set(keys)).steps == 0 and assign({"a": keys}, {"another"}).steps == 3
 
 
-# -- the first study of the guide: trials share all steps before they differ
+# -- the first study of the guide
 
 STEPS, DECAYS = 400, [0.75 + 0.03 * i for i in range(8)]
 
@@ -244,7 +247,8 @@ def study(steps: int, decays: Sequence[float]) -> dict[str, list[str]]:
 def test_the_first_study_trains_less_than_a_fifth_of_its_steps() -> None:
     planned = assign(study(STEPS, DECAYS))
     assert len(planned.order) == 192 and planned.requested == 192 * STEPS
-    # each rate has one trunk up to its last growth step, and one from each growth step to the last decay
+    # Each learning rate has one trunk up to its last growth step. From each growth step, another trunk
+    # continues to the start of the last decay.
     trunks = 2 * (0.55 + 4 * 0.96 - sum((0.10, 0.25, 0.40, 0.55)))
     tails = 2 * 4 * 3 * sum(1 - decay for decay in DECAYS)
     assert planned.steps == pytest.approx((trunks + tails) * STEPS, abs=1)
@@ -252,7 +256,10 @@ def test_the_first_study_trains_less_than_a_fifth_of_its_steps() -> None:
 
 
 def test_a_second_study_trains_only_its_new_steps() -> None:
-    """Half of the decay starts are new. The store has the nodes of the first study at its forks and ends."""
+    """Half of the decay starts are new.
+
+    The store has the nodes at the forks and at the ends of the runs of the first study.
+    """
     first, second = (
         study(STEPS, DECAYS),
         study(STEPS, [*DECAYS[::2], *(decay + 0.015 for decay in DECAYS[1::2])]),
@@ -274,7 +281,10 @@ def test_a_second_study_trains_only_its_new_steps() -> None:
 
 
 def test_200_runs_of_100000_steps_are_assigned_within_six_seconds() -> None:
-    """The planner searches the store from the end of each run. The runs share key objects to save memory."""
+    """The planner searches the store backwards from the last step of each run.
+
+    The runs of the test share key objects to save memory.
+    """
     steps = 100_000
     trunk = [f"t{i}" for i in range(steps + 1)]
     ends = [[f"{run}.{i}" for i in range(steps // 100)] for run in range(200)]

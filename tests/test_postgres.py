@@ -22,7 +22,7 @@ from test_sweeps import FormulaSearch, InstantEngine, command, facts, tiny_study
 from mainrun.errors import UsageError
 from sweeps.database import StudyDatabase
 
-PASSWORD = "p4:s%s"  # URL-encoded: p4%3As%25s
+PASSWORD = "p4:s%s"  # the URL-encoded password is p4%3As%25s
 BIN = max(
     Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name), default=Path("/none")
 )
@@ -234,7 +234,7 @@ def test_real_trials_on_a_server_that_is_stopped_and_started(
         time.sleep(0.1)
         rows = _rows(server, database)
     server.stop()
-    time.sleep(2)  # trials finish during this time and wait to be written
+    time.sleep(2)  # meanwhile, trials finish but cannot be written to the database
     server.start()
     output, _ = process.communicate()
     assert process.returncode == 0 and rows < 3, output
@@ -243,7 +243,7 @@ def test_real_trials_on_a_server_that_is_stopped_and_started(
     assert [t["value"] for t in trials if t["state"] == "done"] == [
         row[2] for row in written(url) if row[1] == "COMPLETE"
     ]
-    # with --storage and no URL in the study file, no trial is written twice
+    # The study is resumed with --storage instead of a URL in the study file. No trial may be written twice.
     last = subprocess.run(
         [*command(write_study_file(tmp_path, **changes), out, 2), "--storage", url, "--json"],
         capture_output=True,

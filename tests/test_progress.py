@@ -113,7 +113,8 @@ def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 def drive(display: Progress) -> None:
     display.note("before the start")
     display.start(TrainConfig(), TABLE)
-    display.eval(eval_row(1, 3.0))  # with log_every > 1, an evaluation may precede the first step row
+    # If log_every > 1, the first evaluation may come before the first step row.
+    display.eval(eval_row(1, 3.0))
     for n in range(1, 201):
         display.step(step_row(n, 6 - n / 100))
         if n % 50 == 0:
@@ -126,7 +127,8 @@ def drive(display: Progress) -> None:
 def test_the_bar_shows_step_loss_best_score_eta_and_speed() -> None:
     display, screen = bar()
     drive(display)
-    last = screen.getvalue().splitlines()[-2]  # the last line only makes the cursor visible again
+    # The last line only contains the code that shows the cursor again.
+    last = screen.getvalue().splitlines()[-2]
     assert all(word in last for word in ("step 200/200", "loss 4.0000", "best 1.8000", "tok/s", "ETA 0:00"))
     assert "in the middle [not markup] {or format}" in screen.getvalue()
 
@@ -181,7 +183,7 @@ def test_drawing_takes_at_most_its_share_of_the_time(monkeypatch: pytest.MonkeyP
         now[0] += 0.05
         display.step(step_row(n))
     display.close()
-    assert len(drawings) <= 2 + now[0]  # each drawing takes 10 ms, so there is at most one per second
+    assert len(drawings) <= 2 + now[0]  # after a drawing of 10 ms, the display waits for one second
     assert len(drawings) * 0.01 <= 0.011 * now[0] + 0.02
     assert len(drawings) > 5
 
@@ -269,7 +271,7 @@ def test_after_a_resume_the_bar_starts_at_the_step_of_the_run(capsys: pytest.Cap
     display, screen = bar()
     display.start(TrainConfig(), TABLE, [step_row(1), step_row(120), eval_row(120)])
     assert "step 120/200" in screen.getvalue()
-    display.next_draw = float("inf")  # no further drawing is due
+    display.next_draw = float("inf")  # prevent any drawing before close()
     display.step(step_row(131))
     display.close()
     assert "step 131/200" in screen.getvalue(), "close() draws the last step"

@@ -54,7 +54,7 @@ def test_a_wrong_address_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.
     file, out = write_study_file(tmp_path, engine="ray"), tmp_path / "out"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        closed = f"127.0.0.1:{free.getsockname()[1]}"  # the port is bound, but no process listens on it
+        closed = f"127.0.0.1:{free.getsockname()[1]}"  # the port is reserved, but no process listens on it
         assert f"no Ray cluster answers at {closed}" in refused(file, out, "--address", closed)
     for odd in ("nowhere", "ray://127.0.0.1:10001", "127.0.0.1:x"):
         assert f"--address '{odd}' is not allowed; write auto, or HOST:PORT" in refused(
@@ -130,7 +130,7 @@ def cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 0, "object_store_memory": 80_000_000, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head)  # the driver's node, which stays alive
+    cluster = Cluster(initialize_head=True, head_node_args=head)  # the node of the driver is never removed
     yield cluster
     cluster.shutdown()
 
@@ -216,7 +216,7 @@ def test_a_lost_node_and_a_lost_driver_change_nothing(
 
     driver.wait_for(halt)
     cluster.remove_node(nodes[0], allow_graceful=False)
-    # the Ray worker and its child processes end when their node is removed
+    # When a node is removed, its Ray worker and the child processes of the worker end.
     lost = driver.wait_for(lambda: [run for run, (pid, above) in halted.items() if parent(pid) != above])
     assert len(lost) == 1
     for pid, _ in halted.values():

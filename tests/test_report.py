@@ -47,7 +47,7 @@ def runs(made: Path, tmp_path: Path) -> Path:
 
 
 def of(runs: Path, preset: str) -> dict[int, Path]:
-    """Return the run directories of a preset by seed."""
+    """Map each seed of a preset to the directory of its run."""
     folders = {
         json.loads((p / "config.json").read_text())["config"]["seed"]: p for p in runs.glob(f"{preset}-*")
     }
@@ -204,7 +204,8 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
 
 def test_the_export_in_the_folder_of_a_study_is_read(tmp_path: Path) -> None:
     folder = export(tmp_path / "lr" / "export").parent
-    (folder / "study.json").write_text("{}")  # a file that the study's driver writes
+    # The driver of a study writes this file, which is not part of an export.
+    (folder / "study.json").write_text("{}")
     (s,) = load.gather([], tmp_path).studies
     assert s.path == folder / "export" and len(s.trials) == 40
     shutil.rmtree(folder / "export")
@@ -226,14 +227,14 @@ def test_a_damaged_export_is_refused(tmp_path: Path, text: str) -> None:
     ("args", "message"),
     [
         (["--out", "."], "got --out ., which is a folder"),
-        # writing would replace the pipe
+        # Writing a report to this path would replace the pipe with a file.
         (["--out", "pipe"], "got --out pipe, which is a device or a pipe, not a file"),
         (
             ["--out", "notes.md"],
             "got --out notes.md, which is a file of another kind and would be overwritten",
         ),
         (["--log", "none.md"], "--log none.md is not a file"),
-        (["--log", "/proc/self/mem"], "--log /proc/self/mem"),  # a file that cannot be read
+        (["--log", "/proc/self/mem"], "--log /proc/self/mem"),  # reading this file raises an error
         (["--title", "a\nb"], "cannot be printed"),
         (["--samples", "-1"], "--samples"),
     ],
@@ -269,9 +270,8 @@ def test_a_worse_result_is_reported_as_worse(runs: Path) -> None:
 
 
 def test_a_difference_below_the_noise_floor_is_not_claimed(runs: Path) -> None:
-    score(
-        runs, baseline=[2.00, 2.10, 2.20], optimized=[1.99, 2.088, 2.189]
-    )  # better with every seed, but only by a tenth of the noise between seeds
+    # The optimized recipe is better with every seed, but by only a tenth of the noise between seeds.
+    score(runs, baseline=[2.00, 2.10, 2.20], optimized=[1.99, 2.088, 2.189])
     claim = findings.claim(load.gather([], runs))
     assert (
         claim.difference is not None
@@ -288,7 +288,7 @@ def test_a_difference_below_the_noise_floor_is_not_claimed(runs: Path) -> None:
 def test_an_interval_that_contains_zero_is_not_claimed(runs: Path) -> None:
     score(
         runs, baseline=[2.00, 2.10, 2.20], optimized=[1.80, 1.70, 1.60]
-    )  # the mean of -0.4 is beyond the noise floor, but the differences range from -0.2 to -0.6
+    )  # The mean difference of -0.4 exceeds the noise floor, but the differences vary from -0.2 to -0.6.
     claim = findings.claim(load.gather([], runs))
     assert claim.kind == "not sure" and "its interval contains zero" in claim.text
 
@@ -414,7 +414,7 @@ def test_trials_steps_and_rungs_of_a_study(tmp_path: Path) -> None:
     whole = [t for t in range(40) if t % 2 == 0 and t not in failed]
     assert len(s.trials) == 40 and [t["trial"] for t in s.trials if load.is_failed(t)] == failed
     assert [t["trial"] for t in s.completed] == whole
-    assert s.searched_fields == ["lr", "optimizer"]  # momentum has the same value in all trials
+    assert s.searched_fields == ["lr", "optimizer"]  # all trials have the same momentum
     n, pruned = len(whole), 40 - len(whole) - len(failed)
     assert studies.ledger(s) == {
         "asked": 30 * n + 10 * (pruned + len(failed)),
@@ -447,7 +447,7 @@ def test_an_exported_importance_is_used_as_it_is(tmp_path: Path) -> None:
 
 
 def test_importance_is_that_of_ped_anova(tmp_path: Path) -> None:
-    """The result equals Optuna's for a logarithmic `lr` and a categorical `optimizer`."""
+    """The importances equal those of Optuna for a logarithmic `lr` and a categorical `optimizer`."""
     import optuna
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
@@ -501,12 +501,12 @@ def test_a_field_may_be_active_in_some_trials_only() -> None:
 @pytest.mark.parametrize(
     ("count", "values"),
     [
-        (9, lambda t: t),  # too few trials
+        (9, lambda t: t),  # the importances are computed from at least ten trials
         (40, lambda t: 1.0),  # all trials are equally good
         (
             40,
             lambda t: -float(t == 0),
-        ),  # one trial is best and the others tie, so the best quarter contains every trial
+        ),  # All trials but the best one have equal values, so every trial counts as one of the best quarter.
     ],
 )
 @pytest.mark.filterwarnings("error")
@@ -569,7 +569,7 @@ def pages(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(pdf: Path) -> list[tuple[int, str, float, float, float]]:
-    """Return (page, text, x, y, size) of every piece of text."""
+    """Return the page, the text, the position (x, y) and the font size of every piece of text."""
     from pypdf import PdfReader
 
     pieces: list[tuple[int, str, float, float, float]] = []
@@ -580,7 +580,7 @@ def words(pdf: Path) -> list[tuple[int, str, float, float, float]]:
                 x, y = tm[4] * cm[0] + tm[5] * cm[2] + cm[4], tm[4] * cm[1] + tm[5] * cm[3] + cm[5]
                 scale = (
                     abs((tm[0] * tm[3] - tm[1] * tm[2]) * (cm[0] * cm[3] - cm[1] * cm[2])) ** 0.5
-                )  # correct for rotated text, too
+                )  # This formula is also correct for rotated text.
                 pieces.append((n, text.strip(), x, y, size * scale))
 
         page.extract_text(visitor_text=visit)
@@ -605,7 +605,7 @@ def numbers_in(value: Any) -> set[float]:
 
 
 def known(folder: Path) -> set[float]:
-    """Return all numbers in the inputs and all numbers that follow from them, computed independently."""
+    """Return all numbers in the inputs, and all numbers that can be computed from the inputs."""
     import pyarrow.parquet as pq
 
     numbers, scores = set(), {}
@@ -657,7 +657,7 @@ def known(folder: Path) -> set[float]:
     pairs = [list(json.loads(t["scores"]).values()) for t in study if t["state"] == "done"]
     numbers.add(stats.spearman(*zip(*pairs, strict=True)) or 0.0)
     (s,) = load.gather([str(folder / "lr")], folder).studies
-    numbers |= set(studies.importance(s).values())  # the importances have their own test
+    numbers |= set(studies.importance(s).values())  # another test checks the importances
     every = [json.loads((run / "summary.json").read_text()) for run in (folder / "runs").iterdir()]
     return numbers | {sum(s["flops"] for s in every), sum(s["seconds"] for s in every) / 60}
 
@@ -679,7 +679,7 @@ def ticks(folder: Path) -> set[str]:
 
 
 def unknown(folder: Path) -> list[str]:
-    """Return the decimal numbers on the pages that neither follow from the inputs nor are tick labels."""
+    """Return all decimal numbers on the pages that are neither tick labels nor computed from the inputs."""
     allowed, at_axes = known(folder), ticks(folder)
     text = text_of(folder / "report.pdf").replace("\N{MINUS SIGN}", "-")
     wrong = []
@@ -825,7 +825,7 @@ def test_figures_and_tables_are_written(pages: Path) -> None:
         last = json.loads((pages / "runs" / row["run"] / "summary.json").read_text())["last"]
         assert (
             float(row["full"]) == last["full"] and float(row["official"]) == last["official"]
-        )  # the table does not round scores
+        )  # The CSV file contains all digits of the scores.
 
 
 def test_each_figure_is_on_a_page_with_its_caption(pages: Path) -> None:
@@ -1000,4 +1000,4 @@ def test_every_pair_of_series_differs_in_grey() -> None:
         abs(x - y) > 2 or style.DASHES[i] != style.DASHES[j]
         for (i, x), (j, y) in combinations(enumerate(grey), 2)
     )
-    assert max(grey) < 190  # legible on white
+    assert max(grey) < 190  # all lines are dark enough for white paper

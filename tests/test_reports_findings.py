@@ -17,7 +17,7 @@ MINUS = "\N{MINUS SIGN}"
 BASE = {1: 2.00, 2: 2.01, 3: 2.02}
 GAIN = {1: 1.80, 2: 1.82, 3: 1.81}
 OTHER = {"lr": 0.02}
-# the 97.5% quantiles of Student's t with 2 and 4 degrees of freedom, from a printed table
+# A printed table gives these 97.5% quantiles of Student's t with 2 and 4 degrees of freedom.
 T2, T4 = 4.302653, 2.776445
 
 

@@ -40,7 +40,7 @@ def pins(text: str) -> dict[str, str]:
 
 
 def needed(requirements: Iterable[str]) -> set[str]:
-    """Return the names of the requirements and of all packages that they depend on here."""
+    """Return the names of the requirements and of all their dependencies in this environment."""
     found: set[str] = set()
     todo = [(Requirement(r), "") for r in requirements]
     while todo:
@@ -54,7 +54,7 @@ def needed(requirements: Iterable[str]) -> set[str]:
         found.add(name)
         try:
             below = [Requirement(r) for r in requires(name) or []]
-        except PackageNotFoundError:  # a dependency that is not installed here must be pinned, too
+        except PackageNotFoundError:  # a dependency must be pinned even if it is not installed
             below = []
         todo += [(r, e) for r in below for e in (["", *requirement.extras] if new else requirement.extras)]
     return found
@@ -90,7 +90,7 @@ def test_a_package_without_a_pin_is_named() -> None:
         "pydantic_core",
         "MarkupSafe",
         "go-task-bin",
-    ):  # direct, build and indirect requirements
+    ):  # these packages are direct, build-time and indirect requirements
         without = re.sub(rf"(?m)^{re.escape(name)}==.*$", "", constraints)
         assert unpinned(house_requirements(), without) == [f"{canonicalize_name(name)} is not pinned"]
     assert unpinned([], "torch==2.13.0+cpu\nnumpy>=2\nfoo @ file:///x/foo.whl") == [
@@ -103,7 +103,8 @@ def test_a_package_without_a_pin_is_named() -> None:
 # -- no traces of the author's machine
 
 TRACES = re.compile(
-    r"(?<![\w.$}~-])/(?:opt|root|home|work|Users|mnt|srv)/[\w.]"  # a folder that exists on one machine
+    # This pattern matches the path of a folder on the author's machine.
+    r"(?<![\w.$}~-])/(?:opt|root|home|work|Users|mnt|srv)/[\w.]"
     r"|(?<![\w.$}~-])/tmp/\w+/"
     r"|file:///\w"
     r"|--(?:extra-)?index-url|--find-links|--trusted-host"  # an option that names a package index
@@ -117,7 +118,7 @@ def repo_files(root: Path) -> list[Path]:
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=root, capture_output=True, text=True
     )
-    if listed.returncode:  # an unpacked archive: take all files and folders that are not hidden
+    if listed.returncode:  # outside a git repository, return all files that are not hidden
         return [
             p
             for p in root.rglob("*")
@@ -129,7 +130,7 @@ def repo_files(root: Path) -> list[Path]:
 def traces(root: Path) -> list[str]:
     wrong = []
     for path in repo_files(root):
-        if path == Path(__file__):  # this file contains examples of traces
+        if path == Path(__file__):  # skip this file, because it contains examples of traces
             continue
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
@@ -205,7 +206,7 @@ def empty_promises(taskfile: Path, works: Callable[[list[str]], bool]) -> list[s
     """Return the listed tasks that contain a command that does not exist."""
     wrong = []
     for name in menu(taskfile):
-        # if CI is set, go-task prints in colours unless told otherwise
+        # If the variable CI is set, go-task prints in colours by default.
         ask = [go_task(), "--color=false", "--taskfile", str(taskfile), "--summary", name]
         told = subprocess.run(ask, capture_output=True, text=True, timeout=60)
         commands = told.stdout.partition("\ncommands:\n")[2]

@@ -60,7 +60,7 @@ def test_a_second_writer_is_refused_and_the_lock_of_a_dead_one_is_free(tmp_path:
                 open_run(tmp_path, cfg, fresh=fresh)
         other = open_run(tmp_path / "elsewhere", cfg)
         other.release()
-        os.kill(holder.pid, signal.SIGSTOP)  # a stopped process keeps its lock
+        os.kill(holder.pid, signal.SIGSTOP)  # a suspended process keeps its lock
         with pytest.raises(RunError, match="being written"):
             open_run(tmp_path, cfg)
     finally:
@@ -70,14 +70,14 @@ def test_a_second_writer_is_refused_and_the_lock_of_a_dead_one_is_free(tmp_path:
     run = open_run(tmp_path, cfg)
     assert (run.path / ".lock").read_text().startswith(f"{os.getpid()} on ")
     with pytest.raises(RunError, match=f"process {os.getpid()}"):
-        open_run(tmp_path, cfg)  # the same process cannot open a run twice, either
+        open_run(tmp_path, cfg)  # even the same process cannot open a run twice
     run.release()
     run.release()
     open_run(tmp_path, cfg).release()
 
 
 def test_a_writer_whose_lock_was_lost_is_fenced(tmp_path: Path) -> None:
-    """A file server drops the locks of a machine that it cannot reach, and the machine comes back later."""
+    """A file server may drop the locks of a machine that loses its connection and reconnects later."""
     cfg = TrainConfig()
     made(tmp_path, cfg)
     old = open_run(tmp_path, cfg)
@@ -340,7 +340,7 @@ def test_rewinding_to_a_mark_keeps_exactly_the_rows_before_it(
     marked = (folder / "metrics.jsonl").read_bytes()[: mark["bytes"]]
     metrics.close()
     with (folder / "metrics.jsonl").open("ab") as f:
-        f.write(torn)  # a partial row, left by a killed process
+        f.write(torn)  # a killed process leaves a partial row
     again = RowLog(folder / "metrics.jsonl")
     assert again.rewind(mark) and (folder / "metrics.jsonl").read_bytes() == marked
     assert again.mark() == mark

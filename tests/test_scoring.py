@@ -22,7 +22,7 @@ from mainrun.data import scoring
 from mainrun.data.scoring import evaluate, official_coverage, official_spans
 from mainrun.errors import ConfigError
 
-EOS = 1  # the id that the task defines, deliberately not imported
+EOS = 1  # the task defines this id, so the test does not import it from the code
 VOCAB = 23
 
 
@@ -174,7 +174,7 @@ def test_the_full_score_does_not_depend_on_the_official_geometry(model: Attentio
 
 def test_the_mode_of_every_module_is_restored(model: Attention) -> None:
     model.train()
-    model.drop.eval()  # this module is in eval mode before the call
+    model.drop.eval()  # only this module is in eval mode before the evaluation
     evaluate(model, stream(60), chars=1, nbytes=1, block_size=16, geometry=(1, 16))
     assert model.training
     assert model.qkv.training
@@ -280,7 +280,7 @@ def test_bad_arguments_are_refused_with_a_fix(model: Attention) -> None:
     with pytest.raises(ConfigError, match=r"32 tokens, but one span.*2x16\+1 = 33.*official_geometry"):
         evaluate(model, stream(32), chars=1, nbytes=1, block_size=16, geometry=(2, 16))
     assert official_spans(33, (2, 16)) == 1
-    assert official_spans(65, (2, 16)) == 1  # spans do not overlap, so two spans need 66 tokens
+    assert official_spans(65, (2, 16)) == 1  # one span has 33 tokens, so two spans need 66 tokens
     assert official_spans(66, (2, 16)) == 2
     with pytest.raises(ConfigError, match="longer than block_size=8"):
         evaluate(model, stream(100), chars=1, nbytes=1, block_size=8, geometry=(2, 16))
@@ -359,7 +359,7 @@ def test_a_model_without_parameters_can_be_scored() -> None:
 
 @pytest.mark.parametrize("count", [2, 7, 8, 9, 15, 16, 17])
 def test_inputs_and_targets_of_the_full_score(count: int) -> None:
-    """Complete blocks form one batch, and the remaining tokens form another batch unless there are none."""
+    """All complete blocks form one batch, and any remaining tokens form another batch."""
     tokens = np.arange(2, count + 2, dtype=np.uint16)
     parts = list(scoring._full(tokens, 8))
     whole, rest = divmod(count, 8)
@@ -425,7 +425,10 @@ def test_the_first_batch_has_one_row_and_later_batches_fill_the_limit(
 
 
 def test_chunk_sizes_are_pinned() -> None:
-    """The chunk sizes affect the speed and the order of the final sum. Measure the speed before a change."""
+    """The chunk sizes affect the speed and the order of the final sum.
+
+    Measure the speed before you change the chunk sizes.
+    """
     assert scoring.LOGITS == {"cpu": 16_000_000, "cuda": 512_000_000}
     assert scoring.CHUNK == {"cpu": 1_000_000, "cuda": 64_000_000}
 

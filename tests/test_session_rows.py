@@ -32,7 +32,7 @@ from mainrun.run.session import train
 from mainrun.run.sharing import NoSharing
 from mainrun.store import checkpoint
 from mainrun.store.rundir import RunDir
-from mainrun.train import build, score
+from mainrun.train import build, score, set_up
 
 SMALL: dict[str, Any] = {
     "num_titles": 200,
@@ -118,8 +118,8 @@ def test_the_environment_records_what_the_bits_depend_on(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("changes", "flops"),
     [
-        # weights of matrices: q, k, v, o 4 * 32 * 32; up and down 2 * 32 * 128; head 400 * 32
-        # attention: 12 * 2 * 16 * 16
+        # The matrices q, k, v and o have 4 * 32 * 32 weights, up and down have 2 * 32 * 128, and the head has
+        # 400 * 32. Attention adds 12 * 2 * 16 * 16 FLOPs per token.
         ({}, 6 * (4 * 1024 + 8192 + 12_800) + 12 * 2 * 16 * 16),
         ({"tie_head": False}, 6 * (4 * 1024 + 8192 + 12_800) + 12 * 2 * 16 * 16),
         ({"n_layer": 2}, 6 * (2 * (4 * 1024 + 8192) + 12_800) + 2 * 12 * 2 * 16 * 16),
@@ -323,7 +323,8 @@ def test_scores_cover_val_and_dev(
     trained: tuple[TrainConfig, RunDir, dict[str, Any]],
 ) -> None:
     cfg, _, _ = trained
-    data = prepare(cfg, load_corpus(cfg))
+    setup = set_up(cfg)
+    data = setup.data
     model = build(cfg, data.tokenizer.vocab_size)
     applied: list[int] = []
 
@@ -334,8 +335,8 @@ def test_scores_cover_val_and_dev(
         def __exit__(self, *_: object) -> None:
             applied.append(-1)
 
-    state = SimpleNamespace(model=model, step=7, average=SimpleNamespace(applied=Applied))
-    rows = list(score(cfg, data, state))
+    state = SimpleNamespace(cfg=cfg, model=model, step=7, average=SimpleNamespace(applied=Applied))
+    rows = list(score(setup, setup.plan, state))
     assert [(row["event"], row["step"], row["split"]) for row in rows] == [
         ("eval", 7, "val"),
         ("eval", 7, "dev"),

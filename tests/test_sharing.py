@@ -45,8 +45,8 @@ from mainrun.store.nodes import Node, Store
 from mainrun.store.rundir import RunDir
 
 ROOT = Path(__file__).parents[1]
-# The run trains 37 steps in a third of a second. It saves nodes at steps 18 and 36 (scores), 27 (the start of
-# the decay) and 37 (the end).
+# A run of this config trains 37 steps in a third of a second. The run saves nodes at steps 18 and 36 for
+# scores, at step 27 for the start of the decay, and at step 37 for the end.
 SMALL: dict[str, Any] = {
     "num_titles": 200, "n_layer": 1, "optimizer": "adamw", "lr": 0.01, "dropout": 0.1, "schedule": "wsd",
     "decay_frac": 0.3,
@@ -64,7 +64,7 @@ def late(name: str, value: float, step: int = 20) -> dict[str, Any]:
 
 
 class Killed(BaseException):
-    """Simulates a kill of the process."""
+    """Raised to simulate that the process is killed."""
 
 
 class Watch(Progress):
@@ -141,7 +141,7 @@ def ledger(asked: int, reused: int, wasted: int = 0) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TrainConfig], dict[str, Any]]:
-    """Return a function that gives the outcome of a config without a store.
+    """Return a function that trains a config without a store and returns the outcome.
 
     Each config is trained only once.
     """
@@ -158,7 +158,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TrainConfig], d
 
 @pytest.fixture(scope="module")
 def filled_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, TrainConfig], Store]:
-    """Return a function that creates a store with the nodes of one run of a config."""
+    """Return a function that trains a config and creates a store with the nodes of the run."""
     out = tmp_path_factory.mktemp("filled")
 
     def fill(place: Path, cfg: TrainConfig) -> Store:
@@ -287,11 +287,14 @@ def test_speed_counts_trained_tokens_only(tmp_path: Path, filled_store: Any) -> 
 
 
 def test_a_score_in_two_nodes_is_logged_once(tmp_path: Path, alone: Any, filled_store: Any) -> None:
-    """A run adds a score that a node lacks. Later the node is lost, and trained again with that score."""
+    """A run computes a score that a node in the store lacks.
+
+    Later the node is lost, and another run trains the node again, including the score.
+    """
     store = filled_store(tmp_path / "store", config())
     cfgs = [
         config(eval_per_epoch=4, preset=name) for name in ("adds", "again", "takes")
-    ]  # these configs also evaluate at step 27
+    ]  # These configs also evaluate the model after step 27.
     node_file(store, 37).unlink()
     node_file(store, 36).unlink()
     train(cfgs[0], tmp_path, store=store)
@@ -339,14 +342,14 @@ def test_a_node_that_is_written_late_contains_the_state_of_its_step(
 def test_lost_steps_that_the_store_has_count_as_trained(
     tmp_path: Path, alone: Any, every: int, at: int, wasted: int
 ) -> None:
-    """If the store has later steps than the checkpoints, the steps that this run trained count as trained."""
+    """The steps that a run has trained still count as trained if they are only in the store after a kill."""
     cfg, store, watch = config(checkpoint_every=every), Store(tmp_path / "store"), Watch()
     with pytest.raises(Killed):
         train(cfg, tmp_path, store=store, progress=Watch({at: kill}))
     summary = train(cfg, tmp_path, store=store, progress=watch)
     assert summary["ledger"] == ledger(
         STEPS + wasted, 0, wasted
-    )  # a step is logged before its node and its checkpoint are written
+    )  # A step is logged before its node and its checkpoint are written, so a kill may lose a logged step.
     assert reused_steps(tmp_path / cfg.run_id) == [] and len(watch.steps) == STEPS - at + wasted
     assert outcome(tmp_path / cfg.run_id) == alone(config(checkpoint_every=every))
     assert store.verify() == []
@@ -356,7 +359,7 @@ def test_reused_steps_stay_reused_after_a_kill(tmp_path: Path, alone: Any, fille
     cfg, store = (
         config(),
         filled_store(tmp_path / "store", config(decay_frac=0.9, decay_shape="sqrt")),
-    )  # the two configs share 5 steps
+    )  # The two configs share their first 5 steps.
     with pytest.raises(Killed):
         train(cfg, tmp_path, store=store, progress=Watch({20: kill}))
     summary = train(cfg, tmp_path, store=store)
@@ -373,7 +376,7 @@ def test_reused_steps_stay_reused_after_a_kill(tmp_path: Path, alone: Any, fille
 def test_steps_reused_later_in_a_run_stay_reused_after_a_kill(
     tmp_path: Path, alone: Any, filled_store: Any
 ) -> None:
-    """A run that trains 18 steps, reuses 9, trains 3 and is killed has trained 21 steps."""
+    """A run trains 18 steps, reuses 9 steps, trains 3 steps, and is killed. The run has trained 21 steps."""
     cfg, store, full = config(), Store(tmp_path / "store"), filled_store(tmp_path / "full", config())
 
     def fill_store() -> None:
@@ -484,7 +487,10 @@ def test_fresh_reports_a_store_with_other_bits(tmp_path: Path, alone: Any, fille
 def test_a_run_can_be_trained_up_to_a_step(
     tmp_path: Path, alone: Callable[[TrainConfig], dict[str, Any]]
 ) -> None:
-    """Training stops at step `until` even if the store has later steps, and the store keeps that step."""
+    """Training stops at step `until` even if the store has later steps.
+
+    The store keeps a node at step `until`.
+    """
     cfg, other, store = config(), config(decay_frac=0.2), Store(tmp_path / "store")
     for where in (None, store):
         out = tmp_path / str(where is None)
@@ -496,7 +502,7 @@ def test_a_run_can_be_trained_up_to_a_step(
                 *range(1, until + 1)
             ]
         with pytest.raises(Interrupted, match="stopped at step 30"):
-            train(cfg, out, store=where, until=20)  # the run is already past this step
+            train(cfg, out, store=where, until=20)  # the run has already trained more than 20 steps
         if where:
             with pytest.raises(Interrupted, match="stopped at step 10"):
                 train(other, tmp_path / "other", store=where, until=10)
@@ -508,7 +514,7 @@ def test_a_run_can_be_trained_up_to_a_step(
 def test_steps_of_another_machine_are_never_stored_under_this_machines_keys(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A checkpoint from another machine may have other bits than this machine's keys promise."""
+    """Another machine may round differently, so its checkpoint may have other bits than this machine's."""
     cfg, store, watch = config(checkpoint_every=10), Store(tmp_path / "store"), Watch()
     with monkeypatch.context() as patch:
         patch.setattr("mainrun.core.device.cpu_name", lambda: "another processor")
@@ -561,13 +567,15 @@ def test_a_run_waits_for_shared_steps_that_another_run_trains(tmp_path: Path, al
     for cfg in (
         one,
         two,
-    ):  # a guard notices that another thread uses the global random generator
+    ):
+        # The guards are not compared, because one guard detects that another thread uses the random
+        # generator.
         assert outcome(tmp_path / cfg.run_id) | {"guards": None} == alone(cfg) | {"guards": None}
     assert store.verify() == [] and active_leases(store) == {}
 
 
-# The decay of EARLY begins after step 27. LATE trains from step 18 to step 31, and saves a node at step 27
-# only on request.
+# The decay of EARLY begins after step 27. LATE has nodes at steps 18 and 31, and saves a node at step 27 only
+# if another run requests the node.
 EARLY, LATE, FORK = {"preset": "early"}, {"preset": "late", "decay_frac": 0.2}, 27
 
 
@@ -586,7 +594,7 @@ class RunInThread(threading.Thread):
             self.summary = train(self.cfg, self.out, store=self.store, progress=self.watch, keep=self.keep)
 
     def begin(self) -> None:
-        """Start the run, and return when it waits for another run."""
+        """Start the thread, and return as soon as its run waits for another run."""
         self.start()
         wait_until(lambda: self.watch.noted("waiting for"))
 
@@ -613,7 +621,10 @@ def wait_for_beats(store: Store, step: int, cfg: TrainConfig, count: int) -> Non
 
 
 def same_bits(run: Path, alone: dict[str, Any]) -> bool:
-    """Return whether a run equals its run from scratch, except for guards, which notice the other thread."""
+    """Return whether a run has the same bits as a run from scratch.
+
+    The guards are not compared, because one guard detects the other thread.
+    """
     return outcome(run) | {"guards": None} == alone | {"guards": None}
 
 
@@ -627,7 +638,7 @@ def fast_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_requests_a_fork_before_the_other_run_passes_it(
     tmp_path: Path, alone: Any, late_first: bool
 ) -> None:
-    """The second run requests a node at the fork while both runs train towards the same next node."""
+    """Both runs train towards the same node when the second run requests another node at the fork."""
     store = Store(tmp_path / "store")
     cfgs = [config(**changes) for changes in ((LATE, EARLY) if late_first else (EARLY, LATE))]
     wants: list[set[str]] = []
@@ -647,7 +658,7 @@ def test_a_run_requests_a_fork_before_the_other_run_passes_it(
 def test_a_late_request_is_read_at_a_heartbeat_and_the_lease_is_kept(
     tmp_path: Path, alone: Any, fast_heartbeat: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second run waits for the node at the fork, although the first run is past the fork by then."""
+    """The second run waits for the node at the fork, although the first run has already passed the fork."""
     store, early, late = Store(tmp_path / "store"), config(**EARLY), config(**LATE)
     second = RunInThread(tmp_path, store, early)
     seen: dict[int, Any] = {}
@@ -664,7 +675,8 @@ def test_a_late_request_is_read_at_a_heartbeat_and_the_lease_is_kept(
     def start_second() -> None:
         seen[20] = lease_of(store, 31, late)
         second.begin()
-        wait_for_beats(store, 31, late, 2)  # the first heartbeat may have begun before the request
+        # Wait for two heartbeats, because the first may have begun before the request.
+        wait_for_beats(store, 31, late, 2)
 
     def go_past() -> None:
         seen[29] = lease_of(store, 31, late)
@@ -689,7 +701,7 @@ def test_a_late_request_is_read_at_a_heartbeat_and_the_lease_is_kept(
 def test_a_run_past_the_fork_is_not_waited_for(
     tmp_path: Path, alone: Any, fast_heartbeat: None, monkeypatch: pytest.MonkeyPatch, known: bool
 ) -> None:
-    """The second run stops waiting, at the latest, when a heartbeat reports a step past the fork."""
+    """The second run stops waiting as soon as it learns that the first run has passed the fork."""
     store, early, late, beat = (
         Store(tmp_path / "store"),
         config(**EARLY),
@@ -697,7 +709,7 @@ def test_a_run_past_the_fork_is_not_waited_for(
         sharing.LeaseHolder.beat,
     )
     second = RunInThread(tmp_path, store, early)
-    if not known:  # the heartbeats report step 18 until the second run waits
+    if not known:  # the first run keeps reporting step 18 until the second run waits
         monkeypatch.setattr(
             sharing.LeaseHolder,
             "beat",
@@ -734,7 +746,7 @@ def test_a_waiting_run_continues_if_the_holder_fails(tmp_path: Path, alone: Any)
 def test_of_two_leases_acquired_at_the_same_moment_one_is_released(
     tmp_path: Path, alone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both runs look for leases before either run has one, and then acquire leases on different nodes."""
+    """Both runs look for leases at the same moment, find none, and acquire leases on different nodes."""
     store, hold, barrier = Store(tmp_path / "store"), sharing.LeaseHolder.acquire, threading.Barrier(2)
     runs = [
         RunInThread(tmp_path, store, config(**EARLY), keep=[10]),
@@ -743,7 +755,7 @@ def test_of_two_leases_acquired_at_the_same_moment_one_is_released(
     steps_leased: list[int] = []
 
     class Chance:
-        """Replaces random waits, so that the second run finishes before the first looks for leases again."""
+        """Replaces the random waits. The first run waits long enough for the second run to finish."""
 
         def uniform(self, low: float, high: float) -> float:
             assert low < high, "equal waits would collide again"
@@ -762,7 +774,8 @@ def test_of_two_leases_acquired_at_the_same_moment_one_is_released(
 
     monkeypatch.setattr(sharing.LeaseHolder, "acquire", together)
     runs[0].start()
-    # the first run has drawn its weights, so the threads do not share the generator
+    # Start the second run after the first run has drawn its weights, because the threads share one random
+    # generator.
     wait_until(lambda: steps_leased)
     runs[1].start()
     for run in runs:
@@ -825,7 +838,10 @@ def test_an_outdated_request_costs_one_state_and_no_bit(tmp_path: Path, alone: A
 def test_reusing_a_node_past_its_own_lease_frees_the_lease(
     tmp_path: Path, alone: Any, filled_store: Any, fast_heartbeat: None
 ) -> None:
-    """When the run stops at a requested step, the store already has nodes past the end of the run's lease."""
+    """A run stops at a requested step.
+
+    By then, the store has nodes beyond the last step of the run's lease.
+    """
     cfg, store, full = config(), Store(tmp_path / "store"), filled_store(tmp_path / "full", config())
 
     def fill_store() -> None:
@@ -862,8 +878,8 @@ def test_scores_that_the_holder_does_not_write_are_not_waited_for(tmp_path: Path
     cfg, store, watch = config(eval_per_epoch=5), Store(tmp_path / "store"), Watch()
     lease = Leases(store.files).acquire(keys(cfg)[18], run="another", step=18, scores=[1], geometry=[8, 16])
     assert lease is not None
-    # The lease is released at step 14. After that step the run would wait, because it needs no score before
-    # step 18.
+    # After step 14, the run needs no score before step 18 and would wait for the holder of the lease. The
+    # lease is therefore released at step 14.
     watch.at = {14: lease.release}
     train(cfg, tmp_path, store=store, progress=watch)
     assert not watch.noted("waiting for") and outcome(tmp_path / cfg.run_id) == alone(cfg)
@@ -1011,7 +1027,7 @@ def test_damage_is_reported_and_costs_steps_but_no_bit(
             for finding in store.verify()
             if "not a file of a store" not in finding and "its root" not in finding
         ] == []
-        if reused < STEPS:  # the damaged nodes were trained again
+        if reused < STEPS:  # the run trained the damaged nodes again
             again = from_dict(cfg.model_dump() | {"preset": "again"})
             assert train(again, tmp_path, store=store)["ledger"] == ledger(STEPS, STEPS) and outcome(
                 tmp_path / again.run_id
@@ -1179,8 +1195,10 @@ def test_a_run_that_diverges_leaves_no_lease_and_no_damage(
 
     def diverging_loss(*args: Any) -> Any:
         calls[0] += 1
-        loss, plain = original(*args)
-        return (loss * torch.inf, plain * torch.inf) if calls[0] == 30 else (loss, plain)
+        loss = original(*args)
+        if calls[0] != 30:
+            return loss
+        return loss._replace(minimized=loss.minimized * torch.inf, plain=loss.plain * torch.inf)
 
     monkeypatch.setattr(trainer, "compute_loss", diverging_loss)
     with pytest.raises(Diverged, match="at step 30"):
@@ -1543,7 +1561,7 @@ def test_a_process_that_waits_for_the_fork_of_a_killed_process_continues(
 def test_the_lease_of_a_lost_process_is_taken_over(tmp_path: Path, worker: Any, alone: Any, how: str) -> None:
     """A killed process loses its lease at once.
 
-    A suspended process loses its lease when the lease expires, and still finishes later.
+    A suspended process loses its lease when the lease expires, but still finishes its run later.
     """
     one = worker(tmp_path / "one", tmp_path / "store", 0.05, ttl=3.0)
     one.wait_until(8)
@@ -1611,7 +1629,7 @@ def test_a_run_of_two_processes_reuses_steps(tmp_path: Path) -> None:
     assert outcome(tmp_path / "second" / later["run"]) == outcome(tmp_path / "scratch" / scratch["run"])
     other = two(
         "third", *place, official_geometry="2x8"
-    )  # only the leader notices that the store lacks the score after step 1
+    )  # Only the leader process detects that the store lacks the score after step 1.
     scratch = two("scratch", "--no-store", official_geometry="2x8")
     assert outcome(tmp_path / "third" / other["run"]) == outcome(tmp_path / "scratch" / scratch["run"])
     watch = Watch()
@@ -1648,11 +1666,13 @@ def test_random_kills_and_damage_cost_no_bit_and_no_run(
     for cfg in configs:
         train(cfg, tmp_path / "alone")
         scratch[cfg.run_id] = outcome(tmp_path / "alone" / cfg.run_id)
+    # Every lease names a process that does not exist, so a resumed run does not wait for the lease of the
+    # killed run.
     dead = {
         "boot": leases._boot(),
         "pid": 2**22 + 1,
         "started": "1",
-    }  # only one run is active, so all other leases are those of dead processes
+    }
     monkeypatch.setattr(leases, "this_process", lambda: dead)
     monkeypatch.setattr(nodes.os, "fsync", lambda fd: None)
     gone = False
@@ -1671,7 +1691,7 @@ def test_random_kills_and_damage_cost_no_bit_and_no_run(
         return call
 
     def close(self: Any) -> None:
-        """Release no lease if the process was killed."""
+        """Keep the lease if the process was killed."""
         nonlocal gone
         gone = gone or isinstance(sys.exc_info()[1], Killed)
         original_close(self)
@@ -1733,7 +1753,7 @@ def test_random_kills_and_damage_cost_no_bit_and_no_run(
 def test_keeping_a_node_delays_the_training_by_no_more_than_a_copy(tmp_path: Path) -> None:
     """The state has 27 million weights with AdamW's moments.
 
-    On a busy machine, the time limits grow with the time of a plain copy.
+    If the machine is busy and a plain copy takes longer, the time limits are longer too.
     """
     cfg = config()
     size = 27_000_000
@@ -1759,7 +1779,7 @@ def test_keeping_a_node_delays_the_training_by_no_more_than_a_copy(tmp_path: Pat
         keeper.publish(state)  # type: ignore[arg-type]
         stalls.append((time.perf_counter() - started) / max(0.3, 2 * bare) * 0.3)
         assert keeper.writer._writing is not None
-        keeper.writer._writing.result()  # wait, so that only one node is written at a time
+        keeper.writer._writing.result()  # wait until this node is written before the next node is published
     (plain,) = [entry for entry in store.summary()[0] if entry.step == 4]
     for i in range(3):
         tensors["model/0"][0] = float(i)

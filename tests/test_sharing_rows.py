@@ -63,7 +63,7 @@ def lease(key: str, content: dict[str, Any]) -> SimpleNamespace:
 
 
 class FakeStore:
-    """A store in memory that records the calls."""
+    """A fake store in memory that records the calls of its methods."""
 
     def __init__(self) -> None:
         self.nodes: dict[str, Node | Exception] = {}
@@ -145,7 +145,7 @@ class FakeState:
 
 
 class FakeLog(list[dict[str, Any]]):
-    """A log in memory, which is truthy even without rows."""
+    """A log in memory, which is truthy even if the log has no rows."""
 
     def rows(self) -> list[dict[str, Any]]:
         return self
@@ -220,7 +220,7 @@ class RunWithStore:
         self.store.nodes |= {node.key: node for node in nodes}
 
     def rows(self, begins: int, end: int) -> tuple[dict[str, Any], ...]:
-        """Return the rows that a run with this plan logs for the steps after `begins` up to `end`."""
+        """Return the rows that a run with this plan logs from step `begins + 1` to step `end`."""
         rows = []
         for step in range(begins + 1, end + 1):
             rows.append({"event": "step", "step": step, "loss": 1.0})
@@ -241,11 +241,13 @@ def test_the_constants_of_this_file_match_the_config() -> None:
 @pytest.mark.parametrize(
     ("until", "keep", "stops"),
     [
+        # No node is kept at the score after step 1. Nodes are kept at later scores, at the start of the decay
+        # and at the end.
         (
             0,
             (),
             {18, 27, 36, 37},
-        ),  # nodes at scores, at the start of the decay and at the end, but not at the score after step 1
+        ),
         (20, (), {18, 20}),
         (99, (), {18, 27, 36, 37}),
         (0, (5, 30, 38, 0), {5, 18, 27, 30, 36, 37}),
@@ -387,7 +389,7 @@ def other_lease(run: RunWithStore, step: int, /, **changes: Any) -> dict[str, An
     return content | {"scores": [1, 18, 36], "fired": []} | changes
 
 
-# differs after step 27, where config() begins its decay
+# This config differs from config() after step 27, where the decay of config() begins.
 LATER = config(decay_frac=0.2).model_dump(mode="json")
 
 
@@ -459,7 +461,8 @@ def test_only_a_consistent_lease_has_a_fork(changes: dict[str, Any], fork: int) 
     other_keys = lineage.chain(run.keys[0], Plan(from_dict(LATER), TOKENS))
     content = other_lease(run, 36, config=LATER) | changes
     assert run.sharing.holder.fork(other_keys[36], content) == fork
-    assert run.sharing.holder.fork(other_keys[36], {"run": "other"}) == fork  # cached
+    # The previous call has cached the fork.
+    assert run.sharing.holder.fork(other_keys[36], {"run": "other"}) == fork
     assert run.sharing.holder.fork(other_keys[27], {"run": "other"}) == 0, "the cache is per lease"
     assert run.sharing.holder.fork(other_keys[36], {"run": "third"}) == 0, "and per run"
 
@@ -695,7 +698,10 @@ def test_the_note_names_all_of_three_runs() -> None:
 def test_a_run_at_step_15_logs_the_rows_that_it_lacks(
     event: str, step: int, logged: bool, shown: bool
 ) -> None:
-    """If a run stopped right after an op, the journal has the op's row already and does not get it twice."""
+    """If a run stopped right after a growth op, the journal already has the row of the op.
+
+    The row must not be written again.
+    """
     run, journal = RunWithStore(), FakeLog()
     row = {"event": event, "op": "0-set_lr", "step": step}
     run.add(run.node(18, rows=(row, *run.rows(16, 18))))

@@ -268,7 +268,7 @@ def test_a_store_that_another_process_begins_meanwhile_is_a_store(
 
 
 def test_a_run_with_a_summary_is_done(tiny, tmp_path: Path) -> None:
-    """A kill between two writes must not leave a run that has a summary in the state `running`."""
+    """Even after a kill between two writes, a run that has a summary must not be in the state `running`."""
     seen = []
     run = RunDir(tmp_path)
 

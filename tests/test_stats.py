@@ -17,7 +17,7 @@ from mainrun import stats
 
 
 @pytest.mark.parametrize(
-    ("p", "df", "table"),  # values from a printed table of Student's t
+    ("p", "df", "table"),  # `table` has values from a printed table of Student's t
     [
         (0.975, 1, 12.7062), (0.975, 2, 4.3027), (0.975, 4, 2.7764), (0.975, 10, 2.2281), (0.975, 30, 2.0423),
         (0.975, 120, 1.9799), (0.95, 5, 2.0150), (0.995, 3, 5.8409), (0.9, 7, 1.4149), (0.5, 3, 0.0),
@@ -173,7 +173,7 @@ def test_the_interval_of_a_mean_matches_scipy(values: tuple[float, ...]) -> None
         ({1: 2.0, 2: 2.5, 3: 4.0}, {4: 1.75, 5: 1.0}, "welch"),
         ({1: 2.0, 2: 2.0}, {3: 1.75, 4: 1.0, 5: 1.5}, "welch"),
         ({1: 3.0, 2: 3.5, 3: 3.25}, {4: 1.0, 5: 1.0}, "welch"),
-        ({1: 3.0, 2: 3.5}, {3: 1.0, 4: 1.5}, "welch"),  # both recipes have the same spread
+        ({1: 3.0, 2: 3.5}, {3: 1.0, 4: 1.5}, "welch"),  # both recipes have the same standard deviation
     ],
 )
 @pytest.mark.filterwarnings("ignore:Precision loss")
@@ -204,7 +204,8 @@ def test_differences_match_scipy(a: dict[int, float], b: dict[int, float], kind:
     [
         ({1: 2.0, 2: 3.0}, {1: 1.5, 2: 2.5}, 0.0, (-0.5, -0.5), 1),  # both seeds have the same difference
         ({1: 2.0, 2: 3.0}, {1: 2.0, 2: 3.0}, 1.0, (0.0, 0.0), 1),
-        ({1: 2.0, 2: 2.0}, {3: 1.5, 4: 1.5, 5: 1.5}, 0.0, (-0.5, -0.5), 3),  # neither recipe has a spread
+        # All scores of each recipe are equal.
+        ({1: 2.0, 2: 2.0}, {3: 1.5, 4: 1.5, 5: 1.5}, 0.0, (-0.5, -0.5), 3),
         ({1: 2.0, 2: 2.0}, {3: 2.0, 4: 2.0, 5: 2.0}, 1.0, (0.0, 0.0), 3),
     ],
 )
@@ -245,7 +246,7 @@ def test_results_are_immutable() -> None:
     ("groups", "sd", "df"),
     [
         ([[1.0, 2.0]], math.sqrt(0.5), 1),
-        ([[1.0, 2.0], [9.0]], math.sqrt(0.5), 1),  # a single run has no spread
+        ([[1.0, 2.0], [9.0]], math.sqrt(0.5), 1),  # a single run has no standard deviation
         ([[1.0, 2.0], [7.0, 7.0]], 0.5, 2),
         ([[1.0, 2.0], [5.0, 5.5, 6.0], []], math.sqrt(1 / 3), 3),
         ([[3.0, 3.0]], 0.0, 1),
@@ -274,11 +275,12 @@ def test_noise_is_unknown_without_two_runs_of_one_recipe(groups: list[list[float
         ([0.01, 0.02], [0.02, 0.02]),
         ([0.02, 0.01], [0.02, 0.02]),
         ([0.03, 0.02, 0.01], [0.04, 0.04, 0.03]),
-        ([0.01, 0.01, 0.01], [0.03, 0.03, 0.03]),  # ties
+        ([0.01, 0.01, 0.01], [0.03, 0.03, 0.03]),  # all p-values are equal
         ([0.001, 0.04, 0.03, 0.2], [0.004, 0.09, 0.09, 0.2]),
-        ([0.5, 0.4, 0.9], [1.0, 1.0, 1.0]),  # adjusted values are at most 1
+        ([0.5, 0.4, 0.9], [1.0, 1.0, 1.0]),  # adjusted p-values are at most 1
         ([0.0, 0.9, 0.5], [0.0, 1.0, 1.0]),
-        ([0.012, 0.011, 0.05], [0.033, 0.033, 0.05]),  # no adjusted value is below that of a smaller p
+        # An adjusted p-value is never below that of a smaller p-value.
+        ([0.012, 0.011, 0.05], [0.033, 0.033, 0.05]),
     ],
 )
 def test_holms_correction_matches_results_by_hand(ps: list[float], adjusted: list[float]) -> None:

@@ -114,7 +114,7 @@ def usable(store: Store) -> set[int]:
 
 
 def age(store: Store, ages: dict[str, float]) -> None:
-    """Set the time of the last use of each state to the given number of seconds ago."""
+    """Pretend that each state was last used the given number of seconds ago."""
     for state, seconds in ages.items():
         os.utime(Path(str(store)) / f"states/{state}.safetensors", (time.time() - seconds,) * 2)
 
@@ -569,7 +569,7 @@ def test_many_threads_that_save_one_node_leave_one(store: Store) -> None:
 def test_savers_and_cleaners_do_not_disturb_each_other(store: Store) -> None:
     """Evict, gc and verify run while other threads save and load.
 
-    The worst that may happen is a missing state.
+    A missing state is the only damage that may occur.
     """
     nodes = save(store, *STEPS)
     store.size, over = int(nodes[0].size * 1.5), threading.Event()
@@ -622,12 +622,12 @@ def cut(path: Path, at: float) -> None:
 
 
 def header(path: Path) -> float:
-    """Return the length of the first line of a node's file as a share of the file."""
+    """Return the length of the first line of a node's file, as a fraction of the size of the file."""
     return (len(path.read_bytes().split(b"\n")[0]) - 1) / path.stat().st_size
 
 
 def rewrite(store: Store, step: int, **changes: Any) -> None:
-    """Rewrite a node with valid checksums, as a forger would."""
+    """Change a node as a forger would, with valid checksums."""
     node_of(store, step).write_bytes(replace(store.node(key(step)), **changes).dump())
 
 
@@ -641,7 +641,8 @@ LOST = rf"node {key(30)[:12]} \(step 30\): the rows before step 20 are lost with
 TORN = r"state [0-9a-f]{12} \(step 20 of run ü\): incomplete or changed after it was written"
 NODE = rf"node {key(20)[:12]}: "
 UNROOTED = rf"the file of its root {ROOT[:12]} is lost"
-# (damage, what verify reports, steps that stay usable, what gc removes, what verify reports after gc)
+# Each row has the damage, the report of verify, the steps that remain usable, the files that gc removes, and
+# the report of verify after gc.
 Damage = tuple[Callable[[Store], Any], str, set[int], set[str], str | None]
 DAMAGES: dict[str, Damage] = {
     **{
@@ -821,7 +822,7 @@ def test_damage_is_reported_skipped_and_removed(store: Store, case: Damage) -> N
     found = store.verify()
     assert (found and all(re.search(after, line) for line in found)) if after else found == []
     if damage is not DAMAGES["parent that does not exist"][0]:  # no run can train the missing parent
-        save(store, *STEPS)  # like a run that trains these steps again
+        save(store, *STEPS)  # simulates a run that trains these steps again
         assert (
             store.verify() == [] and usable(store) == set(STEPS) and files_in(folder).keys() == whole.keys()
         )
@@ -935,7 +936,7 @@ def test_a_foreign_file_or_folder_is_not_opened(tmp_path: Path) -> None:
 
 
 def test_a_store_opens_before_its_first_node_is_written(place: str) -> None:
-    """If a run is killed early, it leaves a lease or a pin in a store without nodes."""
+    """A run that is killed early may leave a lease or a pin in a store that has no nodes."""
     store = Store(place)
     lease = Leases(store.files).acquire(key(10))
     assert lease
@@ -954,7 +955,7 @@ def test_the_next_run_repairs_the_file_of_a_root(store: Store, text: str) -> Non
     assert store.verify() == [] and list(store.roots()) == [(ROOT, BEGUN)]
 
 
-# -- what gc removes and what it keeps
+# -- garbage collection
 
 
 def test_gc_removes_old_states_without_a_node(store: Store) -> None:
@@ -1125,7 +1126,7 @@ def test_a_state_from_the_future_is_evicted_in_its_turn(store: Store) -> None:
     assert store.evict() == [nodes[1].state], "as if used now"
     assert store.verify() == []
     time.sleep(0.02)
-    save(store, 20, 30)  # these states are used last, so the other state is the least recently used
+    save(store, 20, 30)  # these states are used now, so the other state is the least recently used
     assert store.evict() == [nodes[0].state] and usable(store) == {20, 30}
 
 

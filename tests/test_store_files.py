@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Folder:
 
 @pytest.fixture
 def synced(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Record each call of fsync in order: the current size of the file, or the name of the folder."""
+    """Record the size of each file and the name of each folder that is synced, in order."""
     seen: list[Any] = []
 
     def fsync(fd: int) -> None:

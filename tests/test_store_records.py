@@ -19,7 +19,8 @@ from mainrun.store import records
 
 NAN, INFINITY = float("nan"), float("inf")
 
-# maps a kind to accepted values, including both limits, and to refused values just beyond the limits
+# Maps each kind of value to accepted values, which include both limits, and to refused values, which are just
+# beyond the limits.
 KINDS: dict[str, tuple[list[Any], list[Any]]] = {
     "count": ([0, 10**18], [-1, 10**18 + 1, 1.0, True, "1", None]),
     "first": ([1, 10**18], [0, 10**18 + 1, 1.0, True, None]),
@@ -89,7 +90,8 @@ def below(name: str, kinds: dict[str, str]) -> dict[str, str]:
     return {f"{name}.{path}": kind for path, kind in kinds.items()}
 
 
-# maps a shape to a document with all keys, and to the kind of each path (with "?" for an optional key)
+# Maps each record shape to a document with all keys, and to the kind of value at each path. A kind that ends
+# with "?" belongs to an optional key.
 DOCUMENTS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "SCORE": (SCORE, SCORE_KINDS),
     "STEP_ROW": (

@@ -353,7 +353,7 @@ def test_fresh_needs_no_config_without_foreign_files(tmp_path: Path) -> None:
     assert names(run.path) == {".lock"}
 
 
-# -- folders and pipes in place of files
+# -- folders and pipes instead of files
 
 
 @pytest.mark.parametrize("name", FILES)

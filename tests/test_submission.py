@@ -469,7 +469,7 @@ def test_changes_with_a_matching_manifest_are_found_without_running_code(
 
 @pytest.mark.slow
 def test_the_replay_finds_consistent_changes(submission: Path, tmp_path: Path) -> None:
-    """A forger changes one digit of the log or one byte of the code, and adjusts everything else."""
+    """A forger changes one digit of the log or one byte of the code, and makes all other files consistent."""
     files = files_of(submission)
     path = tmp_path / "x.zip"
     rows = [json.loads(line) for line in files["run/metrics.jsonl"].splitlines()]
@@ -488,7 +488,10 @@ def test_the_replay_finds_consistent_changes(submission: Path, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_consistent_changes_of_weights_flops_and_status(submission: Path, tmp_path: Path) -> None:
-    """A forger damages the weights, doubles the FLOPs or resets the status, and adjusts everything else."""
+    """A forger damages the weights, doubles the FLOPs or resets the status.
+
+    All other files are made consistent.
+    """
     files = files_of(submission)
     path = tmp_path / "x.zip"
     (weights,) = (name for name in files if name.endswith("state.safetensors"))

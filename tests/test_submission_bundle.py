@@ -1,6 +1,6 @@
 """Tests the limits of a bundle: names, sizes, entries and the manifest.
 
-The tests compare refused values with similar values that are allowed.
+The tests also check that values similar to the refused values are allowed.
 """
 
 from __future__ import annotations
@@ -289,7 +289,7 @@ def test_the_order_of_the_directory_is_free(tmp_path: Path) -> None:
 
 
 def hide(archive: zipfile.ZipFile) -> None:
-    """Write bytes into a zip that belong to none of its files."""
+    """Write bytes into a zip file that belong to none of the archived files."""
     archive.fp.write(b"evil")
     archive.start_dir = archive.fp.tell()
 

@@ -172,9 +172,10 @@ def test_plain_text_is_not_an_archive() -> None:
     assert not leaks.is_archive(b"") and not leaks.is_archive(b"import os\n" * 100)
 
 
-# -- keys in a text: (kind, example, near misses)
+# -- keys in texts
 
 HEADERS = (("Authorization", 15), ("xauthorization", 16), ("authorizations", 16))
+# Each case has the kind of a key, an example, and near misses.
 CASES: list[tuple[str, str, list[str]]] = [
     (
         "a private key",
@@ -402,7 +403,7 @@ def test_each_form_has_cases() -> None:
     assert {kind for kind, _, _ in CASES} == set(leaks.TOKENS)
 
 
-# -- values next to a name such as `password`
+# -- values of names such as `password`
 
 NAMES = words(
     "password passwd passphrase pwd secret token api_key api-key apikey access_key access-key accesskey "

@@ -29,7 +29,7 @@ BEST = score(step=2, full=1.9)
 
 
 class Setup:
-    """A finished run, its report and a commit, one of which a test changes.
+    """A finished run, its report and a commit. Each test changes one of them.
 
     `result` is the result of the replay, and `calls` lists the calls of `read_head` and `run_replay`.
     """

@@ -37,7 +37,7 @@ def make_manifest(files: Files, summary: dict[str, Any], **changes: Any) -> dict
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """Return the files of a bundle without its manifest."""
+    """Return all files of a bundle except the manifest."""
     return make_files(tmp_path_factory.mktemp("good"))
 
 
@@ -64,7 +64,7 @@ def replayed(**changes: Any) -> dict[str, Any]:
 
 
 class Case:
-    """A good bundle and the result of its replay, one of which a test changes."""
+    """A good bundle and the result of its replay. Each test changes one of them."""
 
     def __init__(self, folder: Path, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
         self.path = folder / "x.zip"
@@ -182,7 +182,7 @@ def test_the_error_names_the_file(case: Case) -> None:
     case.manifest = {"format": 99}
     with pytest.raises(BundleError, match=r"x\.zip is refused: .*format 99") as caught:
         case.verify()
-    assert str(caught.value).count(";") == 1  # the message suggests one fix
+    assert str(caught.value).count(";") == 1  # the message must suggest only one fix
 
 
 # -- manifest, run and report

@@ -106,7 +106,7 @@ def tiny_study(**changes: Any) -> Study:
         ),
         ({"space": SPACE | {"momentum": {"low": 0.1, "high": 0.9, "when": {"lr": [0.1]}}}}, "lr is a range"),
         (
-            {"space": {"momentum": {"low": 0.1, "high": 0.9, "when": {"optimizer": ["sgd"]}}}},
+            {"space": {"momentum": {"low": 0.1, "high": 0.9, "when": {"optimiser": ["sgd"]}}}},
             "optimizer is 'adamw' in every trial",
         ),
         (
@@ -235,7 +235,7 @@ class FormulaSearch(Search):
 
 
 class TenStepSearch(FormulaSearch):
-    """A search whose runs all have ten steps in their directories."""
+    """A search in which the directory of every run contains ten steps."""
 
     cost_of = Search.cost_of
     lock = threading.Lock()
@@ -339,7 +339,7 @@ def test_a_folder_belongs_to_one_study(tmp_path: Path) -> None:
     ):
         pass
     with locked_folder(tmp_path / "a", tiny_study(space={"lr": {"values": [0.1, 0.2]}})):
-        pass  # the folder belongs to no study yet
+        pass  # a folder without study.json belongs to no study
     write_study_json(tmp_path / "a", tiny_study(), "mainrun sweep x")
     wider = tiny_study(space=SPACE | {"lr": {"low": 1e-3, "high": 0.2, "log": True}}, workers=7)
     message = r"another study with this name: space.lr.high was 0.1, is 0.2\. Resume .*--as NAME"
@@ -570,7 +570,7 @@ def test_workers_engines_and_kills_do_not_change_the_results(tmp_path: Path) -> 
     while process.poll() is None:
         time.sleep(1 + 2 * chance.random())
         children = child_processes(process.pid)
-        in_search = (out / "tiny" / "tokens.json").is_file()  # the file exists after the dry run
+        in_search = (out / "tiny" / "tokens.json").is_file()  # the dry run of the search creates this file
         if restarts and kills <= 7 and chance.random() < 0.3:
             process.kill()
             process.wait()
@@ -697,7 +697,7 @@ def test_ctrl_c_stops_the_confirmation(tmp_path: Path, monkeypatch: pytest.Monke
     "fields", [{}, {"warmup_iters": 3}, {"swa": 0.5, "ema": 0.0}, {"decay_frac": 0.8, "warmup_frac": 0.2}]
 )
 def test_a_branch_is_its_trial_with_an_earlier_end(fields: dict[str, Any]) -> None:
-    """A branch has the trial's steps with the same keys in the store, and then the trial's whole decay."""
+    """A branch shares its first steps with its trial. Then its learning rate decays as in the trial."""
     from mainrun.store import lineage
 
     cfg = tiny_study(set=WSD | {"min_lr_frac": 0.1} | fields, space={"lr": SPACE["lr"]}).base()
@@ -790,7 +790,7 @@ def test_rung_scores_are_correlated_with_final_scores() -> None:
 
 @pytest.mark.slow
 def test_a_branch_trains_only_its_decay_and_does_not_change_the_trial(tmp_path: Path) -> None:
-    """A promoted trial has the same bits as a run that was never stopped and has no branches."""
+    """A promoted trial with branches has the same bits as an uninterrupted run without branches."""
     from mainrun.run.session import train
 
     few = {
@@ -798,7 +798,8 @@ def test_a_branch_trains_only_its_decay_and_does_not_change_the_trial(tmp_path: 
         "sampler": {"generation": 3, "startup": 3},
         "rungs": BRANCH | {"branch": 0.25},
     }
-    # the second and third trials differ only in their decay, which starts before the rung in one of them
+    # The second and third trials differ only in the start of their decay. One of the decays starts before the
+    # rung.
     space = {"decay_frac": {"values": [0.2, 0.8]}}
     (tmp_path / "s").mkdir()
     search = Search(tiny_study(set=WSD, space=space, **few), tmp_path / "s", Local(1, 1), print, lambda: None)
@@ -815,7 +816,8 @@ def test_a_branch_trains_only_its_decay_and_does_not_change_the_trial(tmp_path: 
         branch_cfg = search.runs_of(trial).branches[0]
         decay_start = min(step, Plan(cfg, search.train_tokens).decay_start)
         cost = run_cost(search.run_dir(branch_cfg), branch_cfg)
-        # the trial saves a node where the learning rate first differs: one step after the start of the decay
+        # If the decay starts before the rung, the branch also reuses the first step of the decay, because
+        # this step still has the peak learning rate.
         assert cost.asked == branch_cfg.max_steps
         if branch_cfg.run_id not in seen:
             assert cost.trained == branch_cfg.max_steps - decay_start - (decay_start < step)

@@ -11,7 +11,7 @@ from mainrun.config import TrainConfig
 from mainrun.plan.plan import Plan
 from sweeps import branch
 
-TRAIN_TOKENS = 100 * 128 + 1  # 100 steps
+TRAIN_TOKENS = 100 * 128 + 1  # enough tokens for 100 steps
 WSD = {"schedule": "wsd", "warmup_frac": 0.1, "decay_frac": 0.3}
 
 
@@ -40,7 +40,7 @@ def make(**fields: Any) -> tuple[TrainConfig, Plan]:
 def test_a_branch_ends_shortly_after_its_rung(
     fields: dict[str, Any], step: int, share: float, end: int, decay_start: int
 ) -> None:
-    """A branch has the steps of its trial until the decay starts, and then the trial's whole decay."""
+    """A branch has the same steps as its trial until the decay starts, and ends with the decay."""
     cfg, plan = make(**fields)
     branch_cfg = branch.branch_config(cfg, plan, step, share)
     branch_plan = Plan(branch_cfg, TRAIN_TOKENS)
@@ -79,7 +79,7 @@ def test_weight_averaging_starts_in_the_decay(swa: float, step: int, expected: f
 
 
 def test_a_branch_that_shares_too_few_steps_is_a_bug() -> None:
-    """The test passes the plan of another trial."""
+    """The config and the plan belong to different trials, which share no steps."""
     cfg, plan = make()
     other = make(lr=cfg.lr * 2)[0]
     with pytest.raises(AssertionError, match="the branch at step 40 shares 0 steps with its trial, not 40"):

@@ -24,7 +24,7 @@ from sweeps.trial import TrialState
 
 SEED = 1337  # the seed of the base config, which the search uses
 NOT_BETTER = "no better than the base, within the noise"
-QUIET = (2.0, 2.001, 1.999)  # scores of the base on the seeds of the noise floor
+QUIET = (2.0, 2.001, 1.999)  # the scores of the base config with the noise seeds
 Z = 2.7764451051977934  # the 97.5% quantile of Student's t with 4 degrees of freedom
 
 

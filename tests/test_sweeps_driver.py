@@ -38,8 +38,8 @@ from sweeps.sampling import TrialSampler
 from sweeps.study import set_arguments
 from sweeps.trial import Trial, TrialState
 
-RUNGS = {"at": [0.4], "keep": 0.5}  # a rung at step 4 of 10
-TOKENS = 128 * STEPS  # the tokens of one trial
+RUNGS = {"at": [0.4], "keep": 0.5}  # every trial has one rung, at step 4 of 10
+TOKENS = 128 * STEPS  # the number of tokens that one trial trains on
 WSD = {"schedule": "wsd", "warmup_frac": 0.1, "decay_frac": 0.3}
 
 
@@ -57,7 +57,10 @@ def databases(monkeypatch: pytest.MonkeyPatch) -> list[FakeDatabase]:
 
 
 class Prepared:
-    """A study whose trials have given scores: either one number, or a number for each rung and the end."""
+    """A study whose trials get the given scores.
+
+    A trial has either one score, or one score for each rung and one for the end.
+    """
 
     def __init__(
         self,

@@ -150,7 +150,8 @@ def test_the_seed_of_the_study_decides_the_order_of_a_grid() -> None:
 def test_the_trials_of_qmc_are_points_of_one_sequence() -> None:
     """If the range is cut into sixteen equal parts, each part has one of sixteen scrambled Sobol points."""
     sampler = make("qmc", {"dropout": {"low": 0.0, "high": 0.8}})
-    sampler.ask(1)  # the first point is random, because Optuna does not know the space yet
+    # The first point is random, because Optuna does not know the search space before the first trial.
+    sampler.ask(1)
     sampler.tell(1, {0: 1.0}, True)
     values = []
     for number in range(2, 18):

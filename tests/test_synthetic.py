@@ -147,7 +147,7 @@ def statistics(sample: list[str]) -> dict[str, float]:
     }
 
 
-# Statistics of 20,000 real titles. The titles themselves are not in this repository.
+# These statistics describe 20,000 real titles, which are not part of this repository.
 REAL = {
     "chars": 51.1,
     "chars_sd": 17.8,

@@ -143,7 +143,7 @@ def test_any_ids_can_be_decoded(kind: str) -> None:
         "\\x{d800}",
         "\\x{}",
         "\\x{gg}",
-    ):  # a model may generate these texts, but no title is encoded as one of them
+    ):  # A model may generate these invalid escapes, but no title is encoded as an invalid escape.
         raw = fitted("bpe")._library.encode(written).ids
         assert fitted("bpe").decode(raw) == written
 
@@ -499,7 +499,7 @@ def run_interrupted(call: Act, line: int, act: Act) -> bool:
         nonlocal left
         if (
             frame.f_code.co_filename != token_cache.__file__ or "." in frame.f_code.co_qualname
-        ):  # methods do not access files
+        ):  # do not count lines of methods, which do not access files
             return None
         if event == "line":
             left -= 1
@@ -682,7 +682,7 @@ def geometries(draw: st.DrawFn) -> tuple[np.ndarray, int, int]:
     block, batch = draw(st.integers(2, 9)), draw(st.integers(1, 5))
     lengths = draw(st.lists(st.integers(0, 12), min_size=1, max_size=60))
     stream = a_stream(lengths)
-    if draw(st.booleans()):  # an edge case: a stream of whole spans
+    if draw(st.booleans()):  # edge case: the stream length is a multiple of the span
         fill = -len(stream) % (block * batch) or block * batch
         stream = a_stream([*lengths, fill - 1])
     if len(stream) <= block * batch:
@@ -736,7 +736,8 @@ def test_a_shuffled_epoch_contains_each_title_once(
 
     titles = Counter(tuple(t) for t in np.split(stream, np.flatnonzero(stream == EOS) + 1)[:-1])
     for epoch in range(3):
-        # In a stream of whole spans, the last span has no final target, so reading restarts at 0.
+        # If the stream length is a multiple of the span, the last span lacks its final target. That batch is
+        # read from position 0 instead.
         spans = (len(stream) - 1) // span
         rows = in_order[epoch * steps : epoch * steps + spans]
         x, y = (np.concatenate([row[i].ravel() for row in rows]) for i in (0, 1))
@@ -773,7 +774,8 @@ def growing(draw: st.DrawFn, order: str) -> tuple[np.ndarray, Plan, Batches]:
     ops = [{"name": "set_batch_size", "value": size, "trigger": draw(trigger)} for size in sizes[1:]]
     ops.insert(draw(st.integers(0, len(ops))), {"name": "set_lr", "value": 0.5, "trigger": draw(trigger)})
     lengths = draw(st.lists(st.integers(0, 12), min_size=8, max_size=60))
-    fill = draw(st.sampled_from([0, *sizes])) * block  # an edge case: a stream of whole spans
+    # Edge case: the stream length is a multiple of the span.
+    fill = draw(st.sampled_from([0, *sizes])) * block
     stream = a_stream([*lengths, -sum(n + 1 for n in lengths) % fill + fill - 1] if fill else lengths)
     fields = {
         "block_size": block,
@@ -820,7 +822,8 @@ def test_shuffled_epochs_repeat_no_title_when_the_batch_size_changes(
     for step, (x, y) in enumerate(in_order):
         rows = plan.at(step).batch_size
         span = rows * plan.cfg.block_size
-        # In a stream of whole spans, the last span of an epoch has no final target, so reading restarts at 0.
+        # If the stream length is a multiple of the span, the last span of an epoch lacks its final target.
+        # That batch is read from position 0 instead.
         divisible = len(stream) % span == 0
         if pointer + span + (not divisible) > len(stream):
             epoch, pointer, seen = epoch + 1, 0, set()
@@ -828,7 +831,7 @@ def test_shuffled_epochs_repeat_no_title_when_the_batch_size_changes(
         shuffled = batches._shuffled(epoch)
         assert np.array_equal(x, shuffled[start : start + span].reshape(rows, -1))
         assert np.array_equal(y, shuffled[start + 1 : start + span + 1].reshape(rows, -1))
-        fresh = set(x.ravel().tolist()) - {EOS}  # each token identifies its position
+        fresh = set(x.ravel().tolist()) - {EOS}  # every token except <eos> identifies its position
         assert start < pointer or not fresh & seen
         pointer, seen = pointer + span, seen | fresh
     for step in asked.sample(range(plan.steps), min(plan.steps, 8)):

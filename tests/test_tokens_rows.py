@@ -129,7 +129,7 @@ def test_ids_have_two_bytes_if_they_fit(size: int, dtype: Any) -> None:
 
 
 def test_the_json_of_a_tokenizer_is_pinned() -> None:
-    """The digest depends on the order of the JSON keys and on spaces."""
+    """The tokenizer's digest depends on the order of the JSON keys and on spaces."""
     of_words = Tokenizer("bpe", 7, '{"é": [1, 2], "a": {}}'.encode())
     assert of_words.to_json() == '{"format":2,"kind":"bpe","model":{"a":{},"é":[1,2]},"vocab_size":7}'
     of_bytes = Tokenizer("unigram", 9, b"\0\xff")

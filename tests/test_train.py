@@ -34,7 +34,7 @@ from mainrun.ui.estimate import estimate
 from mainrun.ui.sample import load_model, sample
 from mainrun.ui.train_cli import _estimate_rows
 
-SMALL = {"num_titles": 200, "dropout": 0.1, "lr": 0.3}  # about 30 steps, which take a second
+SMALL = {"num_titles": 200, "dropout": 0.1, "lr": 0.3}  # a run has about 30 steps and takes a second
 
 
 def config(**changes: Any) -> TrainConfig:
@@ -71,7 +71,7 @@ def rows(run: Path, event: str = "") -> list[dict[str, Any]]:
 
 
 def end(run: Path) -> tuple[list[dict[str, Any]], str, str, dict[str, Any]]:
-    """Return what two equal runs have in common: rows, scored weights, last checkpoint and ledger."""
+    """Return the parts of a run that equal runs share: rows, scored weights, last checkpoint and ledger."""
     summary = RunDir(run).summary()
     assert summary is not None and summary["status"] == "done"
     meta = json.loads((checkpoint.paths(run / "checkpoints")[0] / "meta.json").read_text())
@@ -120,7 +120,7 @@ def test_the_same_config_gives_the_same_bits(
 ) -> None:
     cfg = config(dtype=dtype)
     one = undisturbed(cfg)
-    torch.manual_seed(12345)  # random numbers drawn earlier in this process do not matter
+    torch.manual_seed(12345)  # earlier use of the random generator must not affect the result
     torch.randn(1000)
     train(cfg, tmp_path)
     assert end(tmp_path / cfg.run_id) == end(one)
@@ -324,7 +324,7 @@ def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(
     cfg = config(checkpoint_every=10, **recipe)
     whole = undisturbed(cfg)
     run = RunDir(tmp_path / cfg.run_id)
-    # stops between two checkpoints, at a checkpoint, and long after it
+    # The run is stopped between two checkpoints, at a checkpoint, and long after a checkpoint.
     for start, stop in ((1, 7), (8, 10), (11, 24)):
         watch = Watch({stop: terminate})
         with pytest.raises(Interrupted, match=rf"SIGTERM at step {stop} of \d+.*same command") as e:
@@ -354,7 +354,7 @@ def test_a_crash_goes_back_to_the_last_checkpoint_and_drops_the_rows_after_it(
         with pytest.raises(Crash):
             train(cfg, tmp_path, progress=Watch({stop: crash}))
         with (tmp_path / cfg.run_id / "metrics.jsonl").open("a") as f:
-            f.write('{"event": "step", "st')  # the row that was being written at the crash
+            f.write('{"event": "step", "st')  # the crash leaves a partial row
     watch = Watch()
     train(cfg, tmp_path, progress=watch)
     assert watch.steps[0] == 21 and any("resumes after step 20" in n for n in watch.notes)
@@ -481,8 +481,10 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_good_weights(
     def planted(*args: Any) -> Any:
         nonlocal calls
         calls += 1
-        loss, plain = original(*args)
-        return (loss * math.inf, plain * math.inf) if calls == 15 else (loss, plain)
+        loss = original(*args)
+        if calls != 15:
+            return loss
+        return loss._replace(minimized=loss.minimized * math.inf, plain=loss.plain * math.inf)
 
     monkeypatch.setattr(trainer, "compute_loss", planted)
     with pytest.raises(Diverged) as e:
@@ -504,7 +506,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_good_weights(
     assert all(t.isfinite().all() for t in found[0].values())
     model, _ = load_model(run)
     assert all(p.isfinite().all() for p in model.parameters())
-    monkeypatch.undo()  # without the planted value, the run continues from the checkpoint
+    monkeypatch.undo()  # remove the planted value, so that the run can continue
     watch = Watch()
     train(cfg, tmp_path, progress=watch)
     assert watch.steps[0] == 15 and end(run.path) == end(undisturbed(cfg))
@@ -517,8 +519,10 @@ def test_only_one_of_loss_and_gradient_need_be_bad(
     original = trainer.compute_loss
 
     def planted(*args: Any) -> Any:
-        loss, plain = original(*args)
-        return (loss, plain + math.nan) if where == "loss" else (loss * math.nan, plain)
+        loss = original(*args)
+        if where == "loss":
+            return loss._replace(plain=loss.plain + math.nan)
+        return loss._replace(minimized=loss.minimized * math.nan)
 
     monkeypatch.setattr(trainer, "compute_loss", planted)
     with pytest.raises(Diverged, match="at step 1 of"):
@@ -542,7 +546,7 @@ def test_a_rate_that_is_far_too_high_diverges_by_itself(tmp_path: Path) -> None:
 def test_a_last_update_that_breaks_the_weights_diverges_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No later loss would show the broken weights, but the last score does."""
+    """No loss follows the last update, but the last score shows that the weights are broken."""
     cfg = config(checkpoint_every=10)
     original = Optimizers.apply
     done = 0

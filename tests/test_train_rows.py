@@ -41,7 +41,7 @@ from mainrun.run.session import train
 from mainrun.store import checkpoint
 from mainrun.store.nodes import Store
 from mainrun.store.rundir import RunDir
-from mainrun.train import GPT, State, TrainStep, build, compute_loss
+from mainrun.train import GPT, Loss, State, TrainStep, build, compute_loss
 
 V = 20  # the size of the vocabulary
 
@@ -70,22 +70,24 @@ def ids(rows: int, length: int, seed: int = 0) -> Tensor:
 
 
 def test_the_rotary_table() -> None:
-    cos, sin = rope_table(3, 4, 100.0)  # frequencies 1 and 1/10
+    cos, sin = rope_table(3, 4, 100.0)  # the two frequencies are 1 and 1/10
     angles = [[0.0, 0.0], [1.0, 0.1], [2.0, 0.2]]
     assert cos.dtype == sin.dtype == torch.float32
     assert torch.allclose(cos, torch.tensor(angles).cos()) and torch.allclose(sin, torch.tensor(angles).sin())
 
 
 def test_a_rotation_turns_the_halves_against_each_other() -> None:
-    cos, sin = (
-        torch.tensor([[1.0, 0.0], [0.6, 1.0], [7.0, 7.0]]),
-        torch.tensor([[0.0, 1.0], [0.8, 0.0], [7.0, 7.0]]),
-    )
+    cos = torch.tensor([[1.0, 0.0], [0.6, 1.0]])
+    sin = torch.tensor([[0.0, 1.0], [0.8, 0.0]])
     x = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0]]).view(1, 1, 2, 4)
-    # the halves are (1, 2) and (3, 4), so the second row has 0.6 - 0.8 * 3 and 0.6 * 3 + 0.8
+    # The halves of each vector are (1, 2) and (3, 4). The second row rotates the pair (1, 3) to 0.6 - 0.8 * 3
+    # and 0.6 * 3 + 0.8.
     expected = torch.tensor([[1.0, -4.0, 3.0, 2.0], [-1.8, 2.0, 2.6, 4.0]])
     assert torch.allclose(rotate(x, cos, sin)[0, 0], expected)
     assert rotate(x.bfloat16(), cos, sin).dtype == torch.bfloat16
+    rows = x.repeat(3, 2, 1, 1)
+    tables = [table.expand(3, 1, 2, 2) for table in (cos, sin)]
+    assert torch.equal(rotate(rows, *tables), rotate(rows, cos, sin)), "tables may differ from row to row"
     six = torch.arange(6.0).view(1, 1, 1, 6)
     assert rotate(six, torch.zeros(1, 3), torch.ones(1, 3)).flatten().tolist() == [-3, -4, -5, 0, 1, 2]
 
@@ -212,7 +214,7 @@ def test_the_mlp_by_hand(kind: str) -> None:
             mlp.gate.weight.copy_(torch.tensor([[0.0, 1.0], [2.0, 0.0]]))
     x = torch.tensor([2.0, -1.0])
     gelu = [2 * 0.9772498680518208, -1 * 0.15865525393145707]
-    silu = [-1 / (1 + math.e), 4 / (1 + math.e**-4)]  # the gate gives (-1, 4)
+    silu = [-1 / (1 + math.e), 4 / (1 + math.e**-4)]  # the gate's outputs before SiLU are -1 and 4
     expected = {"gelu": [gelu[0], 10 * gelu[1]], "relu2": [4.0, 0.0], "swiglu": [2 * silu[0], -10 * silu[1]]}[
         kind
     ]
@@ -354,7 +356,7 @@ def test_layers_mix_in_the_values_of_the_first_layer() -> None:
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())), alpha=0.3)
     taken: list[tuple[Tensor | None, Tensor]] = []
     for block in model.blocks:
-        block.attn.register_forward_hook(lambda _, args, out: taken.append((args[3], out[1])))
+        block.attn.register_forward_hook(lambda _, args, out: taken.append((args[1].v_first, out[1])))
     model(ids(2, 4))
     first = taken[0][1]
     assert taken[0][0] is None and all(given is first for given, _ in taken[1:])
@@ -369,7 +371,7 @@ def test_layers_mix_in_the_values_of_the_first_layer() -> None:
     plain = build(config(n_layer=3), V)
     taken.clear()
     for block in plain.blocks:
-        block.attn.register_forward_hook(lambda _, args, out: taken.append((args[3], out[1])))
+        block.attn.register_forward_hook(lambda _, args, out: taken.append((args[1].v_first, out[1])))
     plain(ids(2, 4))
     assert [given for given, _ in taken] == [None] * 3
 
@@ -421,8 +423,8 @@ def test_build_seeds_with_the_configs_seed(monkeypatch: pytest.MonkeyPatch) -> N
     [
         ((0.0, 0.0, 0.0), "plain", []),
         ((0.5, 0.0, 0.0), "plain", [(96, 0.5)]),
-        ((0.0, 0.5, 0.0), "plain", [(96, 0.5)] * 2),  # 3 rows x 2 heads x 4 x 4
-        ((0.0, 0.5, 0.0), "sdpa", []),  # the fused kernel draws its own mask
+        ((0.0, 0.5, 0.0), "plain", [(96, 0.5)] * 2),  # 96 scores: 3 rows x 2 heads x 4 x 4
+        ((0.0, 0.5, 0.0), "sdpa", []),  # the fused attention kernel draws its own dropout mask
         ((0.0, 0.0, 0.5), "plain", [(96, 0.5)] * 4),
         ((0.1, 0.2, 0.3), "plain", [(96, 0.1), *[(96, 0.2), (96, 0.3), (96, 0.3)] * 2]),
         ((0.1, 0.2, 0.3), "sdpa", [(96, 0.1), *[(96, 0.3)] * 4]),
@@ -474,7 +476,7 @@ def test_the_loss_by_hand() -> None:
     uniform = (math.log(2 * 4 * 4) + math.log(8 * 8 * 4 / 3)) / 6
     cfg = config()
     for smoothing in (0.0, 0.25):
-        loss, plain = compute_loss(model, x, y, inputs(cfg, label_smoothing=smoothing), "pool")
+        loss, plain, _ = compute_loss(model, x, y, inputs(cfg, label_smoothing=smoothing), "pool")
         assert plain.item() == pytest.approx(cross, rel=1e-6)
         assert loss.item() == pytest.approx((1 - smoothing) * cross + smoothing * uniform, rel=1e-6)
     assert all(x is given and pool == "pool" for given, pool in model.given)
@@ -488,14 +490,14 @@ def test_r_drop_by_hand() -> None:
     divergence = 0.75 * math.log(3) - 0.25 * math.log(3)
     for smoothing in (0.0, 0.5):
         at = inputs(config(), rdrop=2.0, label_smoothing=smoothing)
-        loss, plain = compute_loss(model, x, y, at, "pool")
+        loss, plain, _ = compute_loss(model, x, y, at, "pool")
         assert plain.item() == pytest.approx(cross, rel=1e-6) and not plain.requires_grad
         assert loss.item() == pytest.approx(
             cross + 2 * divergence, rel=1e-6
-        )  # the two passes mirror each other, so smoothing does not change the loss
+        )  # The two forward passes have mirrored probabilities, so label smoothing does not change the loss.
     assert all(given.tolist() == [[1], [1]] and pool == "pool" for given, pool in model.given)
     three = Fixed([[[math.log(2.0), 0.0, 0.0]], [[math.log(2.0), 0.0, 0.0]]])
-    loss, plain = compute_loss(three, x, y, inputs(config(), rdrop=2.0, label_smoothing=0.25), None)
+    loss, plain, _ = compute_loss(three, x, y, inputs(config(), rdrop=2.0, label_smoothing=0.25), None)
     assert plain.item() == pytest.approx(math.log(2), rel=1e-6)
     assert loss.item() == pytest.approx(0.75 * math.log(2) + 0.25 * math.log(32) / 3, rel=1e-6)
 
@@ -508,12 +510,12 @@ def test_the_loss_in_kernels_of_our_own_is_asked_for(monkeypatch: pytest.MonkeyP
     at = inputs(config(), label_smoothing=0.25)
     assert compute_loss(
         model, torch.tensor([[0, 1]]), torch.tensor([[1, 0]]), at, None, *([True] if native else [])
-    ) == (1, 2)
+    ) == (1, 2, None)
     logits, target, *rest = given[0]
     assert (logits.tolist(), target.tolist(), rest) == ([[1, 2], [3, 4]], [1, 0], [0.25, native])
 
 
-# -- the optimisers
+# -- the optimizers
 
 KINDS = {
     "inner": [
@@ -607,7 +609,7 @@ def test_marks_make_groups_of_their_own() -> None:
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     young = Optimizers(cfg, model, {"norm.weight": ParamSchedule(rewarm=4)})
-    young.step(inputs(cfg, lr_aux=1.0))  # without a step number, this is the first step
+    young.step(inputs(cfg, lr_aux=1.0))  # if no step number is given, this is the first step
     assert [group["lr"] for group in young.groups if group["schedule"].rewarm] == [0.25]
 
 
@@ -627,7 +629,7 @@ def test_a_step_sets_the_rates_and_moves_the_weights() -> None:
     assert optimizers.state() == {}, "SGD without momentum remembers nothing"
 
 
-def test_the_state_of_an_optimiser_goes_by_names() -> None:
+def test_the_state_of_an_optimizer_goes_by_names() -> None:
     cfg = config(optimizer="adamw")
     model = build(cfg, V)
     optimizers = Optimizers(cfg, model)
@@ -830,7 +832,7 @@ def test_the_gradients_of_a_step(monkeypatch: pytest.MonkeyPatch, clip: float, g
             p.grad, factor * gradients[name], atol=1e-7, rtol=1e-4
         ), name
     assert parts.synced == [] and parts.state.tokens == 16 and parts.state.model.training
-    parts.run(x, y, inputs(cfg), 1)  # gradients do not accumulate across steps
+    parts.run(x, y, inputs(cfg), 1)  # gradients must not accumulate across steps
     assert all(
         torch.allclose(p.grad, factor * gradients[n], atol=1e-7, rtol=1e-4)
         for n, p in parts.state.model.named_parameters()
@@ -865,7 +867,7 @@ def test_each_process_takes_its_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     at = inputs(cfg)
     assert places == [(dropout_sites(cfg, at, 2, "plain"), 0), (dropout_sites(cfg, at, 2, "plain"), 1)]
     assert parts.synced == ["none"]
-    assert parts.state.tokens == 2 * 2 * 4 * 2  # 2 pieces of 2 rows x 4 tokens in each of 2 processes
+    assert parts.state.tokens == 2 * 2 * 4 * 2  # each of 2 processes trains 2 pieces of 2 rows x 4 tokens
     assert 6 < loss < 12, "the mean is the machine's"
 
 
@@ -924,7 +926,7 @@ def test_a_replayed_step_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     for step in range(3):
         parts.run(*batch(), at, step)
     assert parts.state.tokens == 48 and parts.stepper.tokens_per_replay == 16
-    # the key leaves out all values that may change between steps without a new recording
+    # The key omits all values that may change between steps without recording a new graph.
     still = at._replace(lr=0.0, lr_aux=0.0, weight_decay=0.0, average=0.0)
     assert learn.calls == [(still, (4, 4))] * 3
     before = parts.state.model.embed.weight.detach().clone()
@@ -991,8 +993,9 @@ def test_how_the_model_is_run(
     assert done == calls
 
 
-# -- the loop: a run of nine steps of 64 tokens, on a fake clock that only the patched functions advance
+# -- the loop
 
+# A run has nine steps of 64 tokens. Only the patched functions advance the fake clock of the run.
 RUN: dict[str, Any] = {
     "num_titles": 60,
     "block_size": 8,
@@ -1244,11 +1247,15 @@ def planted(
     monkeypatch: pytest.MonkeyPatch, call: int, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 ) -> None:
     """Change the loss that one call computes."""
+
+    def changed(loss: Loss) -> Loss:
+        return Loss(*change(loss.minimized, loss.plain), loss.routing)
+
     original, calls = trainer.compute_loss, iter(range(1, 1000))
     monkeypatch.setattr(
         trainer,
         "compute_loss",
-        lambda *args: change(*original(*args)) if next(calls) == call else original(*args),
+        lambda *args: changed(original(*args)) if next(calls) == call else original(*args),
     )
 
 
@@ -1297,7 +1304,7 @@ def test_a_score_that_is_no_number_ends_the_run(tmp_path: Path, monkeypatch: pyt
     assert [step for step, _ in found.saved] == [2] and [row["step"] for row in found.rows("eval")] == [1]
 
 
-# -- losses that are read some steps later, as on a GPU
+# -- losses that are read later, as on a GPU
 
 
 def late_numbers(monkeypatch: pytest.MonkeyPatch, lag: int) -> None:
@@ -1320,8 +1327,9 @@ def test_numbers_that_are_read_later_are_the_same(
     rows = found.rows("step")
     assert [row["step"] for row in rows] == list(range(1, 10))
     assert [r for r in plain(rows) if r["step"] in (4, 8, 9)] == plain(ran.rows("step"))
-    # Losses are read after steps 1 (a score), 5 (four are waiting), 7 (a checkpoint) and 9 (the end), before
-    # the last of these steps updates the weights.
+    # Losses are read for the score at step 1, the checkpoint at step 7 and the end of the run at step 9. At
+    # step 5, losses are read because four losses are waiting. Each time, the losses are read before the
+    # weights are updated.
     assert sum(row["seconds"] for row in rows) == 99.0
     assert {row["seconds"] for row in rows} == {11.0}
 
@@ -1346,7 +1354,7 @@ def test_a_stop_reads_what_is_waiting(tmp_path: Path, monkeypatch: pytest.Monkey
     ]
 
 
-# -- with a store, with growth, and as one of several processes
+# -- stores, growth and several processes
 
 
 def test_a_run_goes_on_with_the_store_behind_a_score_that_nobody_had(tmp_path: Path) -> None:
@@ -1449,6 +1457,7 @@ def test_one_of_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert found.summary == {} and found.saved == [] and len(followed) == 1
     assert found.watch.started == found.watch.steps == found.watch.evals == []
     assert not found.run.path.exists()
-    # The processes agree before steps 1, 5 and 9 whether to stop, after steps 1 and 9 whether a score is
-    # finite, and twice where the leader saves.
+    # The processes exchange seven flags. Before steps 1, 5 and 9, the processes agree whether to stop. After
+    # steps 1 and 9, the processes agree whether the score is finite. Two more flags belong to saves by the
+    # leader.
     assert flags == [False] * 7

@@ -122,7 +122,8 @@ def garbage(handler: BaseHTTPRequestHandler) -> None:
 @pytest.fixture
 def zipped(tmp_path: Path) -> Path:
     path = tmp_path / "submission.zip"
-    path.write_bytes(hashlib.sha256(b"x").digest() * 100_000)  # 3.2 MB do not fit into the socket buffers
+    # A file of 3.2 MB is larger than the socket buffers.
+    path.write_bytes(hashlib.sha256(b"x").digest() * 100_000)
     return path
 
 
@@ -248,7 +249,7 @@ def test_a_certificate_of_another_host(
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
     with serving(answer(200), tls=certificate) as server:
-        assert send(zipped, server.url, timeout=5)[0] == "200 OK"  # the certificate is trusted for this host
+        assert send(zipped, server.url, timeout=5)[0] == "200 OK"  # the certificate is valid for localhost
         message, _ = failed(zipped, server.url.replace("localhost", "127.0.0.1"), timeout=5)
     assert "is not trusted" in message and len(server.requests) == 1
 

@@ -24,7 +24,7 @@ from mainrun.core.dropout import Masks
 from mainrun.core.layers import RMSNorm
 from mainrun.train import GPT, Attention
 
-PARTS = ("GEMM", "attention", "dropout", "norm", "loss", "optimiser", "other")
+PARTS = ("GEMM", "attention", "dropout", "norm", "loss", "optimizer", "other")
 LABEL = "part:"  # the prefix of the events that this module adds to the profile
 STEP = "whole step"
 
@@ -33,7 +33,7 @@ STEP = "whole step"
 # that the kernel fuses. The parts are ordered so that a fused kernel belongs to the part of its most
 # expensive operation.
 NAMES = {
-    "optimiser": ("adamw", "_sgd", "optimizer."),
+    "optimizer": ("adamw", "_sgd", "optimizer."),
     "loss": ("log_softmax", "nll_loss", "cross_entropy", "crossentropy", "logsumexp"),
     "GEMM": (
         "aten::mm",
@@ -118,7 +118,7 @@ def _part(event: Any, forward_parts: dict[int, str]) -> str:
     """Return the part of a profiler event, based on its name and on the events that enclose it."""
     chain = list(_chain(event))
     if any(outer.name.startswith("Optimizer.") for outer in chain):
-        return "optimiser"
+        return "optimizer"
     part = part_of(event.name) or _label(event)
     if part:
         return part

@@ -365,7 +365,9 @@ def causality(e: Evidence, all: bool) -> Verdict:
     # float64, this does not happen.
     exact: Any = copy.deepcopy(e.model).double()
     exact.cfg = cfg.model_copy(update={"dtype": "float32"})
-    verdict = _causality(replace(e, model=exact, cfg=e.cfg.model_copy(update={"dtype": "float32"})), all)
+    with _restored(e.model):
+        e.model.eval()  # the hooks of the copy refer to the original model
+        verdict = _causality(replace(e, model=exact, cfg=e.cfg.model_copy(update={"dtype": "float32"})), all)
     return verdict._replace(detail=f"{verdict.detail}; checked in float64, because routers amplify rounding")
 
 

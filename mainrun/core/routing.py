@@ -356,16 +356,24 @@ def routing_fields(numbers: list[float], layers: tuple[int, ...]) -> dict[str, A
 
 
 @torch.no_grad()
-def selected_shares(model: Any, tokens: np.ndarray, cfg: TrainConfig) -> list[dict[str, Any]]:
-    """Return the share of tokens that each router selects when the model scores the first rows of a split."""
+def selected_shares(model: Any, tokens: np.ndarray, cfg: TrainConfig, logits: int) -> list[dict[str, Any]]:
+    """Return the share of tokens that each router selects when the model scores the first rows of a split.
+
+    logits: the largest number of logits in a forward pass, unless a single row has more logits.
+    """
     length = min(cfg.block_size, len(tokens))
     rows = min(SHARE_ROWS, len(tokens) // length)
     idx = torch.from_numpy(tokens[: rows * length].astype(np.int64)).view(rows, length)
+    idx = idx.to(model.embed.weight.device)
+    width = max(1, logits // (length * model.embed.num_embeddings))
+    total = torch.zeros(len(cfg.routed_layers), dtype=torch.float64)
     training = model.training
     model.eval()
-    _, info = model(idx.to(model.embed.weight.device), routing_info=True)
+    for batch in idx.split(width):
+        _, info = model(batch, routing_info=True)
+        total += len(batch) * info.stats[:, STATS.index("selected")].double().cpu()
     model.train(training)
-    selected = info.stats[:, STATS.index("selected")].tolist()
+    shares = (total / rows).tolist()
     return [
-        {"layer": layer, "selected": share} for layer, share in zip(cfg.routed_layers, selected, strict=True)
+        {"layer": layer, "selected": share} for layer, share in zip(cfg.routed_layers, shares, strict=True)
     ]

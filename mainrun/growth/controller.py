@@ -45,7 +45,7 @@ from mainrun.plan.ops import ARCHITECTURE, Op
 from mainrun.plan.plan import Decision, Plan, Segment
 from mainrun.plan.triggers import Facts, due
 from mainrun.store.rundir import RowLog
-from mainrun.train import GPT, State
+from mainrun.train import GPT, State, set_last_inputs
 
 SETTLES = 10  # after this number of steps, copies should differ and a router should use several experts
 ROWS = 4  # number of rows in the batch that is used to check operations
@@ -331,7 +331,7 @@ class Growth:
             return [PromiseCheck("op", False, f"{type(e).__name__}: {e}")], {}
         if all(check.ok for check in grown.checks):
             old_moments = state.optimizers.state()
-            # free the old weights before the new optimiser state is allocated
+            # free the old weights before the new optimizer state is allocated
             state.replace_model(after, grown.model, grown.optimizers)
             release_free_memory()
             mode = op.optimizer.mode
@@ -348,6 +348,7 @@ class Growth:
         """Compute and check the result of an operation without changing the state."""
         state = self.state
         old = state.model
+        set_last_inputs(state, self.plan, self.device)
         idx = self._probe()
         new, moved = grow(op, before, after, old, op.seed)
         moved_by, largest = logit_change(old, new, idx, full=op.preserve == "exact")
@@ -412,6 +413,7 @@ class Growth:
     def _look(self, recent: Recent) -> None:
         """Check whether the copies from an operation have diverged, and whether a router is stuck."""
         model = self.state.model
+        set_last_inputs(self.state, self.plan, self.device)
         op = recent.op
         later = self.state.step - recent.step
         shapes = {name: p.shape for name, p in model.named_parameters()}

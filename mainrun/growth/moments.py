@@ -1,10 +1,10 @@
-"""Map the elements of a grown model to elements of the old model, and transfer the optimiser state.
+"""Map the elements of a grown model to elements of the old model, and transfer the optimizer state.
 
 The gradient of a copied weight is the gradient of the source weight times a known factor. The momentum is
 multiplied by the same factor, and the second moment is multiplied by the square of the factor. The function
 `state_powers` in mainrun/plan/optimizers.py returns the exponent of the factor for each state tensor.
 
-A completely new tensor starts with an empty optimiser state. A tensor with some new elements keeps its step
+A completely new tensor starts with an empty optimizer state. A tensor with some new elements keeps its step
 count. At a large step count, a second moment of zero would make the first update of a new element too large.
 With beta2 = 0.999, this update would be 3.2 times the learning rate. The second moment of a new element
 therefore starts at the mean over the old elements of the tensor.
@@ -24,7 +24,7 @@ from mainrun.plan.ops import Op
 from mainrun.plan.optimizers import state_powers
 
 MODES = ("auto", "keep", "scale", "reset", "asymmetric")
-STEP = "step"  # the step count of an optimiser state, which is copied but never scaled
+STEP = "step"  # the step count of an optimizer state, which is copied but never scaled
 Factor = float | Tensor  # a factor: a number, or a tensor that can be broadcast
 
 
@@ -176,7 +176,7 @@ def param_schedules(
 ) -> dict[str, ParamSchedule]:
     """Return the parameter schedules after an operation, without schedules that equal the default.
 
-    A parameter counts as new if it starts with an empty optimiser state or is in a second copy of a layer.
+    A parameter counts as new if it starts with an empty optimizer state or is in a second copy of a layer.
     """
     by_width: dict[str, WidthFactors] = {}
     if op.lr.width_rule == "adam_1_over_n":
@@ -213,9 +213,9 @@ def _widened(schedule: ParamSchedule, by: WidthFactors) -> ParamSchedule:
     )
 
 
-# -- optimiser state
+# -- optimizer state
 
-StateTensors = dict[str, Tensor]  # the optimiser state of one parameter
+StateTensors = dict[str, Tensor]  # the optimizer state of one parameter
 
 
 def transfer(
@@ -225,7 +225,7 @@ def transfer(
     min_coverage: float = 0.0,
     dry: bool = False,
 ) -> tuple[dict[str, Tensor], float]:
-    """Return the optimiser state of the new model, and the share of elements whose old state was kept.
+    """Return the optimizer state of the new model, and the share of elements whose old state was kept.
 
     state: `Optimizers.state()` of the old model. If the state is empty, the share is 1.
     mode: "scale" and "auto" scale the state like the gradients. "keep" copies the state without scaling.
@@ -266,7 +266,7 @@ def transfer(
     total = sum(shape.numel() for shape in moved.new.values())
     coverage = kept / total if state and total else 1.0
     if mode != "reset" and coverage < min_coverage:
-        got = f"{coverage:.1%} of the optimiser's state was transferred"
+        got = f"{coverage:.1%} of the optimizer's state was transferred"
         raise ValueError(f"{got}, but min_coverage={min_coverage:g} requires more; lower min_coverage")
     return new_state, coverage
 
@@ -274,7 +274,7 @@ def transfer(
 def _scaled_state(
     tensors: StateTensors, piece: Piece, factor: Factor, powers: dict[str, int], dry: bool
 ) -> StateTensors:
-    """Return the optimiser state of a parameter, moved to the new positions and scaled.
+    """Return the optimizer state of a parameter, moved to the new positions and scaled.
 
     A dry run returns the momentum unchanged.
     """

@@ -163,9 +163,11 @@ def empty_model(model: GPT, cfg: TrainConfig) -> GPT:
     """Return an uninitialised model for the config `cfg`, with the dtype, device and mode of `model`."""
     new = meta_model(model, cfg).to(model.embed.weight.dtype).to_empty(device=model.embed.weight.device)
     new.train(model.training)
+    buffers = dict(model.named_buffers())
     for name, buffer in new.named_buffers():
-        # operations do not change buffers, which depend only on the context length and the head width
-        buffer.copy_(model.get_buffer(name))
+        # operations do not change buffers, which do not depend on the weights
+        if name in buffers:
+            buffer.copy_(buffers[name])
     for block in new.blocks:
         block.attn.fused = model.blocks[0].attn.fused
     return new
@@ -550,7 +552,7 @@ def merge_lora_weights(change: Change) -> Pieces:
 
 
 def unchanged(change: Change) -> Pieces:
-    """Copy all parameters. Freezing and unfreezing change only the config and the optimiser state."""
+    """Copy all parameters. Freezing and unfreezing change only the config and the optimizer state."""
     return change.by_space()
 
 

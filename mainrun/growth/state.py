@@ -56,7 +56,7 @@ def load_state(
 
 
 def rebuild_model(state: State, growth: dict[str, Any]) -> None:
-    """Rebuild the config, the model and the optimisers from a growth state."""
+    """Rebuild the config, the model and the optimizers from a growth state."""
     from mainrun.growth.operators import empty_model
 
     cfg = from_dict(growth["config"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -85,8 +86,13 @@ def check_function(promise: str, old: GPT, new: GPT, idx: Tensor) -> PromiseChec
     and "none" allow any change, but the logits must be finite.
     """
     moved, largest = logit_change(old, new, idx, full=promise == "exact")
+    note = ""
     if promise == "exact":
         limit = EXACT[new.embed.weight.dtype] * max(1.0, largest)
+        if moved > limit and old.cfg.routed_layers:
+            # Rounding can change the order of two scores of a router, and a token then takes another path.
+            moved = logit_change_in_float64(old, new, idx)
+            note = "; checked in float64, because routers amplify rounding"
         ok = moved <= limit
         rule = f"exact allows at most {limit:.3g}, for logits up to {largest:.3g}"
     elif promise == "bitexact":
@@ -96,12 +102,18 @@ def check_function(promise: str, old: GPT, new: GPT, idx: Tensor) -> PromiseChec
         with eval_mode(new):
             ok = bool(new(idx).logsumexp(-1).isfinite().all())
         rule = "logits must be finite"
-    return PromiseCheck("function", ok, f"max |delta logits| {moved:.3g}; {rule}")
+    return PromiseCheck("function", ok, f"max |delta logits| {moved:.3g}; {rule}{note}")
+
+
+def logit_change_in_float64(old: GPT, new: GPT, idx: Tensor) -> float:
+    """Return the largest change in any logit, computed with float64 copies of the models."""
+    with eval_mode(old, new):  # the hooks of a copy refer to the original model
+        return logit_change(copy.deepcopy(old).double(), copy.deepcopy(new).double(), idx, full=True)[0]
 
 
 def check_coverage(coverage: float, required: float) -> PromiseCheck:
-    """Check that enough of the optimiser state was transferred."""
-    detail = f"{coverage:.1%} of the optimiser's state was transferred, {required:.1%} is required"
+    """Check that enough of the optimizer state was transferred."""
+    detail = f"{coverage:.1%} of the optimizer's state was transferred, {required:.1%} is required"
     return PromiseCheck("coverage", coverage >= required, detail)
 
 
@@ -117,7 +129,7 @@ def check_tying(before: TrainConfig, new: GPT) -> PromiseCheck:
 
 
 def check_groups(new: nn.Module, optimizers: Optimizers) -> PromiseCheck:
-    """Check that the optimisers' groups contain each trainable parameter once, and no other tensors."""
+    """Check that the optimizers' groups contain each trainable parameter once, and no other tensors."""
     uses: Counter[int] = Counter()
     for optimizer in optimizers.all:
         for group in optimizer.param_groups:

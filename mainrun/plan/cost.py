@@ -9,7 +9,7 @@ from mainrun.config import TrainConfig
 from mainrun.plan.optimizers import OPTIMIZERS, state_tensors
 from mainrun.plan.plan import Plan
 
-BYTES = 4  # bytes per number in the optimiser state
+BYTES = 4  # bytes per number in the optimizer state
 
 
 class Size(NamedTuple):
@@ -19,7 +19,7 @@ class Size(NamedTuple):
     active: int  # number of parameters that process one token
     trained: int  # number of parameters that are not frozen
     flops: int  # number of FLOPs per token in the forward and the backward pass
-    moments: int  # size of the optimiser state in bytes
+    moments: int  # size of the optimizer state in bytes
 
 
 class _Block(NamedTuple):
@@ -204,7 +204,7 @@ def _block(cfg: TrainConfig) -> _Block:
 
 
 def _state_numbers(cfg: TrainConfig, trained: int, hidden_matrices: int) -> int:
-    """Return the number of elements in the optimiser state."""
+    """Return the number of elements in the optimizer state."""
     per_parameter = state_tensors(cfg.optimizer, cfg.momentum)
     others = OPTIMIZERS[cfg.optimizer].others
     if not others:

@@ -43,7 +43,7 @@ GUARANTEES = (
 
 @dataclass(frozen=True)
 class Transfer:
-    """The settings that control how an op transfers the optimiser state to the new model."""
+    """The settings that control how an op transfers the optimizer state to the new model."""
 
     mode: str = "auto"
     min_coverage: float = 0.0  # the minimum fraction of the state to transfer
@@ -500,8 +500,9 @@ def _guarantee_of_stack(op: Op, cfg: Config) -> Guarantee:
         return Guarantee("none", "with init=copy", "init=identity")
     for layer, source in enumerate(op.value):
         is_first = source not in op.value[:layer]
-        if is_first and cfg.letters[source] == "S" and op.value[layer - 1 : layer] != (source - 1,):
-            return Guarantee("none", "with another layer between an S and its D", "each S right after its D")
+        if is_first and cfg.letters[source] == "S" and op.value.index(source - 1) != layer - 1:
+            instead = "the first copy of each S right after the first copy of its D"
+            return Guarantee("none", "with another layer between an S and its D", instead)
     return BITEXACT
 
 

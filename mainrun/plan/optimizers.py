@@ -1,4 +1,4 @@
-"""The optimisers that a config can select. docs/extending.md explains how to add an optimiser."""
+"""The optimizers that a config can select. docs/extending.md explains how to add an optimizer."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 
 class OptimizerSpec(NamedTuple):
-    """The properties of an optimiser that mainrun needs before torch is imported."""
+    """The properties of an optimizer that mainrun needs before torch is imported."""
 
     # Maps the name of each state tensor to an exponent. The tensor is proportional to the gradient raised to
     # this exponent. Growth operations use the exponent to scale the tensor together with the gradient.
     state: dict[str, int]
-    # The optimiser that trains all parameters except the matrices inside blocks. If the name is empty, one
-    # optimiser trains all parameters.
+    # The optimizer that trains all parameters except the matrices inside blocks. If the name is empty, one
+    # optimizer trains all parameters.
     others: str = ""
 
 

@@ -314,7 +314,9 @@ class Plan:
         """Return the sharpness of the surprise, which changes along a half cosine wave after the warm-up."""
         cfg = self.segments[self._index_at(step)].cfg
         progress = (step - self.warmup_steps) / max(1, self.steps - 1 - self.warmup_steps)
-        progress = min(max(progress, 0.0), 1.0)
+        if progress >= 1:
+            return cfg.sharpness_end  # the sum below may round to a slightly different number
+        progress = max(progress, 0.0)
         rise = cfg.sharpness_end - cfg.sharpness
         return cfg.sharpness + rise * (1 - math.cos(math.pi * progress)) / 2
 

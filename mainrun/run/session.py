@@ -317,7 +317,8 @@ class Session:
 
     def _log_step(self, step: StepRow, seconds: float) -> None:
         plan = self.plan
-        row: Row = {"event": "step", "tokens": plan.tokens(step.step), **step.fields(), "seconds": seconds}
+        row: Row = {"event": "step", "step": step.step, "tokens": plan.tokens(step.step)}
+        row |= step.fields() | {"seconds": seconds}
         self.sharing.add_row(row)
         if step.step % self.cfg.log_every == 0 or step.step == plan.steps:
             self.run_log.step(row, plan.steps)

@@ -201,7 +201,7 @@ class LeaseHolder:
         self.device = device
         self.leases = Leases(store.files)
         self.lease: Lease | None = None
-        self.wanted: frozenset[int] = frozenset()  # steps at which waiting runs request a node
+        self.wanted: frozenset[int] = frozenset()  # steps whose state other runs are waiting for
         self.passed = 0  # the step up to which other runs can no longer request nodes
         self.due: list[int] = []  # steps of nodes to save; nodes after the step `written` are not saved yet
         self.written = 0
@@ -226,7 +226,7 @@ class LeaseHolder:
 
     def beat(self) -> Row:
         """Return the heartbeat data for the lease file: the step up to which all nodes have been written."""
-        if self.device.world == 1:  # several processes would first have to agree on the nodes to save
+        if self.device.world == 1:  # several processes would have to agree on the states to save
             with suppress(OSError):
                 keys = self.store.wants() & self.course.steps.keys()
                 self.wanted = frozenset(self.course.steps[key] for key in keys)
@@ -575,7 +575,7 @@ class Sharing:
         return False
 
     def _add_scores_as_stops(self) -> None:
-        if self.device.world == 1:  # several processes would first have to agree on the nodes to save
+        if self.device.world == 1:  # several processes would have to agree on the states to save
             self.course.stops |= self.reader.extra_stops
         self.reader.extra_stops.clear()
 

@@ -17,7 +17,7 @@ from mainrun.plan.routing import STATS
 from mainrun.run.accounts import Accounts
 from mainrun.store import checkpoint
 from mainrun.store.rundir import RunDir
-from mainrun.train import GPT, Setup, State
+from mainrun.train import GPT, Setup, State, set_last_inputs
 
 SCORE_FIELDS = ("step", "split", "official", "full", "loss", "bits_per_byte", "coverage", "tokens")
 
@@ -66,7 +66,7 @@ def summarize(
         "resumed": accounts.resumed,
     }
     if state.cfg.routed_layers:
-        summary["routing"] = summarize_routing(setup, state, evals[-1])
+        summary["routing"] = summarize_routing(setup, plan, state, evals)
     evidence = Evidence(
         cfg=cfg,
         corpus=setup.corpus,
@@ -83,14 +83,16 @@ def summarize(
     return summary | {"guards": [asdict(guard) for guard in guards(evidence)]}
 
 
-def summarize_routing(setup: Setup, state: State, last_eval: dict[str, Any]) -> dict[str, Any]:
+def summarize_routing(setup: Setup, plan: Plan, state: State, evals: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the results of the routers, as lists with one value for each routed layer.
 
     `topk_loss` and `student_accuracy` come from the tokens that training would select. This selection sees
     the future, so these numbers are never compared with scores.
     """
     cfg = state.cfg
-    selected = [router["selected"] for router in last_eval["routers"]]
+    set_last_inputs(state, plan, setup.device)
+    last_val = [row for row in evals if row["split"] == "val"][-1]
+    selected = [router["selected"] for router in last_val["routers"]]
     look_ahead = LookAhead(state.model)
     data = setup.data
     size = {"chars": data.chars["val"], "nbytes": data.bytes["val"], "block_size": cfg.block_size}

@@ -1,4 +1,4 @@
-"""Leases record which process is training the steps up to a node.
+"""A lease records which process is training the steps up to a stored state, so that others wait for it.
 
 A lease is a file with the name leases/KEY.TOKEN, which is created exactly once. The process that holds the
 lease rewrites the lease file every few seconds with an incremented heartbeat count. Other processes measure

@@ -49,6 +49,9 @@ def load_model(run: RunDir) -> tuple[GPT, Tokenizer]:
     if train_tokens:
         plan = Plan(cfg, train_tokens, (meta.get("growth") or {}).get("fired", ()))
         state.model.set_inputs(plan.at(max(state.step - 1, 0)), "plain")
+    elif cfg.routed_layers:
+        problem = "lacks the number of training tokens, which the routed blocks need"
+        raise RunError(f"{run.path}/config.json {problem}; {run.fix}")
     state.average.swap()
     return state.model.eval(), tokenizer
 

@@ -501,7 +501,7 @@ def _mixed_data(runs: Sequence[Run], studies: Sequence[Study]) -> list[str]:
 
     Scores cannot be compared if they were computed from different titles or different evaluation spans.
     """
-    tables: list[tuple[str, Mapping[str, Any]]] = []  # pairs of a name and the recorded facts
+    tables: list[tuple[str, Mapping[str, Any]]] = []  # the name of each run or study, and its recorded facts
     for run in runs:
         tables.append((run.id, run.summary))
     for study in studies:

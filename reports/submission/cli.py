@@ -161,7 +161,7 @@ def verify(
             "--steps",
             min=1,
             metavar="N",
-            help="The number of steps to train again. The number of steps of the run repeats the whole run.",
+            help="The number of steps to train again. To repeat the whole run, give its number of steps.",
         ),
     ] = 10,
     as_json: Json = False,

@@ -23,7 +23,8 @@ START = (
     "from mainrun.cli import main; main()\n"
 )
 MAX_DEATHS = 20  # a task fails when its workers have died this many times
-RUN_IS_LOCKED = "is being written by process"  # part of an error message of `mainrun train`
+# `mainrun train` prints this text if another process has locked the run.
+RUN_IS_LOCKED = "is being written by process"
 
 
 class WorkerExit(NamedTuple):

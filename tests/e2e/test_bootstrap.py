@@ -1,8 +1,8 @@
 """Tests `./task` and the tasks of Taskfile.yml.
 
-Most tests use the real files with a fake Python, whose `-m venv` and `-m pip` only log that they were called.
-They can therefore test each state of the environment within milliseconds: absent, changed, interrupted,
-failed, or installed twice at once. One slow test creates the real environment.
+Most tests use the real files with a fake Python, in which `-m venv` and `-m pip` only log their calls. These
+tests check within milliseconds what happens if the environment is absent, changed, interrupted, failed, or
+installed by two processes at once. One slow test creates the real environment.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ def test_another_python_recreates_the_environment(installed: Clone) -> None:
     )
     installed.task("--version", PYTHON=str(other))
     assert installed.calls() == ALL
-    installed.task("--version")  # the environment keeps the Python that PYTHON= chose
+    installed.task("--version")  # the environment keeps the interpreter that PYTHON selected
     assert installed.calls() == []
 
 
@@ -356,11 +356,11 @@ def test_an_environment_that_is_a_link_is_refused(clone: Clone, tmp_path: Path) 
 
 
 def test_an_unwritable_folder_is_refused() -> None:
-    with tempfile.TemporaryDirectory() as name:  # tmp_path does not work, because only its owner may enter it
+    with tempfile.TemporaryDirectory() as name:  # other users cannot enter tmp_path
         for file in ("task", "pyproject.toml", "constraints.txt"):
             shutil.copy(ROOT / file, name)
         Path(name).chmod(0o555)
-        nobody = 65534 if os.geteuid() == 0 else None  # root could write to the folder anyway
+        nobody = 65534 if os.geteuid() == 0 else None  # root may write to any folder
         done = subprocess.run(
             [f"{name}/task"],
             cwd="/",
@@ -375,7 +375,7 @@ def test_an_unwritable_folder_is_refused() -> None:
     assert "cannot write to" in done.stderr
 
 
-# -- calls from other folders, and arguments
+# -- calls from other folders
 
 
 def test_without_arguments_it_lists_the_tasks(installed: Clone) -> None:
@@ -423,7 +423,8 @@ def test_calls_from_any_folder_and_through_links(installed: Clone, tmp_path: Pat
     else:
         done = installed.task("train", cwd=away, via=ways[way])
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [str(away), "train"]  # relative paths are relative to this folder
+    # The command runs in the folder from which it was called.
+    assert json.loads(done.stdout) == [str(away), "train"]
     assert installed.calls() == []
 
 
@@ -554,7 +555,7 @@ def test_submit_first_commits_changes(repo: Clone) -> None:
         assert call == [str(repo.root / "mainrun"), "submit", "--run", "a b"], done.stderr
         assert git(repo, "rev-list", "--count", "HEAD") == commits
         assert git(repo, "status", "--porcelain") == ""
-        # the arguments do not become the commit message
+        # The arguments of the command must not become the commit message.
         assert git(repo, "log", "-1", "--format=%s").startswith("checkpoint 20")
         if done.stdout.count("\n") == 1:
             (repo.root / "new.txt").touch()
@@ -575,7 +576,7 @@ def test_ci_fails_with_the_tests_and_ends_with_the_summary_of_pytest(
         f"@pytest.mark.slow\ndef test_b():\n    assert {slow}\n"
     )
     env = installed.env(CI="true")
-    del env["NO_COLOR"]  # like CI, where go-task prints in colours
+    del env["NO_COLOR"]  # as in CI, let go-task print in colours
     done = subprocess.run(
         [installed.root / ".ci/run"], cwd="/", env=env, capture_output=True, text=True, timeout=120
     )
@@ -607,7 +608,7 @@ def test_a_fresh_clone_needs_one_command(tmp_path: Path) -> None:
             (clone / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, clone / name)
     env = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH", "PYTHON")}
-    env["NO_COLOR"] = "1"  # if CI is set, go-task colours its list
+    env["NO_COLOR"] = "1"  # go-task colours its list of tasks if CI is set
     env["PATH"] = os.pathsep.join(
         p for p in os.environ["PATH"].split(os.pathsep) if p != str(Path(sys.executable).parent)
     )

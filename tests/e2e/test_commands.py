@@ -317,7 +317,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once_with_exit_code_130(start: Callable
     running.wait_for(2)
     time.sleep(0.3)  # the checkpoint of step 2 has been written, and step 3 has started
     running.process.send_signal(signal.SIGINT)
-    time.sleep(0.2)  # without a pause, Python would see two signals during a torch operation as one
+    time.sleep(0.2)  # without a pause, Python would handle both signals as one after a torch operation
     running.process.send_signal(signal.SIGINT)
     code, out, err = running.end()
     assert (code, out) == (130, "")
@@ -381,7 +381,7 @@ def on_a_terminal(args: list[str], width: int, env: dict[str, str]) -> str:
     while True:
         try:
             part = os.read(leader, 65536)
-        except OSError:  # Linux reports a closed terminal in this way
+        except OSError:  # on Linux, reading from a closed terminal raises OSError
             break
         if not part:
             break
@@ -398,7 +398,7 @@ def test_a_terminal_shows_one_bar(tmp_path: Path, width: int, env: dict[str, str
     import re
 
     seen = on_a_terminal([*train_args(tmp_path), "--json"], width, env)
-    assert "\x1b[2K" in seen  # the progress line is overwritten
+    assert "\x1b[2K" in seen  # the display erases its line before each update
     assert bool(re.search(r"\x1b\[(\d+;)*3[0-8]", seen)) is (not env)
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen)
     steps = json.loads((only(tmp_path) / "summary.json").read_text(encoding="utf-8"))["steps"]
