@@ -769,6 +769,14 @@ def test_no_text_is_small_or_leaves_the_page(pages: Path) -> None:
         assert sizes and min(sizes) >= 7, svg.name
 
 
+def test_a_head_of_two_lines_is_as_wide_as_its_longer_line() -> None:
+    from reports.evidence import pdf
+
+    pdf.register_fonts()
+    assert pdf._longest(["forward\nFLOPs", "1"]) == pdf._longest(["forward", "1"])
+    assert pdf._longest(["forward\nFLOPs", "1"]) > pdf._longest(["FLOPs", "1"])
+
+
 def red(pdf: Path) -> list[str]:
     """Return all red text outside the figures."""
     from pypdf import PdfReader

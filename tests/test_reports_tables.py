@@ -785,6 +785,19 @@ def test_the_bounds_of_a_study() -> None:
     assert look(table) == [(0.3, False), (0.5, False), (0.2, False)]
 
 
+def test_the_confirmation_shows_forward_flops_that_differ_from_the_base() -> None:
+    rows = [{"trial": 1, "mean": 1.5}, {"trial": 2, "mean": 1.6}]
+    trials = [make_trial(number, forward_flops=5e6) for number in range(3)]
+    _, equal = tables.study(make_study(*trials, evidence={"rows": rows}), 1)
+    assert "forward\nFLOPs" not in heads(equal) and "FLOPs" not in equal.note
+    assert len(cells(equal)[0]) == len(heads(equal))
+    trials[0]["forward_flops"] = 4e6
+    _, differing = tables.study(make_study(*trials, evidence={"rows": rows}), 1)
+    assert heads(differing)[:3] == ["trial", "mean", "forward\nFLOPs"]
+    assert [row[2] for row in cells(differing)] == ["5M", "5M"]
+    assert differing.note.endswith("The base takes 4M forward FLOPs per token.")
+
+
 def test_the_confirmation_of_a_study() -> None:
     rows = [
         {

@@ -467,6 +467,8 @@ def test_a_confirmed_trial_is_shown_with_its_forward_flops(capsys: pytest.Captur
         assert f": {expected}\n" in capsys.readouterr().out
     _show_evidence(evidence, [done(0, 2.0)])
     assert ": claimed\n" in capsys.readouterr().out, "older exports have no FLOPs"
+    _show_evidence(evidence, [done(0, 2.0, forward_flops=2e6), done(1, 1.0)])
+    assert ": claimed\n" in capsys.readouterr().out, "a cost that is not known is not compared"
 
 
 def test_the_export_has_the_forward_flops_of_each_trial(tmp_path: Path) -> None:

@@ -4,9 +4,10 @@ A block has one of four letters. D is a dense block without a router. The other 
 by which the router ranks the tokens of a row:
 
     M   Mixture-of-Depths: a learned linear score of the token.
-    S   surprise pairs (SDT): how badly a small predictor foresees the change made by the preceding D block.
-    T   temporal surprise (STT): how badly a small predictor foresees the change of this block from the
-        output at the previous token.
+    S   surprise pairs (SDT): how notable the change made by the preceding D block is. A change is notable if
+        a small predictor foresees the change well, or if the change is larger than the recent average.
+    T   temporal surprise (STT): how notable the change made by this block is. The predictor sees the output
+        of the block at the previous token.
 
 Training selects the k tokens of a row with the highest scores. This selection sees the future, because
 whether a token is selected depends on later tokens. Outside of training, a token is therefore selected by a

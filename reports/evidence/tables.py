@@ -713,7 +713,8 @@ def study(export: Study, number: int) -> list[Table]:
         tables.append(_space(space, best, number))
     confirmed = [row for row in export.fact("rows") or [] if isinstance(row, dict)]
     if confirmed:
-        tables.append(_confirmation(confirmed, number))
+        costs = {trial["trial"]: trial.get("forward_flops") for trial in export.trials}
+        tables.append(_confirmation(confirmed, costs, number))
     return tables
 
 
@@ -747,7 +748,10 @@ def _space(space: Mapping[str, Any], best: Mapping[str, Any] | None, number: int
     return Table(f"study_{number}_space", "Bounds", columns, rows)
 
 
-def _confirmation(confirmed: Sequence[Mapping[str, Any]], number: int) -> Table:
+def _confirmation(
+    confirmed: Sequence[Mapping[str, Any]], costs: Mapping[Any, float | None], number: int
+) -> Table:
+    """Make the table of the confirmed trials. `costs` has the forward FLOPs of all trials."""
     rows: list[Row] = []
     for trial in confirmed:
         low, high = trial.get("interval") or (None, None)
@@ -758,6 +762,7 @@ def _confirmation(confirmed: Sequence[Mapping[str, Any]], number: int) -> Table:
         numbers = [
             trial.get("trial"),
             trial.get("mean"),
+            costs.get(trial.get("trial")),
             trial.get("difference"),
             low,
             high,
@@ -767,6 +772,7 @@ def _confirmation(confirmed: Sequence[Mapping[str, Any]], number: int) -> Table:
     columns = [
         Column("trial", integer),
         Column("mean", fixed(4)),
+        FORWARD_FLOPS,
         Column("difference", fixed(4, sign=True)),
         Column("low", fixed(4, sign=True)),
         Column("high", fixed(4, sign=True)),
@@ -778,6 +784,14 @@ def _confirmation(confirmed: Sequence[Mapping[str, Any]], number: int) -> Table:
         "Trials are compared with the base on new paired seeds. The study recorded the intervals and "
         "verdicts. p is adjusted by Holm's method."
     )
+    place = columns.index(FORWARD_FLOPS)
+    base = compact(costs.get(0))
+    if {compact(row[place]) for row in rows} == {base}:
+        del columns[place]
+        for row in rows:
+            del row[place]
+    else:
+        note += f" The base takes {base} forward FLOPs per token."
     return Table(f"study_{number}_confirmation", "Confirmation", columns, rows, note)
 
 
