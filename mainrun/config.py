@@ -395,7 +395,7 @@ class TrainConfig(BaseModel):
         if not 1 <= len(pattern) <= self.n_layer:
             raise ValueError(
                 f"{got} has {len(pattern)} letters for n_layer={self.n_layer} layers; "
-                f"write 1 to {self.n_layer} letters, because the pattern is repeated over the layers"
+                "write at most one letter per layer, because the pattern is repeated over the layers"
             )
         if pattern[0] != "D":
             raise ValueError(f"{got} makes the first layer {pattern[0]!r}; begin the pattern with D")

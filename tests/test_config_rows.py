@@ -331,13 +331,13 @@ PAIRS += [
     (
         {"block_pattern": "DMD", "n_layer": 2},
         "block_pattern='DMD' has 3 letters for n_layer=2 layers; "
-        "write 1 to 2 letters, because the pattern is repeated over the layers",
+        "write at most one letter per layer, because the pattern is repeated over the layers",
         {"block_pattern": "DMD", "n_layer": 3},
     ),
     (
         {"block_pattern": ""},
         "block_pattern='' has 0 letters for n_layer=6 layers; "
-        "write 1 to 6 letters, because the pattern is repeated over the layers",
+        "write at most one letter per layer, because the pattern is repeated over the layers",
         {"block_pattern": "D"},
     ),
     (

@@ -159,7 +159,7 @@ def test_the_spaces_of_every_router_match_its_shapes() -> None:
             "DS", "stack_layers", [0, 0, 1], {"init": "identity", "preserve": "bitexact"},
             "preserve=bitexact is impossible with another layer between an S and its D; use the first copy",
         ),
-        ("DM", "widen_model", {"factor": 2}, {}, "a model with routed blocks.*; widen a dense model first"),
+        ("DM", "widen_model", {"factor": 2}, {}, "a model with routed blocks.*; set the final d_model"),
         ("D", "set_capacity", 0.5, {}, "no block routes .*remove the op, or set block_pattern"),
         ("DM", "set_capacity", 0, {}, "capacity"),
         ("DM", "set_capacity", 1.5, {}, "capacity"),

@@ -260,7 +260,7 @@ def _widen_model(op: Op, cfg: Config, set_by: SetBy) -> Changes:
     if cfg.routed_layers:
         raise ValueError(
             f"a model with routed blocks cannot be widened (layers: {cfg.letters}); "
-            "widen a dense model first, and train the wide model with routed blocks afterwards"
+            "set the final d_model in the config instead, or use widen_mlp"
         )
     factor = _width_factor(op.value, cfg.d_model, _origin(set_by, "d_model"))
     kv_heads = factor * cfg.n_kv_head  # 0 means one per query head, so 0 stays unchanged
