@@ -16,8 +16,11 @@ Each command imports slow libraries such as torch only when it needs them, so th
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -61,9 +64,24 @@ def main() -> None:
     guard_streams()
     try:
         app()
+    except SystemExit as e:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            _end_process(e.code if isinstance(e.code, int) else 0)
+        raise
     finally:
         # After the command has ended, Ctrl-C must not interrupt the exit handlers of libraries.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _end_process(code: int) -> None:
+    """End a process of torchrun without the shutdown of the interpreter.
+
+    Threads of gloo outlive the process group. During the shutdown, such a thread may abort the process.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _print_version(requested: bool) -> None:
