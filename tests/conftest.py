@@ -1,6 +1,7 @@
 """Fixtures for all tests: a separate cache, one thread, and a config that trains in about a second."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,17 @@ def real_titles() -> Path:
     if not REAL_TITLES.is_file():
         pytest.skip(f"needs a file of real titles, one per line, at {REAL_TITLES}")
     return REAL_TITLES
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread, so that sums are added in the same order on every machine."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

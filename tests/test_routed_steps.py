@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -32,12 +31,7 @@ LETTERS = ["M", "S", "T"]
 WEIGHTS = {"prior_loss": 0.0, "student_loss": 0.0, "router_loss": 0.0, "router_z_loss": 0.0}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tokens(rows: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -446,8 +440,8 @@ def gradients_of(runner: Any, model: GPT, inputs: StepInputs) -> list[Tensor]:
     loss = compute_loss(runner, *tokens(), inputs, None)
     loss.minimized.backward()
     assert loss.routing is not None
-    found = [loss.minimized.detach(), loss.routing.losses.detach(), loss.routing.stats]
-    return [*found, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+    losses = [loss.minimized.detach(), loss.routing.losses.detach(), loss.routing.stats]
+    return [*losses, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
 def count_graphs(pattern: str, backend: str) -> int:

@@ -46,12 +46,7 @@ from mainrun.train import GPT, Loss, State, TrainStep, build, compute_loss
 V = 20  # the size of the vocabulary
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config(**changes: Any) -> TrainConfig:

@@ -352,7 +352,7 @@ def routing_fields(numbers: list[float], layers: tuple[int, ...]) -> dict[str, A
         start = len(LOSSES) + i * len(STATS)
         stats = numbers[start : start + len(STATS)]
         routers.append({"layer": layer, **dict(zip(STATS, stats, strict=True))})
-    return {"aux": dict(zip(LOSSES, numbers, strict=False)), "routers": routers}
+    return {"aux": dict(zip(LOSSES, numbers[: len(LOSSES)], strict=True)), "routers": routers}
 
 
 @torch.no_grad()
