@@ -771,3 +771,27 @@ def test_a_terminal_width_that_is_not_a_number_is_ignored(
     monkeypatch.setenv("COLUMNS", columns)
     assert invoke("presets").exit_code == 0
     assert "COLUMNS" not in os.environ
+
+
+@pytest.mark.parametrize(("argument", "code"), [("--version", 0), ("no-such-command", 2)])
+@pytest.mark.parametrize("world_size", ["1", "2"])
+def test_a_process_of_torchrun_ends_without_the_exit_handlers(
+    world_size: str, argument: str, code: int
+) -> None:
+    """Threads of gloo could abort the process while exit handlers run. The output must be complete."""
+    program = (
+        "import atexit, sys; atexit.register(print, 'exit handler'); "
+        f"sys.argv = ['mainrun', {argument!r}]; from mainrun.cli import main; main()"
+    )
+    env = os.environ | {"WORLD_SIZE": world_size, "RANK": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=Path(__file__).parents[1],
+    )
+    assert done.returncode == code
+    assert (f"mainrun {mainrun.__version__}" in done.stdout) == (code == 0)
+    assert ("no-such-command" in done.stderr) == (code == 2)
+    assert ("exit handler" in done.stdout) == (world_size == "1")
