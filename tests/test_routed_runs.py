@@ -345,8 +345,8 @@ def test_every_recipe_resumes_is_audited_and_is_replayed(tmp_path: Path, recipe:
     train(cfg, tmp_path / "parts")
     whole = run_of(tmp_path / "whole", cfg)
     assert routed_outcome(tmp_path / "parts" / cfg.run_id) == routed_outcome(whole.path)
-    found = list(audit(filled, 100))
-    assert len(found) >= 3 and {result.status for result in found} == {"same"}, found
+    results = list(audit(filled, 100))
+    assert len(results) >= 3 and {result.status for result in results} == {"same"}, results
     check_replay(whole)
     last = [row for row in whole.metrics() if row["event"] == "eval" and row["split"] == "val"][-1]
     selected = (whole.summary() or {})["routing"]["selected"]
@@ -459,8 +459,8 @@ def test_a_pattern_counts_with_one_letter_per_layer() -> None:
 
 
 def test_every_segment_is_trained_again_to_the_same_bits(store: Store) -> None:
-    found = list(audit(store, 100))
-    assert len(found) >= 3 and {result.status for result in found} == {"same"}, found
+    results = list(audit(store, 100))
+    assert len(results) >= 3 and {result.status for result in results} == {"same"}, results
 
 
 @pytest.mark.parametrize(("event", "field"), [("step", "aux"), ("step", "routers"), ("eval", "routers")])

@@ -120,16 +120,16 @@ def test_the_parameters_of_routers_have_their_own_rates(optimizer: str) -> None:
     cfg = config("DSTM", optimizer=optimizer, experts=2)
     model = build(cfg, V)
     optimizers = Optimizers(cfg, model)
-    found: dict[str, tuple[str, bool]] = {}
+    groups: dict[str, tuple[str, bool]] = {}
     for owner in optimizers.all:
         for group in owner.param_groups:
             for p in group["params"]:
                 name = optimizers.names[p]
-                found[name] = (group["rate"], group["decays"])
+                groups[name] = (group["rate"], group["decays"])
                 if ".router." in name:
                     assert not isinstance(owner, Muon), name
-    assert found.keys() == dict(model.named_parameters()).keys()
-    for name, got in found.items():
+    assert groups.keys() == dict(model.named_parameters()).keys()
+    for name, got in groups.items():
         block, _, part = name.partition(".router.")
         if block.endswith(".mlp"):
             assert got == ("lr_aux", True), "the routers of experts keep their rate"
