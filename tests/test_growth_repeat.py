@@ -170,7 +170,7 @@ def test_training_ops_and_other_events_need_not_be_repeated(tmp_path: Path, fake
 def test_a_run_without_a_completed_op_is_refused(
     tmp_path: Path, fake_train: FakeTrain, rows: list[dict[str, Any]], ops: list[dict[str, Any]]
 ) -> None:
-    problem = "has no completed op that changes the architecture; give a run that has grown"
+    problem = "has no completed op that changes the architecture; give a run in which such an op was applied"
     with pytest.raises(UsageError, match=problem):
         list(repeat_ops(make_run(tmp_path, rows, ops), STORE))
     assert not fake_train.calls

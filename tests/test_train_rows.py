@@ -28,6 +28,7 @@ from mainrun.core.device import Device
 from mainrun.core.dropout import Masks, dropout_sites
 from mainrun.core.layers import RMSNorm, rope_table, rotate
 from mainrun.core.optimizers import Muon, Optimizers, ParamSchedule
+from mainrun.core.pending_losses import StepRow, advice
 from mainrun.data.tokenizer import EOS
 from mainrun.errors import Diverged, Interrupted, RunError
 from mainrun.growth.controller import Growth
@@ -1252,6 +1253,13 @@ def planted(
         "compute_loss",
         lambda *args: changed(original(*args)) if next(calls) == call else original(*args),
     )
+
+
+def test_the_advice_after_a_divergence_names_the_fields_of_routers() -> None:
+    dense = StepRow(3, 0.01, math.nan, 1.0)
+    assert advice(dense) == "lower lr or lr_aux, or raise warmup_frac"
+    routed = dense._replace(routing={"aux": {}, "routers": []})
+    assert advice(routed) == "lower lr, lr_aux, lr_router or a weight such as prior_loss, or raise warmup_frac"
 
 
 @pytest.mark.parametrize("clip", [0.0, 1.0])

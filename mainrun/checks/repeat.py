@@ -50,7 +50,7 @@ def repeat_ops(run: RunDir, store: Store | None) -> Iterator[RepeatedCheck]:
             step_of_op[row["op"]] = row["step"]
     if not step_of_op or not cfg.growth.ops:
         problem = f"{run.path} has no completed op that changes the architecture"
-        raise UsageError(f"{problem}; give a run that has grown")
+        raise UsageError(f"{problem}; give a run in which such an op was applied")
     with TemporaryDirectory() as folder:
         for step in sorted(set(step_of_op.values())):
             _train(cfg, Path(folder), store, step)

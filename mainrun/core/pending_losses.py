@@ -38,6 +38,13 @@ def step_row(step: int, lr: float, numbers: list[float], layers: tuple[int, ...]
     return StepRow(step, lr, loss, norm, routing_fields(rest, layers) if layers else None)
 
 
+def advice(row: StepRow) -> str:
+    """Return what to change after a run diverged at `row`."""
+    if row.routing is None:
+        return "lower lr or lr_aux, or raise warmup_frac"
+    return "lower lr, lr_aux, lr_router or a weight such as prior_loss, or raise warmup_frac"
+
+
 class NotFinite(Diverged):
     """Raised when the loss or the gradient norm of a step is NaN or infinite.
 
@@ -46,7 +53,7 @@ class NotFinite(Diverged):
 
     def __init__(self, row: StepRow, rows: list[StepRow]) -> None:
         got = f"loss {row.loss} with gradient norm {row.grad_norm} at step {row.step}, lr {row.lr:g}"
-        super().__init__(f"{got}; lower lr or lr_aux, or raise warmup_frac")
+        super().__init__(f"{got}; {advice(row)}")
         self.row = row
         self.rows = rows
 

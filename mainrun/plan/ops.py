@@ -235,8 +235,22 @@ def _stack_layers(op: Op, cfg: Config, set_by: SetBy) -> Changes:
     frozen = [i for i, layer in enumerate(sources) if layer in cfg.frozen and layer not in sources[:i]]
     changes: Changes = {"n_layer": len(sources), "frozen": tuple(frozen)}
     if cfg.routed_layers:
-        changes["block_pattern"] = "".join(cfg.letters[layer] for layer in sources)
+        changes["block_pattern"] = _stacked_letters(sources, cfg.letters)
     return changes
+
+
+def _stacked_letters(sources: tuple[int, ...], letters: str) -> str:
+    """Return the kinds of the new layers. Raise ValueError if they do not form a valid pattern."""
+    stacked = "".join(letters[layer] for layer in sources)
+    got = f"value={list(sources)} makes the layers {shown(stacked, 80)}"
+    if stacked[0] != "D":
+        raise ValueError(f"{got}, but the first layer must be D; begin with a layer of kind D")
+    for place in range(1, len(stacked)):
+        if stacked[place] == "S" and stacked[place - 1] != "D":
+            raise ValueError(
+                f"{got}, but the layer before each S must be D; change value[{place - 1}] to a layer of kind D"
+            )
+    return stacked
 
 
 def _not_a_layer_list(value: Any, n_layer: int, state: str) -> str:

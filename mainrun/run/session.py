@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from mainrun.config import TrainConfig
-from mainrun.core.pending_losses import NotFinite, StepRow
+from mainrun.core.pending_losses import NotFinite, StepRow, advice
 from mainrun.data.batches import Batches
 from mainrun.errors import Diverged, Interrupted, MainrunError
 from mainrun.growth.make import make_controller
@@ -245,7 +245,7 @@ class Session:
             self.save()
             kept = "the checkpoint before this step is kept"
         got = f"loss {row.loss} with gradient norm {row.grad_norm} at step {row.step} of {self.plan.steps}"
-        return Diverged(f"{got}, lr {row.lr:g}; lower lr or lr_aux, or raise warmup_frac ({kept})")
+        return Diverged(f"{got}, lr {row.lr:g}; {advice(row)} ({kept})")
 
     def close(self) -> None:
         """Finish writing and close all files."""
