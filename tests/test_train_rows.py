@@ -1259,7 +1259,9 @@ def test_the_advice_after_a_divergence_names_the_fields_of_routers() -> None:
     dense = StepRow(3, 0.01, math.nan, 1.0)
     assert advice(dense) == "lower lr or lr_aux, or raise warmup_frac"
     routed = dense._replace(routing={"aux": {}, "routers": []})
-    assert advice(routed) == "lower lr, lr_aux, lr_router or a weight such as prior_loss, or raise warmup_frac"
+    assert (
+        advice(routed) == "lower lr, lr_aux, lr_router or a weight such as prior_loss, or raise warmup_frac"
+    )
 
 
 @pytest.mark.parametrize("clip", [0.0, 1.0])

@@ -242,14 +242,13 @@ def _stack_layers(op: Op, cfg: Config, set_by: SetBy) -> Changes:
 def _stacked_letters(sources: tuple[int, ...], letters: str) -> str:
     """Return the kinds of the new layers. Raise ValueError if they do not form a valid pattern."""
     stacked = "".join(letters[layer] for layer in sources)
-    got = f"value={list(sources)} makes the layers {shown(stacked, 80)}"
+    got = f"value={list(sources)} makes the layers {shown(stacked)}"
     if stacked[0] != "D":
         raise ValueError(f"{got}, but the first layer must be D; begin with a layer of kind D")
     for place in range(1, len(stacked)):
         if stacked[place] == "S" and stacked[place - 1] != "D":
-            raise ValueError(
-                f"{got}, but the layer before each S must be D; change value[{place - 1}] to a layer of kind D"
-            )
+            fix = f"change value[{place - 1}] to a layer of kind D"
+            raise ValueError(f"{got}, but the layer before each S must be D; {fix}")
     return stacked
 
 
