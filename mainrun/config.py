@@ -86,6 +86,9 @@ class TrainConfig(BaseModel):
         "auto",
         "use torch.compile (on a CPU it needs a C++ compiler); auto: only for runs that are long enough",
     )
+    shard: bool = static(
+        False, "divide the model, its gradients and its optimizer state among the processes (FSDP2)"
+    )
     attention: Literal["auto", "plain", "sdpa"] = static(
         "auto", "implementation of attention; auto: the faster one for the device, dtype and context length"
     )
@@ -104,10 +107,15 @@ class TrainConfig(BaseModel):
     dev_frac: float = static(
         0.0, "fraction of train, at its end, that is held out as dev for hyperparameter searches", ge=0, lt=1
     )
+    documents: bool = static(
+        False, "keep the line breaks and the blanks of each text; false: each text becomes one line"
+    )
 
     # -- tokens
-    tokenizer: Literal["bpe", "unigram"] = static(
-        "bpe", "byte-level BPE, or a unigram model that falls back to bytes; both are lossless"
+    tokenizer: str = static(
+        "bpe",
+        "bpe: byte-level BPE; unigram: a unigram model that falls back to bytes; "
+        "hf:DIR: the tokenizer.json of a checkpoint; all are lossless",
     )
     tokenizer_fit: Literal["train", "train+val"] = static("train", "titles that the vocabulary is fitted on")
     vocab_size: int = static(
@@ -136,6 +144,9 @@ class TrainConfig(BaseModel):
     )
 
     # -- model
+    start: str = static(
+        "", "weights to start from: hf:DIR (a Qwen2 checkpoint) or run:DIR (a run); empty: random weights"
+    )
     n_layer: int = static(6, "number of blocks", ge=1, le=1024)
     n_head: int = static(8, "number of attention heads", ge=1, le=1024)
     n_kv_head: int = static(0, "number of key/value heads, a divisor of n_head; 0: n_head", ge=0, le=1024)
@@ -210,10 +221,14 @@ class TrainConfig(BaseModel):
     )
     router_z_loss: float = scheduled(0.0001, "weight of the mean square of M's scores", ge=0, le=100)
     attn_lora_rank: int = static(0, "rank of the low-rank terms on q, k, v and o; 0: none", ge=0, le=65_536)
+    mlp_lora_rank: int = static(
+        0, "rank of the low-rank terms on gate, up and down of each MLP; 0: none", ge=0, le=65_536
+    )
     embed_lora_rank: int = static(
         0, "rank of the low-rank term on the token embedding, and on a tied head; 0: none", ge=0, le=65_536
     )
     lora_alpha: float = static(16.0, "low-rank terms are scaled by lora_alpha / rank", gt=0, le=1e6)
+    base_frozen: bool = static(False, "train only the low-rank terms and the routers")
     frozen: tuple[Layer, ...] = static((), "layers whose weights are not trained", strict=False)
     unused_ids: int = static(
         0, "ids at the end of the vocabulary that no text uses yet; their logits are -inf", ge=0, le=1_000_000
@@ -233,6 +248,12 @@ class TrainConfig(BaseModel):
     )
     lr_student: float = scheduled(
         0.0, "peak learning rate of the students of routed blocks; 0: same as lr_aux", ge=0, le=1000
+    )
+    lr_lora: float = scheduled(
+        0.0,
+        "peak learning rate of the low-rank terms; 0: the rate of the weights that they are added to",
+        ge=0,
+        le=1000,
     )
     momentum: float = static(0.0, "momentum of SGD and of Muon (Nesterov)", ge=0, lt=1)
     beta1: float = static(0.9, "beta1 of AdamW", ge=0, lt=1)
@@ -344,6 +365,8 @@ class TrainConfig(BaseModel):
         self._check_warmup()
         self._check_geometry()
         self._check_corpus()
+        self._check_tokenizer()
+        self._check_start()
         return self
 
     def _check_heads(self) -> None:
@@ -451,6 +474,24 @@ class TrainConfig(BaseModel):
                 f"official_geometry={self.official_geometry!r} is not allowed; "
                 f"write ROWSxTOKENS, such as 64x128, with at most block_size={self.block_size} tokens"
             )
+
+    def _check_tokenizer(self) -> None:
+        kind, _, folder = self.tokenizer.partition(":")
+        if self.tokenizer in ("bpe", "unigram") or (kind == "hf" and folder):
+            return
+        raise ValueError(
+            f"tokenizer={inputs.shown(self.tokenizer)} is not a tokenizer; use bpe, unigram or hf:DIR, "
+            "where DIR contains a tokenizer.json"
+        )
+
+    def _check_start(self) -> None:
+        kind, _, folder = self.start.partition(":")
+        if not self.start or (kind in ("hf", "run") and folder):
+            return
+        raise ValueError(
+            f"start={inputs.shown(self.start)} is not a start; use hf:DIR (a Qwen2 checkpoint), "
+            "run:DIR (the folder of a run), or leave it empty to start from random weights"
+        )
 
     def _check_corpus(self) -> None:
         if not sources.is_source(self.corpus):

@@ -1,0 +1,44 @@
+"""The names of tensors in Qwen2 checkpoints. This module does not import torch.
+
+For example, a checkpoint contains the tensor `model.layers.3.self_attn.q_proj.weight`, which mainrun calls
+`blocks.3.attn.q.weight`. The shapes are equal on both sides.
+"""
+
+from __future__ import annotations
+
+import re
+
+OUTSIDE = {
+    "embed.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+}
+# the parts of a block, without the `.weight` or `.bias` at the end
+IN_BLOCK = {
+    "attn.q": "self_attn.q_proj",
+    "attn.k": "self_attn.k_proj",
+    "attn.v": "self_attn.v_proj",
+    "attn.o": "self_attn.o_proj",
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+}
+BLOCK = re.compile(r"blocks\.(\d+)\.(.+)\.(weight|bias)")
+LOW_RANK = re.compile(r"\.lora_[ab]$")
+
+
+def checkpoint_name(name: str) -> str:
+    """Return the name in a checkpoint of one of our tensors, or "" if a checkpoint has no such tensor."""
+    if name in OUTSIDE:
+        return OUTSIDE[name]
+    match = BLOCK.fullmatch(name)
+    if not match or match[2] not in IN_BLOCK:
+        return ""
+    return f"model.layers.{match[1]}.{IN_BLOCK[match[2]]}.{match[3]}"
+
+
+def is_extra(name: str) -> bool:
+    """Return whether one of our tensors may be missing from a start: low-rank terms and routers."""
+    return ".router." in name or LOW_RANK.search(name) is not None
