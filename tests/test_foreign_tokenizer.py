@@ -501,7 +501,7 @@ def test_a_cache_entry_belongs_to_the_content_of_the_files(
     again = data_of(run_config(tmp_path, tmp_path / "second", tokenizer_fit="train+val"))
     assert again.digest == data.digest and set((cache_dir() / "tokens").iterdir()) == entries
     digests = {data.digest}
-    for rows, changes in ((ROWS + 1, {}), (ROWS, {"truncation": None, "padding": None, "extra": 1})):
+    for rows, changes in ((ROWS + 1, {}), (ROWS, model_with(fuse_unk=True))):
         digests.add(data_of(run_config(tmp_path, checkpoint(tmp_path / "second", rows, **changes))).digest)
     assert len(digests) == 3 and len(set((cache_dir() / "tokens").iterdir())) == 3
 
