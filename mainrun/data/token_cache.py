@@ -19,6 +19,7 @@ import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -55,32 +56,11 @@ def prepare(cfg: TrainConfig, corpus: Corpus) -> TokenData:
     tokenizer = None
     if cfg.tokenizer.startswith(foreign.PREFIX):
         tokenizer = _foreign_tokenizer(cfg)
-        key = _foreign_key(tokenizer, corpus)
-    else:
-        key = _key(cfg, corpus)
-    entry = cache_dir() / "tokens" / key
+    entry = cache_dir() / "tokens" / _key(cfg, corpus, tokenizer)
     cached = _load(entry)
     if cached is not None:
         return cached
-    return _store(entry, _build(tokenizer or _fitted(cfg, corpus), corpus))
-
-
-def _key(cfg: TrainConfig, corpus: Corpus) -> str:
-    """Return the name of the cache entry, which is a hash of everything that affects the token streams."""
-    library = importlib.metadata.version(LIBRARY[cfg.tokenizer])
-    parts = [FORMAT, _split_fingerprints(corpus), cfg.tokenizer, cfg.tokenizer_fit, cfg.vocab_size, library]
-    return hashlib.sha256(compact_json(parts)).hexdigest()
-
-
-def _foreign_key(tokenizer: Tokenizer, corpus: Corpus) -> str:
-    """Return the name of the cache entry for the tokenizer of a checkpoint, wherever its folder is."""
-    library = importlib.metadata.version(LIBRARY[tokenizer.kind])
-    parts = [FOREIGN_FORMAT, _split_fingerprints(corpus), tokenizer.digest, library]
-    return hashlib.sha256(compact_json(parts)).hexdigest()
-
-
-def _split_fingerprints(corpus: Corpus) -> dict[str, str]:
-    return {split: corpus.fingerprints[split] for split in SPLITS}
+    return _store(entry, _build(cfg, corpus, tokenizer))
 
 
 def _foreign_tokenizer(cfg: TrainConfig) -> Tokenizer:
@@ -93,14 +73,28 @@ def _foreign_tokenizer(cfg: TrainConfig) -> Tokenizer:
     return tokenizer
 
 
-def _fitted(cfg: TrainConfig, corpus: Corpus) -> Tokenizer:
-    fitted_on = corpus.train
-    if cfg.tokenizer_fit == "train+val":
-        fitted_on = corpus.train + corpus.val
-    return fit(cfg.tokenizer, fitted_on, cfg.vocab_size)
+def _key(cfg: TrainConfig, corpus: Corpus, tokenizer: Tokenizer | None = None) -> str:
+    """Return the name of the cache entry, which is a hash of everything that affects the token streams.
+
+    tokenizer: the tokenizer of a checkpoint. Its content matters, and its folder does not.
+    """
+    fingerprints = {split: corpus.fingerprints[split] for split in SPLITS}
+    parts: list[Any]
+    if tokenizer is None:
+        library = importlib.metadata.version(LIBRARY[cfg.tokenizer])
+        parts = [FORMAT, fingerprints, cfg.tokenizer, cfg.tokenizer_fit, cfg.vocab_size, library]
+    else:
+        library = importlib.metadata.version(LIBRARY[tokenizer.kind])
+        parts = [FOREIGN_FORMAT, fingerprints, tokenizer.digest, library]
+    return hashlib.sha256(compact_json(parts)).hexdigest()
 
 
-def _build(tokenizer: Tokenizer, corpus: Corpus) -> TokenData:
+def _build(cfg: TrainConfig, corpus: Corpus, tokenizer: Tokenizer | None = None) -> TokenData:
+    if tokenizer is None:
+        fitted_on = corpus.train
+        if cfg.tokenizer_fit == "train+val":
+            fitted_on = corpus.train + corpus.val
+        tokenizer = fit(cfg.tokenizer, fitted_on, cfg.vocab_size)
     splits: dict[str, np.ndarray] = {}
     chars: dict[str, int] = {}
     n_bytes: dict[str, int] = {}
