@@ -25,6 +25,7 @@ NOT_SEARCHABLE = {
     "shuffle": DATA_IS_FIXED,
     "val_frac": DATA_IS_FIXED,
     "dev_frac": DATA_IS_FIXED,
+    "documents": DATA_IS_FIXED,
     "tokenizer_fit": DATA_IS_FIXED,
     "official_geometry": "the geometry of the evaluation is fixed by the task",
     "device": MACHINE_IS_FIXED,

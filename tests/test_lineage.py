@@ -124,6 +124,7 @@ CASES: dict[str, Case] = {
     "shuffle": Case(False),
     "val_frac": Case(0.1),
     "dev_frac": Case(0.1),
+    "documents": Case(True, needs={"corpus": "padded"}),
     "tokenizer": Case("unigram", needs={"vocab_size": 330}),
     "tokenizer_fit": Case("train+val"),
     "vocab_size": Case(301),
@@ -243,7 +244,9 @@ class Lab:
 
     def __init__(self, out: Path) -> None:
         self.out, self.found = out, dict[str, Trained]()
-        for name, text in (("titles", titles()), ("same", titles(more=5)), ("OTHER", titles(changed=11))):
+        files = {"titles": titles(), "same": titles(more=5), "OTHER": titles(changed=11)}
+        files["padded"] = titles().replace("\n", "  \n")
+        for name, text in files.items():
             (out / f"{name}.txt").write_text(text)
 
     def config(self, **changes: Any) -> TrainConfig:
@@ -392,6 +395,7 @@ ALIKE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "dropout of as many 256ths": ({"dropout": 0.1}, {"dropout": 0.101}),
     "the same titles in another file": ({"shuffle": False}, {"shuffle": False, "corpus": "same"}),
+    "documents that are titles": ({}, {"documents": True}),
     "a dev share of as many titles": ({"dev_frac": 0.05}, {"dev_frac": 0.051}),
     "a decay that begins at the same step": ({"decay_frac": 0.4}, {"decay_frac": 0.42}),
     "an average that never begins": ({"swa": 0.0}, {"swa": 0.01}),

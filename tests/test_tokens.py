@@ -532,7 +532,7 @@ def test_another_process_may_act_at_any_line(
     """
     cfg, corpus = tiny(), a_corpus()
     built = token_cache._build(cfg, corpus)
-    monkeypatch.setattr(token_cache, "_build", lambda cfg, corpus: built)
+    monkeypatch.setattr(token_cache, "_build", lambda *_: built)
     other = own_cache / "killed.tmp"
 
     def publish() -> None:

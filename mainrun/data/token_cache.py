@@ -19,14 +19,16 @@ import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mainrun.config import TrainConfig
 from mainrun.core.hardware import cache_dir
+from mainrun.data import foreign
 from mainrun.data.corpus import Corpus
-from mainrun.data.tokenizer import EOS, FORMAT, LIBRARY, SPECIALS, Tokenizer, fit
-from mainrun.errors import RunError
+from mainrun.data.tokenizer import EOS, FOREIGN_FORMAT, FORMAT, LIBRARY, SPECIALS, Tokenizer, fit
+from mainrun.errors import ConfigError, RunError
 from mainrun.files import inputs
 from mainrun.files.hashing import compact_json
 
@@ -51,26 +53,48 @@ def prepare(cfg: TrainConfig, corpus: Corpus) -> TokenData:
 
     The tokenizer is never fitted on the titles of dev.
     """
-    entry = cache_dir() / "tokens" / _key(cfg, corpus)
+    tokenizer = None
+    if cfg.tokenizer.startswith(foreign.PREFIX):
+        tokenizer = _foreign_tokenizer(cfg)
+    entry = cache_dir() / "tokens" / _key(cfg, corpus, tokenizer)
     cached = _load(entry)
     if cached is not None:
         return cached
-    return _store(entry, _build(cfg, corpus))
+    return _store(entry, _build(cfg, corpus, tokenizer))
 
 
-def _key(cfg: TrainConfig, corpus: Corpus) -> str:
-    """Return the name of the cache entry, which is a hash of everything that affects the token streams."""
+def _foreign_tokenizer(cfg: TrainConfig) -> Tokenizer:
+    tokenizer = Tokenizer.from_folder(foreign.folder_of(cfg.tokenizer))
+    if tokenizer.vocab_size != cfg.vocab_size:
+        raise ConfigError(
+            f"vocab_size={cfg.vocab_size:,} does not fit tokenizer={cfg.tokenizer}, which has "
+            f"{tokenizer.vocab_size:,} ids; use --set vocab_size={tokenizer.vocab_size}"
+        )
+    return tokenizer
+
+
+def _key(cfg: TrainConfig, corpus: Corpus, tokenizer: Tokenizer | None = None) -> str:
+    """Return the name of the cache entry, which is a hash of everything that affects the token streams.
+
+    tokenizer: the tokenizer of a checkpoint. Its content matters, and its folder does not.
+    """
     fingerprints = {split: corpus.fingerprints[split] for split in SPLITS}
-    library = importlib.metadata.version(LIBRARY[cfg.tokenizer])
-    parts = [FORMAT, fingerprints, cfg.tokenizer, cfg.tokenizer_fit, cfg.vocab_size, library]
+    parts: list[Any]
+    if tokenizer is None:
+        library = importlib.metadata.version(LIBRARY[cfg.tokenizer])
+        parts = [FORMAT, fingerprints, cfg.tokenizer, cfg.tokenizer_fit, cfg.vocab_size, library]
+    else:
+        library = importlib.metadata.version(LIBRARY[tokenizer.kind])
+        parts = [FOREIGN_FORMAT, fingerprints, tokenizer.digest, library]
     return hashlib.sha256(compact_json(parts)).hexdigest()
 
 
-def _build(cfg: TrainConfig, corpus: Corpus) -> TokenData:
-    fitted_on = corpus.train
-    if cfg.tokenizer_fit == "train+val":
-        fitted_on = corpus.train + corpus.val
-    tokenizer = fit(cfg.tokenizer, fitted_on, cfg.vocab_size)
+def _build(cfg: TrainConfig, corpus: Corpus, tokenizer: Tokenizer | None = None) -> TokenData:
+    if tokenizer is None:
+        fitted_on = corpus.train
+        if cfg.tokenizer_fit == "train+val":
+            fitted_on = corpus.train + corpus.val
+        tokenizer = fit(cfg.tokenizer, fitted_on, cfg.vocab_size)
     splits: dict[str, np.ndarray] = {}
     chars: dict[str, int] = {}
     n_bytes: dict[str, int] = {}
