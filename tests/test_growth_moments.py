@@ -112,7 +112,7 @@ WIDE = {
         {"factor": 2, "kv": "keep"},
     ),
     "low rank everywhere": (
-        {"attn_lora_rank": 2, "mlp_lora_rank": 3, "embed_lora_rank": 2, "mlp": "swiglu", "tie_head": False},
+        {"mlp": "swiglu", "attn_lora_rank": 2, "mlp_lora_rank": 3, "embed_lora_rank": 2, "lora_alpha": 2.0},
         {"factor": 2},
     ),
     "experts and low rank": (
