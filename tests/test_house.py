@@ -26,7 +26,7 @@ PACKAGES = ("mainrun", "sweeps", "reports")
 # or a package next to mainrun. In short, core imports only basic parts, train imports core, run
 # imports train, and checks and sweeps import run.
 MAY_IMPORT = {
-    "config": "files plan data.sources",
+    "config": "files plan data.sources data.foreign",
     "plan": "files config",
     "core": "files config plan",
     "data": "files config plan core",

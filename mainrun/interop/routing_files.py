@@ -1,7 +1,7 @@
 """The two files that keep the routers of an exported model, beside its dense backbone.
 
-routing.safetensors contains the parameters of the routers, in float32 and with their names in mainrun, such as
-`blocks.1.router.score.weight`. routing.json contains the config fields that the routers depend on:
+routing.safetensors contains the parameters of the routers, in float32 and with their names in mainrun, such
+as `blocks.1.router.score.weight`. routing.json contains the config fields that the routers depend on:
 
     {"format": 1, "block_pattern": "DMDM", "capacity": 0.125, "gate": "straight", "route": "auto",
      "prior_factor": 0.0625, "sharpness": 6.0, "sharpness_end": 6.0}

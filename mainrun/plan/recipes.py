@@ -42,7 +42,13 @@ def load(preset: str, sets: Iterable[str] = ()) -> list[TrainConfig]:
             f"--set preset={overrides['preset']} has no effect, because a preset is named after its file; "
             "choose a preset with --preset"
         )
-    return [from_dict(step.fields | overrides | {"preset": step.label}) for step in _expand(preset)]
+    configs = []
+    for step in _expand(preset):
+        fields = step.fields | overrides | {"preset": step.label}
+        if str(overrides.get("tokenizer")).startswith("hf:") and "vocab_size" not in overrides:
+            fields.pop("vocab_size", None)  # it belongs to the preset's own tokenizer
+        configs.append(from_dict(fields))
+    return configs
 
 
 def parse_set(text: str) -> tuple[str, Any]:

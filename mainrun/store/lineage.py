@@ -28,6 +28,7 @@ IN_TOKENS = {
     "shuffle",
     "val_frac",
     "dev_frac",
+    "documents",
     "tokenizer",
     "tokenizer_fit",
     "vocab_size",
