@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from mainrun.config import TrainConfig, from_dict
 from mainrun.core.hardware import cache_dir
-from mainrun.data.hub import LOCAL_ERRORS
+from mainrun.data.hub_files import LOCAL_ERRORS, endpoint, offline
 from mainrun.errors import ConfigError, HubError, UsageError
 from mainrun.files import inputs
 from mainrun.interop import qwen2
@@ -176,12 +176,11 @@ def locate(source: str) -> Source:
 def _commit(repository: str, revision: str) -> str:
     """Return the full commit of a revision, after checking that its weights are safetensors."""
     from huggingface_hub import HfApi
-    from huggingface_hub.constants import ENDPOINT, is_offline_mode
 
-    if COMMIT.fullmatch(revision) and is_offline_mode():
+    if COMMIT.fullmatch(revision) and offline():
         return revision
     with _hub_errors(repository, revision):
-        info = HfApi().model_info(repository, revision=revision, timeout=10)
+        info = HfApi(endpoint=endpoint()).model_info(repository, revision=revision, timeout=10)
     names = [file.rfilename for file in info.siblings or []]
     if not any(name.endswith(".safetensors") for name in names):
         raise HubError(
@@ -189,7 +188,7 @@ def _commit(repository: str, revision: str) -> str:
             f"its files: {', '.join(names[:10]) or 'none'}"
         )
     if not info.sha or not COMMIT.fullmatch(info.sha):
-        raise HubError(f"{ENDPOINT} gives no commit for {repository} at {revision}; check HF_ENDPOINT")
+        raise HubError(f"{endpoint()} gives no commit for {repository} at {revision}; check HF_ENDPOINT")
     return info.sha
 
 
@@ -203,7 +202,9 @@ def _download(repository: str, commit: str) -> Path:
                 repository,
                 revision=commit,
                 cache_dir=cache_dir() / "hub",
+                endpoint=endpoint(),
                 allow_patterns=patterns,
+                local_files_only=offline(),
             )
         qwen2.read_config(Path(folder))
     return Path(folder).absolute()
@@ -220,7 +221,6 @@ def _hub_errors(repository: str, revision: str) -> Iterator[None]:
 
 
 def _explained(repository: str, revision: str, e: Exception) -> Exception:
-    from huggingface_hub.constants import ENDPOINT, is_offline_mode
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -232,21 +232,21 @@ def _explained(repository: str, revision: str, e: Exception) -> Exception:
     what = f"{repository} at {revision}"
     if isinstance(e, OSError) and e.errno in LOCAL_ERRORS:
         return inputs.refusal(e)
-    if is_offline_mode():
+    if offline():
         return HubError(
             f"{what} is not in the cache ({cache_dir()}) and HF_HUB_OFFLINE is set; unset it, or give the "
             "full commit of a checkpoint that was downloaded before"
         )
     reason = (str(e).strip() or type(e).__name__).splitlines()[0]
     if isinstance(e, GatedRepoError):
-        return HubError(f"{ENDPOINT} asks for access to {what} ({reason}); log in with `hf auth login`")
+        return HubError(f"{endpoint()} asks for access to {what} ({reason}); log in with `hf auth login`")
     if isinstance(e, RepositoryNotFoundError | RevisionNotFoundError):
         return HubError(
-            f"{ENDPOINT} does not have {what} ({reason}); check the name and the revision, "
+            f"{endpoint()} does not have {what} ({reason}); check the name and the revision, "
             "or log in with `hf auth login` if it is private"
         )
     if isinstance(e, HfHubHTTPError) and not isinstance(e, LocalEntryNotFoundError):
-        return HubError(f"{ENDPOINT} refused the request for {what} ({reason}); try again later")
+        return HubError(f"{endpoint()} refused the request for {what} ({reason}); try again later")
     return HubError(
-        f"{what} could not be fetched from {ENDPOINT}: {reason}; check the network and start again"
+        f"{what} could not be fetched from {endpoint()}: {reason}; check the network and start again"
     )
