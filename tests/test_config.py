@@ -52,6 +52,7 @@ OTHER: dict[str, Any] = {
     "sharpness": 0.5, "sharpness_end": 3.0, "prior_loss": 0.1, "student_loss": 0.02, "router_loss": 0.02,
     "router_z_loss": 0.001, "lr_router": 0.01, "lr_prior": 0.02, "lr_student": 0.03,
     "mlp_lora_rank": 8, "lr_lora": 0.04, "documents": True, "shard": True,
+    "start": "run:runs/base",
 }  # fmt: skip
 NEEDS = {"rdrop": {"rdrop": 0.5, "dropout": 0.1}}  # fields that need another field
 

@@ -141,6 +141,7 @@ CHOICES: list[tuple[str, str, Any, list[Any]]] = [  # field, class, default, all
 OTHERS: list[tuple[str, str, Any]] = [
     ("preset", "inert", "custom"),
     ("corpus", "static", "synthetic"),
+    ("start", "static", ""),
     ("frozen", "static", ()),
     ("block_pattern", "static", "D"),
     ("growth", "scheduled", {"version": 2, "ops": []}),
