@@ -54,7 +54,10 @@ OTHER: dict[str, Any] = {
     "mlp_lora_rank": 8, "lr_lora": 0.04, "documents": True, "shard": True,
     "start": "run:runs/base",
 }  # fmt: skip
-NEEDS = {"rdrop": {"rdrop": 0.5, "dropout": 0.1}}  # fields that need another field
+NEEDS = {  # fields that need another field
+    "rdrop": {"rdrop": 0.5, "dropout": 0.1},
+    "documents": {"documents": True, "corpus": "file:texts.jsonl"},
+}
 
 
 def default(**changes: Any) -> TrainConfig:
@@ -65,6 +68,10 @@ def values(field: str) -> st.SearchStrategy[Any]:
     """Generate values within the bounds of a field."""
     if field == "block_pattern":
         return st.sampled_from(["D", "DM", "DS", "DT", "DSTM"])
+    if field == "start":
+        return st.sampled_from(["", "run:runs/base"])
+    if field == "tokenizer":
+        return st.sampled_from(["bpe", "unigram"])
     kinds = SCHEMA[field].get("anyOf", [SCHEMA[field]])
     return st.one_of([_values(kind) for kind in kinds])
 

@@ -116,7 +116,6 @@ CHOICES: list[tuple[str, str, Any, list[Any]]] = [  # field, class, default, all
     ("compile", "static", "auto", ["auto", "on", "off"]),
     ("attention", "static", "auto", ["auto", "plain", "sdpa"]),
     ("shuffle", "static", True, [True, False]),
-    ("tokenizer", "static", "bpe", ["bpe", "unigram"]),
     ("tokenizer_fit", "static", "train", ["train", "train+val"]),
     ("order", "static", "sequential", ["sequential", "shuffle_titles"]),
     ("norm", "static", "layernorm", ["layernorm", "rmsnorm"]),
@@ -142,6 +141,8 @@ OTHERS: list[tuple[str, str, Any]] = [
     ("preset", "inert", "custom"),
     ("corpus", "static", "synthetic"),
     ("start", "static", ""),
+    ("documents", "static", False),
+    ("tokenizer", "static", "bpe"),
     ("frozen", "static", ()),
     ("block_pattern", "static", "D"),
     ("growth", "scheduled", {"version": 2, "ops": []}),
@@ -389,12 +390,28 @@ PAIRS += [
         ("8x-1", "8x8"),
     ]
 ]
-CORPORA = "use synthetic, hn, hn-2025, file:PATH[#COLUMN] or mix:PATH.toml"
+TOKENIZERS = "use bpe, unigram or hf:DIR, where DIR contains a tokenizer.json"
+PAIRS += [
+    ({"tokenizer": text}, f"tokenizer={text!r} is not a tokenizer; {TOKENIZERS}", {"tokenizer": good})
+    for text, good in [("wordpiece", "bpe"), ("hf:", "unigram"), ("hf", "bpe"), ("bpe:x", "bpe"), ("", "bpe")]
+]
+TITLES_ONLY = "set documents=false, or use a corpus of the form file:, hub: or mix:"
+PAIRS += [
+    (
+        {"documents": True, "corpus": corpus},
+        f"documents=true cannot be combined with corpus={corpus}, which consists of titles; {TITLES_ONLY}",
+        {"documents": True, "corpus": good},
+    )
+    for corpus, good in [("synthetic", "file:a"), ("hn", "mix:a.toml"), ("hn-2025", "hub:a/b@c#d")]
+]
+CORPORA = (
+    "use synthetic, hn, hn-2025, file:PATH[#COLUMN], hub:OWNER/NAME@COMMIT[/GLOB]#COLUMN or mix:PATH.toml"
+)
 PAIRS += [
     ({"corpus": text}, f"corpus={text!r} is not a corpus; {CORPORA}", {"corpus": good})
     for text, good in [
         ("wiki", "synthetic"), ("file", "file:a"), ("file:", "file:a#b"), ("mix:", "mix:a.toml"),
-        ("mix", "mix:a.toml"),
+        ("mix", "mix:a.toml"), ("hub:", "hub:a/b@c#d"), ("hub", "hub:a/b@c/*.parquet#d"),
         ("hn:a", "hn"), ("hn-2025:a", "hn-2025"), ("synthetic:a", "synthetic"), ("wiki:a", "file:a"),
         ("", "hn"),
     ]

@@ -416,6 +416,114 @@ def test_a_mix_that_is_too_small_suggests_num_titles(tmp_path: Path) -> None:
     assert len(titles_of(load(name, 133))) == 133
 
 
+# -- mixes by characters
+
+
+BY_CHARACTERS = 'by = "characters"\n' + RATIO_3_1
+
+
+def sources_of_lengths(tmp_path: Path, a: list[int], b: list[int]) -> str:
+    """Write two files of different titles with these lengths, and return a mix of them."""
+    for name, lengths in (("a", a), ("b", b)):
+        titles = [f"{name}{i:04}".ljust(length, name) for i, length in enumerate(lengths)]
+        write(tmp_path / f"{name}.txt", "\n".join(titles))
+    return mix(tmp_path, BY_CHARACTERS)
+
+
+def characters(titles: list[str], source: str) -> int:
+    return sum(len(title) for title in titles if title[0] == source)
+
+
+def test_the_next_title_comes_from_the_source_that_is_furthest_behind(tmp_path: Path) -> None:
+    name = sources_of_lengths(tmp_path, [6, 9, 30, 6, 6], [10, 5, 5])
+    # characters / ratio of a and b: 0 0, 2 0, 2 10, 5 10, 15 10, 15 15 (a tie: a), 17 15
+    assert [title[:5] for title in titles_of(load(name, 7))] == [
+        "a0000", "b0000", "a0001", "a0002", "b0001", "a0003", "b0002",
+    ]  # fmt: skip
+
+
+def test_every_prefix_of_a_mix_by_characters_has_its_ratios(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    a, b = ([int(n) for n in rng.integers(5, 200, 400)] for _ in range(2))
+    name = sources_of_lengths(tmp_path, a, b)
+    c = load(name, 300, val_frac=0.2, dev_frac=0.25)
+    titles = titles_of(c)
+    for end in range(300):
+        in_a, in_b = characters(titles[:end], "a"), characters(titles[:end], "b")
+        assert -600 < in_a - 3 * in_b < 600, "the longest title of b counts three times"
+    for split in (c.train, c.dev, c.val):
+        assert characters(split, "a") / characters(split, "b") == pytest.approx(3, abs=0.5)
+    assert c.origin["by"] == "characters"
+    for source, file in zip(c.origin["sources"], "ab", strict=True):
+        assert source["characters"] == characters(titles, file)
+        assert source["titles"] == sum(title[0] == file for title in titles)
+    assert titles_of(load(name, 120, val_frac=0.2)) == titles[:120], "a smaller mix is a prefix"
+
+
+def test_the_ratios_of_a_mix_by_characters_are_exact(tmp_path: Path) -> None:
+    """With floats, 0.1 and 0.3 would break ties in favour of the wrong source."""
+    write(tmp_path / "a.txt", "\n".join(f"a{i:02}" for i in range(60)))
+    write(tmp_path / "b.txt", "\n".join(f"b{i:02}" for i in range(60)))
+    text = (
+        'by = "characters"\n[[source]]\npath = "a.txt"\nratio = 0.3\n[[source]]\npath = "b.txt"\nratio = 0.1'
+    )
+    order = "".join(title[0] for title in titles_of(load(mix(tmp_path, text), 80)))
+    assert order == "abaa" * 20
+
+
+def test_a_mix_by_characters_shuffles_skips_and_repeats_like_a_mix_by_texts(tmp_path: Path) -> None:
+    two_files(tmp_path)
+    write(tmp_path / "b.txt", "\n".join([*(f"a{i}" for i in range(50)), *(f"b{i}" for i in range(50))]))
+    text = BY_CHARACTERS.replace("ratio = 1", "ratio = 1\nweight = 3")
+    c = load(mix(tmp_path, text), 80, shuffle=True, dev_frac=0.1)
+    titles = list(dict.fromkeys(titles_of(c)))
+    assert len(titles) == 80, "a title of two sources is placed once"
+    order = np.random.default_rng(1337).permutation(100)
+    b_titles = [t for t in titles if t[0] == "b"]
+    assert b_titles == [f"b{i - 50}" for i in order if i >= 50][: len(b_titles)]
+    repeated = [t for t in dict.fromkeys(c.train) if c.train.count(t) == 3]
+    assert set(repeated) >= {t for t in c.train if t[0] == "b"}
+    assert c.origin["train_repeats"] == 2 * len(repeated) > 0
+    assert len({*c.dev, *c.val}) == len(c.dev + c.val)
+
+
+def test_a_source_that_runs_out_says_how_many_texts_were_placed(tmp_path: Path) -> None:
+    name = sources_of_lengths(tmp_path, [10] * 30, [10] * 100)
+    message = refused(name, 60)
+    assert "source 1" in message and "no more texts after 30" in message
+    assert "when 40 of num_titles=60 texts were placed" in message and "--set num_titles=40" in message
+    assert len(titles_of(load(name, 40))) == 40
+
+
+def test_a_source_without_a_text_is_refused(tmp_path: Path) -> None:
+    two_files(tmp_path)
+    three = '[[source]]\npath = "a.txt"\n[[source]]\npath = "b.txt"\n[[source]]\ncorpus = "synthetic"\n'
+    assert "source 3 (synthetic): the source gets no title" in refused(
+        mix(tmp_path, f'by = "characters"\n{three}'), 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("by", "says"),
+    [
+        ('"character"', "did you mean 'characters'"),
+        ("3", "by = 3 is not allowed"),
+        ("[]", "texts, characters"),
+    ],
+)
+def test_a_mix_counts_texts_or_characters(tmp_path: Path, by: str, says: str) -> None:
+    two_files(tmp_path)
+    assert says in refused(mix(tmp_path, f"by = {by}\n{RATIO_3_1}"))
+
+
+def test_a_mix_by_texts_is_the_default(tmp_path: Path) -> None:
+    two_files(tmp_path)
+    plain = load(mix(tmp_path, RATIO_3_1), 80)
+    named = load(mix(tmp_path, f'by = "texts"\n{RATIO_3_1}'), 80)
+    assert named == plain
+    assert list(plain.origin) == ["kind", "path", "sources", "titles", "train_repeats", "val_in_train"]
+
+
 # -- the cache and real titles
 
 

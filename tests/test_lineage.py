@@ -124,6 +124,7 @@ CASES: dict[str, Case] = {
     "shuffle": Case(False),
     "val_frac": Case(0.1),
     "dev_frac": Case(0.1),
+    "documents": Case(True, None),  # titles of one line are the same texts
     "tokenizer": Case("unigram", needs={"vocab_size": 330}),
     "tokenizer_fit": Case("train+val"),
     "vocab_size": Case(301),

@@ -421,13 +421,12 @@ def _cuts(T: int, all: bool) -> list[int]:
 
 
 def random_start(e: Evidence, all: bool) -> Verdict:
-    """Detect a run that starts from trained weights, which give a very low loss after the first step.
-
-    A start that the config declares is honest, but the task does not allow it.
-    """
+    """Detect a run that starts from trained weights, which give a very low loss after the first step."""
     if e.initial_weights != "random":
         source = f"the initial weights are from {e.initial_weights}"
-        if all or e.initial_weights != e.cfg.start:
+        # a start that the config declares is honest, but the task does not allow it
+        declared = bool(e.cfg.start) and e.initial_weights == e.cfg.start
+        if all or not declared:
             return fail(f"{source}; the task requires random weights")
         return flag(f"{source}, as the config says: compare only with runs that start from weights")
     first = _eval_rows(e)[0]
@@ -493,10 +492,13 @@ def no_val_tokens(e: Evidence, all: bool) -> Verdict:
             # split into several tokens.
             if word not in text:
                 problem = f"token {token} = {word!r} is longer than a word and occurs only in validation"
-                if e.data.tokenizer.kind == "hf":  # not fitted by this run
+                if e.data.tokenizer.kind == "hf" and not all:
                     return flag(f"{problem}; the tokenizer of the checkpoint may have been fitted on val")
                 return fail(problem)
-    return passed(f"no validation-only token is longer than a word (tokenizer_fit={e.cfg.tokenizer_fit})")
+    fitted = f"tokenizer_fit={e.cfg.tokenizer_fit}"
+    if e.data.tokenizer.kind == "hf":
+        fitted = f"tokenizer={e.cfg.tokenizer}"
+    return passed(f"no validation-only token is longer than a word ({fitted})")
 
 
 def data_known(e: Evidence, all: bool) -> Verdict:
