@@ -24,7 +24,7 @@ SIZES: dict[str, Any] = {
 }
 # the fields of a run that trains in a second on such a checkpoint
 TRAINED = {
-    "num_titles": 300,
+    "num_titles": 120,
     "block_size": 16,
     "batch_size": 8,
     "epochs": 1,

@@ -20,11 +20,10 @@ from typer.testing import CliRunner, Result
 from mainrun.checks.audit import audit
 from mainrun.cli import app
 from mainrun.config import TrainConfig, from_dict
-from mainrun.core.machine_class import versions
 from mainrun.data.foreign import permutation, special_ids
 from mainrun.errors import Interrupted, RunError, UsageError
 from mainrun.interop import qwen2
-from mainrun.interop.names import checkpoint_name, is_extra
+from mainrun.interop.names import is_extra
 from mainrun.interop.start import start_digest
 from mainrun.replay import replay_steps
 from mainrun.run import batch
@@ -36,7 +35,10 @@ from mainrun.train import build, set_up
 from mainrun.ui import compare
 from mainrun.ui.sample import load_model
 
-SMALL: dict[str, Any] = TINY | {"n_layer": 1, "optimizer": "adamw", "lr": 0.01, "checkpoint_every": 10}
+SMALL: dict[str, Any] = TINY | {
+    "num_titles": 200, "n_layer": 1, "optimizer": "adamw", "lr": 0.01, "checkpoint_every": 10,
+    "eval_per_epoch": 1,
+}  # fmt: skip
 QWEN2: dict[str, Any] = TRAINED | {
     "n_layer": 2, "n_head": 4, "n_kv_head": 2, "d_model": 32, "d_ff": 48, "vocab_size": ROWS,
     "norm": "rmsnorm", "position": "rope", "rope_theta": 1e6, "mlp": "swiglu", "bias": False,
@@ -125,9 +127,35 @@ def test_a_dense_run_starts_a_routed_run(tmp_path: Path) -> None:
         build(from_run(routed, n_layer=2), 400)
 
 
+def test_a_run_with_a_frozen_base_takes_the_rest_from_its_start(run: Path, tmp_path: Path) -> None:
+    adapted = trained(from_run(run, attn_lora_rank=2, base_frozen=True), tmp_path)
+    adapters = stored(adapted)
+    base = stored(run)
+    changed = 0
+    for name, p in build(from_run(adapted, attn_lora_rank=2), 400).named_parameters():
+        expected = adapters.get(f"model/{name}", base.get(f"average/{name}"))
+        assert expected is not None and torch.equal(p, expected), name
+        changed += is_extra(name)
+    assert changed == 8
+    with pytest.raises(UsageError, match=r"left over: blocks.0.attn.k.lora_a"):
+        build(from_run(adapted), 400)
+
+
+def test_a_run_does_not_start_from_itself(run: Path, tmp_path: Path) -> None:
+    """A frozen run whose start is a link to itself must not be read forever."""
+    link = tmp_path / "link"
+    adapted = from_run(link, attn_lora_rank=2, base_frozen=True)
+    link.symlink_to(run)
+    path = trained(adapted, tmp_path)
+    link.unlink()
+    link.symlink_to(path)
+    with pytest.raises(UsageError, match="starts from itself"):
+        build(from_run(path, attn_lora_rank=2), 400)
+
+
 def test_the_tokenizer_must_be_that_of_the_run(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="another tokenizer"):
-        train(from_run(run, num_titles=300), tmp_path / "out")
+        train(from_run(run, num_titles=190), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -328,7 +356,7 @@ def test_a_run_that_starts_grows(started: tuple[TrainConfig, Path], tmp_path: Pa
 
 
 def test_a_dry_run_and_a_run_name_the_start(run: Path, tmp_path: Path) -> None:
-    sets = tiny_sets(n_layer=1, optimizer="adamw", start=f"run:{run}", max_steps=2, tokenizer_fit="train")
+    sets = tiny_sets(num_titles=200, n_layer=1, start=f"run:{run}", max_steps=2, tokenizer_fit="train")
     options = ["--preset", "baseline", *sets, "--out", tmp_path / "out"]
     shown = invoke("train", *options, "--dry-run")
     assert shown.exit_code == 0, shown.output
