@@ -28,6 +28,7 @@ import typer
 
 from mainrun import __version__
 from mainrun.bench import cli as bench
+from mainrun.interop import cli as hub
 from mainrun.ui import growth_cli as grow
 from mainrun.ui import store_cli as store
 from mainrun.ui.console import (
@@ -246,5 +247,6 @@ app.add_typer(store.app, name="store")
 app.add_typer(sweep.app, name="sweep")
 app.add_typer(bench.app, name="bench")
 app.add_typer(grow.app, name="grow")
+app.add_typer(hub.app, name="hub")
 app.command()(submission.submit)
 app.command()(submission.verify)

@@ -515,12 +515,16 @@ class TrainConfig(BaseModel):
 
     def _check_start(self) -> None:
         kind, _, folder = self.start.partition(":")
-        if not self.start or (kind in ("hf", "run") and folder):
-            return
-        raise ValueError(
-            f"start={inputs.shown(self.start)} is not a start; use hf:DIR (a Qwen2 checkpoint), "
-            "run:DIR (the folder of a run), or leave it empty to start from random weights"
-        )
+        if self.start and not (kind in ("hf", "run") and folder):
+            raise ValueError(
+                f"start={inputs.shown(self.start)} is not a start; use hf:DIR (a Qwen2 checkpoint), "
+                "run:DIR (the folder of a run), or leave it empty to start from random weights"
+            )
+        if kind == "hf" and not self.tokenizer.startswith("hf:"):
+            raise ValueError(
+                f"start={inputs.shown(self.start)} needs the tokenizer of a checkpoint, but "
+                f"tokenizer={self.tokenizer}; set tokenizer=hf:DIR to the folder of the checkpoint"
+            )
 
     def _check_corpus(self) -> None:
         if not sources.is_source(self.corpus):

@@ -51,7 +51,7 @@ OTHER: dict[str, Any] = {
     "block_pattern": "DSM", "capacity": 0.25, "gate": "straight", "route": "student", "prior_factor": 0.125,
     "sharpness": 0.5, "sharpness_end": 3.0, "prior_loss": 0.1, "student_loss": 0.02, "router_loss": 0.02,
     "router_z_loss": 0.001, "lr_router": 0.01, "lr_prior": 0.02, "lr_student": 0.03,
-    "mlp_lora_rank": 8, "documents": True, "shard": True,
+    "mlp_lora_rank": 8, "documents": True, "shard": True, "start": "run:runs/base",
 }  # fmt: skip
 NEEDS = {  # fields that need another field
     "rdrop": {"rdrop": 0.5, "dropout": 0.1},
@@ -69,6 +69,8 @@ def values(field: str) -> st.SearchStrategy[Any]:
     """Generate values within the bounds of a field."""
     if field == "block_pattern":
         return st.sampled_from(["D", "DM", "DS", "DT", "DSTM"])
+    if field == "start":
+        return st.sampled_from(["", "run:runs/base"])
     if field == "tokenizer":
         return st.sampled_from(["bpe", "unigram"])
     kinds = SCHEMA[field].get("anyOf", [SCHEMA[field]])

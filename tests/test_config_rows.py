@@ -140,6 +140,7 @@ CHOICES: list[tuple[str, str, Any, list[Any]]] = [  # field, class, default, all
 OTHERS: list[tuple[str, str, Any]] = [
     ("preset", "inert", "custom"),
     ("corpus", "static", "synthetic"),
+    ("start", "static", ""),
     ("documents", "static", False),
     ("tokenizer", "static", "bpe"),
     ("base_frozen", "static", False),

@@ -134,6 +134,7 @@ CASES: dict[str, Case] = {
     "epochs": Case(2, FALLS, {"warmup_frac": 0.0, "wd_schedule": "constant"}),
     "max_steps": Case(9, FALLS - 1, {"warmup_frac": 0.0, "wd_schedule": "constant", "growth": {"ops": []}}),
     "order": Case("sequential"),
+    "start": Case("the base run"),
     "n_layer": Case(1),
     "n_head": Case(4),
     "n_kv_head": Case(2),
@@ -254,6 +255,10 @@ class Lab:
 
     def config(self, **changes: Any) -> TrainConfig:
         fields = {"corpus": "titles"} | BASE | changes
+        if fields.get("start"):
+            base = self.config()
+            self.train(base)
+            fields["start"] = f"run:{self.out}/runs/False/{base.run_id}"
         return from_dict(fields | {"corpus": f"file:{self.out}/{fields['corpus']}.txt"})
 
     def chain(self, cfg: TrainConfig, facts: dict[str, Any] | None = None) -> tuple[Plan, list[str]]:
@@ -264,7 +269,8 @@ class Lab:
             machine = Device(cfg)
             machine.settle(cfg, plan)
             facts = machine.machine_class
-        begun = lineage.origin(cfg, corpus.fingerprints, data.digest, versions(), facts)
+        start = trainer.check_start(cfg, data)
+        begun = lineage.origin(cfg, corpus.fingerprints, data.digest, versions(), facts, start)
         return plan, lineage.chain(lineage.root(begun), plan)
 
     def train(self, cfg: TrainConfig, store: Store | None = None) -> Trained:
@@ -487,7 +493,7 @@ def test_each_value_of_an_origin_changes_the_root_and_is_named(lab: Lab) -> None
     cfg, facts = lab.config(), Device(lab.config()).machine_class
     prints = {"corpus": "c", "train": "t", "dev": "d", "val": "v"}
     begun = lineage.origin(cfg, prints, "tokens", versions(), facts)
-    assert begun["fields"].keys() | lineage.IN_TOKENS | lineage.IN_MACHINE == {
+    assert begun["fields"].keys() | lineage.IN_TOKENS | lineage.IN_MACHINE | lineage.IN_START == {
         f for f in TrainConfig.model_fields if TrainConfig.class_of(f) == "static"
     }
     assert (begun["data"], begun["versions"], begun["machine_class"]) == (

@@ -423,7 +423,12 @@ def _cuts(T: int, all: bool) -> list[int]:
 def random_start(e: Evidence, all: bool) -> Verdict:
     """Detect a run that starts from trained weights, which give a very low loss after the first step."""
     if e.initial_weights != "random":
-        return fail(f"the initial weights are from {e.initial_weights}; the task requires random weights")
+        source = f"the initial weights are from {e.initial_weights}"
+        # a start that the config declares is honest, but the task does not allow it
+        declared = bool(e.cfg.start) and e.initial_weights == e.cfg.start
+        if all or not declared:
+            return fail(f"{source}; the task requires random weights")
+        return flag(f"{source}, as the config says: compare only with runs that start from weights")
     first = _eval_rows(e)[0]
     if first["step"] != 1:
         return fail(

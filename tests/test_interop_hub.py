@@ -1,0 +1,219 @@
+"""`mainrun hub import OWNER/NAME` with the real huggingface_hub library and a local HTTP server."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import ROWS, write_checkpoint
+from typer.testing import CliRunner, Result
+
+from mainrun.cli import app
+from mainrun.plan.recipes import load
+from mainrun.train import build
+
+REPOSITORY = "someone/small-qwen"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TOKEN = "hf_thisIsASecretOfTheTest"
+
+
+def blob_id(body: bytes) -> str:
+    return hashlib.sha1(body).hexdigest()
+
+
+class Hub(ThreadingHTTPServer):
+    """A hub with one model repository. Its attributes switch failures on."""
+
+    daemon_threads = True
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files = files
+        self.revisions = {"main": COMMIT, "v1": COMMIT, COMMIT: COMMIT}
+        self.private = False
+        self.requests: list[str] = []
+
+    @property
+    def downloads(self) -> list[str]:
+        """The names of the files that were downloaded."""
+        return [path.rpartition("/")[2] for path in self.requests if path.startswith("GET /someone/")]
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def reply(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        hub = self.server
+        path = self.path.split("?")[0]
+        hub.requests.append(f"{self.command} {path}")
+        if hub.private and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            self.reply(401, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
+            return
+        api = f"/api/models/{REPOSITORY}/revision/"
+        files = f"/{REPOSITORY}/resolve/{COMMIT}/"
+        if path.startswith(api):
+            self.describe(path.removeprefix(api))
+        elif path == f"/api/models/{REPOSITORY}/tree/{COMMIT}":
+            tree = []
+            for name, body in hub.files.items():
+                tree.append({"type": "file", "path": name, "size": len(body), "oid": blob_id(body)})
+            self.reply(200, json.dumps(tree).encode(), Content_Type="application/json")
+        elif path.startswith(files) and path.removeprefix(files) in hub.files:
+            body = hub.files[path.removeprefix(files)]
+            self.reply(200, body, ETag=f'"{blob_id(body)}"', X_Repo_Commit=COMMIT)
+        else:
+            self.reply(404, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
+
+    def describe(self, revision: str) -> None:
+        hub = self.server
+        if revision not in hub.revisions:
+            self.reply(404, X_Error_Code="RevisionNotFound", X_Error_Message="Invalid rev id")
+            return
+        siblings = [{"rfilename": name, "size": len(body)} for name, body in hub.files.items()]
+        answer = {"id": REPOSITORY, "sha": hub.revisions[revision], "siblings": siblings, "tags": []}
+        self.reply(200, json.dumps(answer).encode(), Content_Type="application/json")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = write_checkpoint(tmp_path_factory.mktemp("model") / "checkpoint", shard="20KB")
+    contents = {path.name: path.read_bytes() for path in folder.iterdir()}
+    return contents | {"README.md": b"# a model", "pytorch_model.bin": b"\x80\x04."}
+
+
+@pytest.fixture
+def hub(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    server = Hub(dict(files))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    proxies = ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy")
+    for key in ("HF_HUB_OFFLINE", "HF_TOKEN", *proxies):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    monkeypatch.setenv("MAINRUN_CACHE", str(tmp_path / "cache"))
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def import_from_hub(name: str, out: Path) -> Result:
+    return CliRunner().invoke(app, ["hub", "import", name, "--out", str(out)])
+
+
+@pytest.mark.parametrize("revision", ["", "@v1", f"@{COMMIT}"])
+def test_a_checkpoint_of_the_hub_is_imported(hub: Hub, tmp_path: Path, revision: str) -> None:
+    out = tmp_path / "preset.toml"
+    result = import_from_hub(REPOSITORY + revision, out)
+    assert result.exit_code == 0, result.output
+    (cfg,) = load(str(out))
+    folder = Path(cfg.start.removeprefix("hf:"))
+    assert folder.is_absolute() and folder.is_relative_to(tmp_path / "cache")
+    assert cfg.tokenizer == cfg.start
+    about = out.read_text().split("\n")[1]
+    assert REPOSITORY in about and COMMIT in about
+    assert build(cfg, ROWS).embed.weight.shape == (ROWS, 32)
+    wanted = {name for name in hub.files if name.endswith((".json", ".safetensors"))}
+    assert set(hub.downloads) == wanted, "no README and no pickled weights"
+    assert len(list(folder.glob("*.safetensors"))) > 1
+
+
+def test_a_second_import_downloads_nothing_and_works_offline(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "preset.toml"
+    assert import_from_hub(REPOSITORY, out).exit_code == 0
+    first = out.read_text()
+    hub.requests.clear()
+    assert import_from_hub(REPOSITORY, out).exit_code == 0
+    assert hub.downloads == [] and out.read_text() == first
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    hub.requests.clear()
+    result = import_from_hub(f"{REPOSITORY}@{COMMIT}", out)
+    assert result.exit_code == 0, result.output
+    assert hub.requests == [] and out.read_text() == first
+    result = import_from_hub(f"{REPOSITORY}@{'f' * 40}", out)
+    assert result.exit_code == 2 and "HF_HUB_OFFLINE" in result.output
+
+
+def test_the_config_is_checked_before_the_weights_are_downloaded(hub: Hub, tmp_path: Path) -> None:
+    hub.files["config.json"] = hub.files["config.json"].replace(b'"qwen2"', b'"llama"')
+    result = import_from_hub(REPOSITORY, tmp_path / "preset.toml")
+    assert result.exit_code == 2 and "llama" in result.output, hub.requests
+    assert hub.downloads == ["config.json"]
+    assert not (tmp_path / "preset.toml").exists()
+
+
+def test_pickled_weights_are_not_downloaded(hub: Hub, tmp_path: Path) -> None:
+    for name in [name for name in hub.files if "safetensors" in name]:
+        del hub.files[name]
+    result = import_from_hub(REPOSITORY, tmp_path / "preset.toml")
+    assert result.exit_code == 2
+    assert "no safetensors" in result.output and "pytorch_model.bin" in result.output
+    assert hub.downloads == []
+
+
+def test_a_missing_shard_is_named(hub: Hub, tmp_path: Path) -> None:
+    shard = sorted(name for name in hub.files if name.endswith(".safetensors"))[0]
+    del hub.files[shard]
+    result = import_from_hub(REPOSITORY, tmp_path / "preset.toml")
+    assert result.exit_code == 2 and shard in result.output
+    assert not (tmp_path / "preset.toml").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("someone/else", "does not have someone/else"),
+        (f"{REPOSITORY}@v2", "does not have"),
+        ("a b/c", "no folder"),
+    ],
+)
+def test_an_unknown_name_is_refused(hub: Hub, tmp_path: Path, name: str, word: str) -> None:
+    result = import_from_hub(name, tmp_path / "preset.toml")
+    assert result.exit_code == 2 and word in result.output, result.output
+    assert "Traceback" not in result.output and not (tmp_path / "preset.toml").exists()
+
+
+def test_a_server_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("MAINRUN_CACHE", str(tmp_path / "cache"))
+    result = import_from_hub(REPOSITORY, tmp_path / "preset.toml")
+    assert result.exit_code == 2 and "could not be fetched" in result.output, result.output
+
+
+def test_the_token_is_used_and_never_written(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.private = True
+    result = import_from_hub(REPOSITORY, tmp_path / "preset.toml")
+    assert result.exit_code == 2 and "log in" in result.output
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    result = import_from_hub(REPOSITORY, tmp_path / "preset.toml")
+    assert result.exit_code == 0, result.output
+    assert TOKEN not in result.output
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
