@@ -1,0 +1,133 @@
+"""The two files that keep the routers of an exported model, beside its dense backbone.
+
+routing.safetensors contains the parameters of the routers, in float32 and with their names in mainrun, such
+as `blocks.1.router.score.weight`. routing.json contains the config fields that the routers depend on:
+
+    {"format": 1, "block_pattern": "DMDM", "capacity": 0.125, "gate": "straight", "route": "auto",
+     "prior_factor": 0.0625, "sharpness": 6.0, "sharpness_end": 6.0}
+
+The value of `sharpness` is the one that the exported weights were scored with. A run that starts from the
+exported model therefore begins with the same routes. This module does not import torch at the top.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mainrun.errors import UsageError
+from mainrun.files import inputs
+from mainrun.files.inputs import BadInput
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mainrun.train import GPT
+
+FORMAT = 1
+TENSORS = "routing.safetensors"
+FIELDS_FILE = "routing.json"
+# the fields in routing.json, which have the names and the types of the config's fields
+FIELDS: dict[str, type] = {
+    "block_pattern": str,
+    "capacity": float,
+    "gate": str,
+    "route": str,
+    "prior_factor": float,
+    "sharpness": float,
+    "sharpness_end": float,
+}
+FIX = "export the model again, or remove both files to use the dense model"
+
+
+class Routing(NamedTuple):
+    """The content of the two files."""
+
+    fields: dict[str, Any]  # config fields
+    tensors: dict[str, Tensor]  # the parameters of the routers
+
+
+def write_routing(model: GPT, folder: Path) -> None:
+    """Write the routers of a model to a folder. Do nothing if the model is dense."""
+    from mainrun.store.checkpoint import save_tensors
+    from mainrun.store.rundir import to_json
+
+    cfg = model.cfg
+    if not cfg.routed_layers:
+        return
+    tensors = {name: p.float() for name, p in model.named_parameters() if ".router." in name}
+    fields = {
+        "block_pattern": cfg.letters,
+        "capacity": cfg.capacity,
+        "gate": cfg.gate,
+        "route": cfg.route,
+        "prior_factor": cfg.prior_factor,
+        "sharpness": float(model.sharpness),
+        "sharpness_end": cfg.sharpness_end,
+    }
+    save_tensors(tensors, folder / TENSORS)
+    (folder / FIELDS_FILE).write_text(to_json({"format": FORMAT, **fields}), encoding="utf-8")
+
+
+def has_routing(folder: Path) -> bool:
+    """Return whether a checkpoint has routers. Raise UsageError if one of the two files is missing."""
+    present = [name for name in (TENSORS, FIELDS_FILE) if (folder / name).exists()]
+    if len(present) == 1:
+        raise UsageError(f"{folder} has {present[0]} but not the other of {TENSORS} and {FIELDS_FILE}; {FIX}")
+    return len(present) == 2
+
+
+def read_routing_fields(folder: Path) -> dict[str, Any]:
+    """Return the config fields in routing.json, or an empty dictionary if the checkpoint has no routers."""
+    if not has_routing(folder):
+        return {}
+    path = folder / FIELDS_FILE
+    try:
+        table = json.loads(inputs.read_bytes(path))
+    except (BadInput, ValueError, RecursionError) as e:
+        raise UsageError(f"{path} is not valid JSON ({e}); {FIX}") from None
+    problem = _problem(table)
+    if problem:
+        raise UsageError(f"{path} {problem}; {FIX}")
+    return {name: table[name] for name in FIELDS}
+
+
+def _problem(table: Any) -> str:
+    """Return what is wrong with the content of routing.json, or an empty string."""
+    if not isinstance(table, dict):
+        return "contains no JSON object"
+    if table.get("format") != FORMAT:
+        return f"has format {table.get('format')!r}, but this version reads format {FORMAT}"
+    differing = sorted({*FIELDS, "format"} ^ {*table})
+    if differing:
+        return f"must contain exactly the fields {', '.join(FIELDS)}; wrong: {', '.join(differing)}"
+    for name, kind in FIELDS.items():
+        value = table[name]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = is_number if kind is float else isinstance(value, kind)
+        if not fits:
+            return f"has {name}={inputs.shown(value, 80)}, which must be a {kind.__name__}"
+    return ""
+
+
+def read_routing(folder: Path) -> Routing | None:
+    """Return the routers beside a checkpoint, or None if the checkpoint has none.
+
+    The caller must check the names and the shapes of the tensors against its model.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    fields = read_routing_fields(folder)
+    if not fields:
+        return None
+    path = folder / TENSORS
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as e:
+        raise UsageError(f"{path} is not a valid safetensors file ({e}); {FIX}") from None
+    foreign = sorted(name for name in tensors if ".router." not in name)
+    if foreign:
+        raise UsageError(f"{path} contains {foreign[0]}, which is no part of a router; {FIX}")
+    return Routing(fields, tensors)
