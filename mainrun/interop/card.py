@@ -30,7 +30,7 @@ def checkpoint_card(source: Source) -> str:
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         'model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")',
-        *_tokenizer_code(source),
+        'tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")',
         "```",
         "",
         *_about_tokens(source),
@@ -80,35 +80,23 @@ def _count(source: Source) -> str:
 # -- sections
 
 
-def _tokenizer_code(source: Source) -> list[str]:
-    """Return the line of code that loads the tokenizer."""
-    if source.tokenizer.kind == "unigram":
-        return [
-            "",
-            "from sentencepiece import SentencePieceProcessor",
-            'tokenizer = SentencePieceProcessor(model_file="THIS FOLDER/tokenizer.model")',
-        ]
-    return ['tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")']
-
-
 def _about_tokens(source: Source) -> list[str]:
-    """Describe what the model expects before a text, and which texts the tokenizer cannot represent."""
+    """Describe what the model expects before a text, and which texts transformers encodes differently."""
     if source.tokenizer.kind == "hf":
-        return ["The tokenizer is the one of the checkpoint that the run took it from, unchanged.", ""]
-    lines = [
-        "In training, each text followed the token `<eos>` (id 1). Begin each prompt with this token.",
-    ]
+        return ["tokenizer.json is the file of the checkpoint that the run took its tokenizer from.", ""]
+    lines = ["In training, each text followed the token `<eos>` (id 1). Begin each prompt with this token."]
     if source.tokenizer.kind == "bpe":
-        lines += [
+        lines.append(
             "The vocabulary has tokens only for the bytes of its training texts. mainrun writes other "
-            "characters as `\\x{HEX}`, and `transformers` replaces them with `<unk>`.",
-        ]
+            "characters as `\\x{HEX}`, and `transformers` replaces them with `<unk>`."
+        )
     else:
-        lines += [
-            "`transformers` cannot load tokenizer.model. `sentencepiece` gives the ids of mainrun, except in "
-            "texts with the characters U+2581 or U+2585 or with `\\x{`, which mainrun escapes.",
-        ]
-    return [*lines, ""]
+        lines.append(
+            "`transformers` encodes texts as mainrun does, except texts with `<pad>`, `<eos>`, `<unk>`, "
+            "`\\x{` or the characters U+2581 and U+2585."
+        )
+    lines.append("Load the tokenizer without `trust_remote_code`, because the folder contains no code.")
+    return [" ".join(lines), ""]
 
 
 def _about_routing(source: Source) -> list[str]:

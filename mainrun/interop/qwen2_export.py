@@ -14,7 +14,7 @@ from mainrun.interop.card import checkpoint_card
 from mainrun.interop.names import checkpoint_name, is_extra
 from mainrun.interop.routing_files import write_routing
 from mainrun.interop.source import Source
-from mainrun.interop.tokenizer_files import file_id, file_order, write_tokenizer
+from mainrun.interop.tokenizer_files import file_order, write_tokenizer
 from mainrun.store.rundir import to_json
 from mainrun.train import GPT
 
@@ -75,7 +75,7 @@ def checkpoint_config(source: Source) -> dict[str, Any]:
         "architectures": ["Qwen2ForCausalLM"],
         "attention_dropout": 0.0,
         "dtype": dtype,
-        "eos_token_id": file_id(source.tokenizer, EOS),
+        "eos_token_id": source.tokenizer.special_ids[EOS],
         "hidden_act": "silu",
         "hidden_size": cfg.d_model,
         "initializer_range": cfg.init_std,
