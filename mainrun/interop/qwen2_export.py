@@ -19,6 +19,7 @@ from mainrun.store.rundir import to_json
 from mainrun.train import GPT
 
 RMS_NORM_EPS = 1e-6  # the epsilon of RMSNorm in mainrun and in Qwen2
+SHARD = "5GB"  # the largest size of a file of weights
 ROWS = ("embed.weight", "head.weight")  # the tensors with a row for each token
 
 
@@ -30,7 +31,7 @@ def write_checkpoint(source: Source, folder: Path) -> None:
     tensors = checkpoint_tensors(source)
     for name, tensor in tensors.items():
         tensors[name] = tensor.to(source.dtype)
-    save_torch_state_dict(tensors, folder, max_shard_size="5GB")
+    save_torch_state_dict(tensors, folder, max_shard_size=SHARD)
     write_tokenizer(source.tokenizer, source.cfg.block_size, folder)
     write_routing(source.model, folder)
     (folder / "README.md").write_text(checkpoint_card(source), encoding="utf-8")

@@ -56,6 +56,9 @@ def write_routing(model: GPT, folder: Path) -> None:
     cfg = model.cfg
     if not cfg.routed_layers:
         return
+    sharpness = cfg.sharpness
+    if "S" in cfg.letters or "T" in cfg.letters:
+        sharpness = float(model.sharpness)  # the value of the last step, which the scores depend on
     tensors = {name: p.float() for name, p in model.named_parameters() if ".router." in name}
     fields = {
         "block_pattern": cfg.letters,
@@ -63,7 +66,7 @@ def write_routing(model: GPT, folder: Path) -> None:
         "gate": cfg.gate,
         "route": cfg.route,
         "prior_factor": cfg.prior_factor,
-        "sharpness": float(model.sharpness),
+        "sharpness": sharpness,
         "sharpness_end": cfg.sharpness_end,
     }
     save_tensors(tensors, folder / TENSORS)
