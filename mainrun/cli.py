@@ -50,6 +50,9 @@ from reports import cli as reports
 from reports.submission import cli as submission
 from sweeps import cli as sweep
 
+CONTROL = r"[\x00-\x1f\x7f-\x9f]"
+CONTROL_IN_DOCUMENT = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # line breaks and tabs are printed as they are
+
 app = typer.Typer(
     cls=Group,
     add_completion=False,
@@ -186,13 +189,16 @@ def sample(
     from mainrun.store import rundir
 
     run_dir = rundir.find(run, out)
-    run_dir.config()  # raise an error for a wrong folder now, before the slow import of torch
+    cfg = run_dir.config()  # raises an error for a wrong folder now, before the slow import of torch
     from mainrun.ui.sample import sample as generate
 
     titles = generate(run_dir.path, prompt, n=n, max_tokens=max_tokens, temperature=temperature, seed=seed)
-    for title in titles:
-        # Print each title on one line, and escape its control characters.
-        print(re.sub(r"[\x00-\x1f\x7f-\x9f]", _escape, title))
+    control = CONTROL_IN_DOCUMENT if cfg.documents else CONTROL
+    for number, title in enumerate(titles):
+        if cfg.documents and number:
+            print("-" * 20)
+        # Print a title on one line. Escape control characters, which could change the terminal.
+        print(re.sub(control, _escape, title))
 
 
 def _escape(character: re.Match[str]) -> str:

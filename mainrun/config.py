@@ -12,6 +12,7 @@ This module does not import torch, because importing torch would slow down the s
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -27,7 +28,7 @@ from pydantic import (
     model_validator,
 )
 
-from mainrun.data import sources
+from mainrun.data import foreign, sources
 from mainrun.errors import ConfigError, nearest
 from mainrun.files import inputs
 from mainrun.files.hashing import sha256_json
@@ -94,7 +95,10 @@ class TrainConfig(BaseModel):
     )
 
     # -- corpus
-    corpus: str = static("synthetic", "synthetic | hn | hn-2025 | file:PATH[#COLUMN] | mix:PATH.toml")
+    corpus: str = static(
+        "synthetic",
+        "synthetic | hn | hn-2025 | file:PATH[#COLUMN] | hub:OWNER/NAME@COMMIT[/GLOB]#COLUMN | mix:PATH.toml",
+    )
     num_titles: int = static(
         TASK["num_titles"], "number of titles to use from the corpus", ge=2, le=100_000_000
     )
@@ -119,7 +123,10 @@ class TrainConfig(BaseModel):
     )
     tokenizer_fit: Literal["train", "train+val"] = static("train", "titles that the vocabulary is fitted on")
     vocab_size: int = static(
-        16_000, "size of the vocabulary, including special tokens and bytes", ge=300, le=1_000_000
+        16_000,
+        "size of the vocabulary, including special tokens and bytes; for hf:DIR, the rows of the checkpoint",
+        ge=300,
+        le=1_000_000,
     )
     block_size: int = static(128, "context length in tokens", ge=2, le=65_536)
     batch_size: int = scheduled(
@@ -486,17 +493,26 @@ class TrainConfig(BaseModel):
 
     def _check_start(self) -> None:
         kind, _, folder = self.start.partition(":")
-        if not self.start or (kind in ("hf", "run") and folder):
-            return
-        raise ValueError(
-            f"start={inputs.shown(self.start)} is not a start; use hf:DIR (a Qwen2 checkpoint), "
-            "run:DIR (the folder of a run), or leave it empty to start from random weights"
-        )
+        if self.start and not (kind in ("hf", "run") and folder):
+            raise ValueError(
+                f"start={inputs.shown(self.start)} is not a start; use hf:DIR (a Qwen2 checkpoint), "
+                "run:DIR (the folder of a run), or leave it empty to start from random weights"
+            )
+        if kind == "hf" and not self.tokenizer.startswith("hf:"):
+            raise ValueError(
+                f"start={inputs.shown(self.start)} needs the tokenizer of a checkpoint, but "
+                f"tokenizer={self.tokenizer}; set tokenizer=hf:DIR to the folder of the checkpoint"
+            )
 
     def _check_corpus(self) -> None:
         if not sources.is_source(self.corpus):
             allowed = ", ".join(sources.syntaxes())
             raise ValueError(f"corpus={self.corpus!r} is not a corpus; use {allowed} or {sources.MIX}")
+        if self.documents and not sources.has_documents(self.corpus):
+            raise ValueError(
+                f"documents=true cannot be combined with corpus={self.corpus}, which consists of titles; "
+                "set documents=false, or use a corpus of the form file:, hub: or mix:"
+            )
 
     # -- derived values
     def changed(self, **fields: Any) -> Self:
@@ -603,6 +619,9 @@ def from_dict(fields: dict[str, Any]) -> TrainConfig:
     growth = fields.get("growth")
     if isinstance(growth, str):
         fields["growth"] = from_text(growth)
+    tokenizer = fields.get("tokenizer")
+    if isinstance(tokenizer, str) and re.match("hf:.", tokenizer) and "vocab_size" not in fields:
+        fields["vocab_size"] = foreign.read_checkpoint(foreign.folder_of(tokenizer)).rows
     try:
         return TrainConfig(**fields)
     except ValidationError as e:

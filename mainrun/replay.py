@@ -112,7 +112,7 @@ def run_guards(run: RunDir) -> dict[str, Any]:
             evals=[row for row in run.rows() if row["event"] == "eval"],
             ledger=summary["presentations"],
             summary=summary,
-            initial_weights="random",
+            initial_weights=replay.cfg.start or "random",
             evaluate_hash=str(run.env().get("evaluate_hash")),
         )
         verdicts = guards(evidence, all=True)

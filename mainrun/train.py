@@ -359,9 +359,14 @@ class GPT(nn.Module):
 
 
 def build(cfg: TrainConfig, vocab_size: int) -> GPT:
-    """Build the model of a config with its initial weights. The config's seed determines every weight."""
+    """Build the model of a config with its initial weights, which the config's seed and start determine."""
     torch.manual_seed(seed_from(cfg.seed, "weights"))
-    return GPT(cfg, vocab_size)
+    model = GPT(cfg, vocab_size)
+    if cfg.start:
+        from mainrun.interop import start
+
+        start.load_start(model, cfg)
+    return model
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -669,6 +674,7 @@ class Setup(NamedTuple):
     corpus: Corpus
     data: TokenData
     plan: Plan
+    start_digest: str  # a hash of the weights that the run starts from, or "" for random weights
 
     def start(self) -> State:
         """Return the initial state."""
@@ -683,9 +689,21 @@ def set_up(cfg: TrainConfig, fired: Sequence[Any] = ()) -> Setup:
     corpus = load_corpus(cfg)
     with device.leader_first():  # the leader fills the token cache for the other processes
         data = prepare(cfg, corpus)
+        start = check_start(cfg, data)
     plan = Plan(cfg, len(data.splits["train"]), fired)
     device.settle(cfg, plan)
-    return Setup(cfg, device, corpus, data, plan)
+    return Setup(cfg, device, corpus, data, plan, start)
+
+
+def check_start(cfg: TrainConfig, data: TokenData) -> str:
+    """Check that the start of a config fits its model, and return the digest of the start."""
+    if not cfg.start:
+        return ""
+    from mainrun.interop import start
+
+    with torch.device("meta"):  # the check needs only the names and the shapes
+        model = GPT(cfg, data.tokenizer.vocab_size)
+    return start.check_start(cfg, model, data.tokenizer.digest)
 
 
 def set_last_inputs(state: State, plan: Plan, device: Device) -> None:

@@ -26,6 +26,7 @@ NOT_SEARCHABLE = {
     "val_frac": DATA_IS_FIXED,
     "dev_frac": DATA_IS_FIXED,
     "tokenizer_fit": DATA_IS_FIXED,
+    "start": "runs from trained weights are not compared with runs from random weights",
     "official_geometry": "the geometry of the evaluation is fixed by the task",
     "device": MACHINE_IS_FIXED,
     "threads": MACHINE_IS_FIXED,

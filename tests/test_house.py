@@ -26,7 +26,7 @@ PACKAGES = ("mainrun", "sweeps", "reports")
 # or a package next to mainrun. In short, core imports only basic parts, train imports core, run
 # imports train, and checks and sweeps import run.
 MAY_IMPORT = {
-    "config": "files plan data.sources",
+    "config": "files plan data.sources data.foreign",
     "plan": "files config",
     "core": "files config plan",
     "data": "files config plan core",
@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "checks": "files config plan core data train store growth run",
     "replay": "plan core data train store growth checks",
     "interop": "files config plan core data train store growth run checks ui",
-    "ui": "files config plan core data train store growth run checks",
+    "ui": "files config plan core data train store growth run checks interop.start",
     "bench": "files config plan core data train store run ui",
     "sweeps": "files config plan core data store stats run ui",
     "reports": "files config plan store stats ui",
@@ -53,6 +53,7 @@ LIGHT = (
     "mainrun.data.sources",
     "mainrun.data.token_cache",
     "mainrun.errors",
+    "mainrun.interop.cli",
     "mainrun.plan.recipes",
     "mainrun.plan.simulate",
     "mainrun.run.progress",
@@ -89,7 +90,7 @@ NOT_HASHED = {
 }
 
 MOST_FILES_AT_THE_TOP = 8  # files directly in mainrun/
-MOST_LINES = {"mainrun/train.py": 780}
+MOST_LINES = {"mainrun/train.py": 800}
 # These limits per 1,000 lines apply to all files together and to train.py alone.
 MOST_PER_1000 = {"conditional expressions": 15, "comprehensions": 30}
 MOST_IN_TRAIN = {"conditional expressions": 20}
@@ -285,7 +286,7 @@ def not_hashed(root: Path, hashed: Iterable[str], exempt: Iterable[str]) -> list
             if target not in reached:
                 reached.add(target)
                 todo.append(target)
-    covered = tuple(f"mainrun.{name.removesuffix('.py')}" for name in hashed)
+    covered = tuple(f"mainrun.{name.removesuffix('.py').replace('/', '.')}" for name in hashed)
     return sorted(
         module
         for module in reached
@@ -479,10 +480,10 @@ def test_a_ninth_file_at_the_top_is_named(tmp_path: Path) -> None:
 
 
 def test_a_trainer_of_too_many_lines_is_named(tmp_path: Path) -> None:
-    plant(tmp_path, mainrun__train="\n" * 779)
+    plant(tmp_path, mainrun__train="\n" * 799)
     assert too_long(tmp_path) == []
-    plant(tmp_path, mainrun__train="\n" * 780)
-    assert too_long(tmp_path) == ["mainrun/train.py has 781 lines, at most 780 are allowed"]
+    plant(tmp_path, mainrun__train="\n" * 800)
+    assert too_long(tmp_path) == ["mainrun/train.py has 801 lines, at most 800 are allowed"]
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from mainrun.data import token_cache
 from mainrun.data import tokenizer as tokens
 from mainrun.data.batches import Batches
 from mainrun.data.corpus import Corpus, fingerprints
+from mainrun.data.foreign import byte_signs
 from mainrun.data.token_cache import prepare
 from mainrun.data.tokenizer import EOS, PAD, UNK, Tokenizer, fit
 from mainrun.errors import ConfigError, CorpusError, RunError, UsageError
@@ -41,7 +42,7 @@ def bpe() -> Tokenizer:
 
 
 def test_byte_signs_are_those_of_the_library() -> None:
-    signs = tokens._byte_signs()
+    signs = byte_signs()
     assert len(signs) == len(set(signs)) == 256
     assert set(signs) == set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     split = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -155,7 +155,12 @@ def _prepare(store: Store, node: Node, start: Node | None) -> _Segment | AuditRe
     setup = set_up(cfg, node.growth_state.get("fired", ()))
     plan = setup.plan
     origin = lineage.origin(
-        cfg, setup.corpus.fingerprints, setup.data.digest, versions(), setup.device.machine_class
+        cfg,
+        setup.corpus.fingerprints,
+        setup.data.digest,
+        versions(),
+        setup.device.machine_class,
+        setup.start_digest,
     )
     if lineage.root(origin) != node.root:
         stored_origin = dict(store.roots()).get(node.root, {})

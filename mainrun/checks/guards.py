@@ -421,9 +421,15 @@ def _cuts(T: int, all: bool) -> list[int]:
 
 
 def random_start(e: Evidence, all: bool) -> Verdict:
-    """Detect a run that starts from trained weights, which give a very low loss after the first step."""
+    """Detect a run that starts from trained weights, which give a very low loss after the first step.
+
+    A start that the config declares is honest, but the task does not allow it.
+    """
     if e.initial_weights != "random":
-        return fail(f"the initial weights are from {e.initial_weights}; the task requires random weights")
+        source = f"the initial weights are from {e.initial_weights}"
+        if all or e.initial_weights != e.cfg.start:
+            return fail(f"{source}; the task requires random weights")
+        return flag(f"{source}, as the config says: compare only with runs that start from weights")
     first = _eval_rows(e)[0]
     if first["step"] != 1:
         return fail(
@@ -486,7 +492,10 @@ def no_val_tokens(e: Evidence, all: bool) -> Verdict:
             # A token reveals nothing about val if its text also occurs in train. In train, the text may be
             # split into several tokens.
             if word not in text:
-                return fail(f"token {token} = {word!r} is longer than a word and occurs only in validation")
+                problem = f"token {token} = {word!r} is longer than a word and occurs only in validation"
+                if e.data.tokenizer.kind == "hf":  # not fitted by this run
+                    return flag(f"{problem}; the tokenizer of the checkpoint may have been fitted on val")
+                return fail(problem)
     return passed(f"no validation-only token is longer than a word (tokenizer_fit={e.cfg.tokenizer_fit})")
 
 

@@ -18,7 +18,18 @@ from mainrun.plan.plan import Plan
 
 # The source files and folders that affect a run's results. A test in tests/test_house.py fails if training
 # imports a module that neither HASHED nor NOT_HASHED contains.
-HASHED = ("config.py", "train.py", "core", "data", "plan", "growth", "run")
+HASHED = (
+    "config.py",
+    "train.py",
+    "core",
+    "data",
+    "plan",
+    "growth",
+    "run",
+    "interop/names.py",
+    "interop/qwen2.py",
+    "interop/start.py",
+)
 
 
 def compiler(device: str) -> str:

@@ -40,12 +40,13 @@ def load_corpus(cfg: TrainConfig) -> Corpus:
     """Load the corpus that a config names, and split the titles into train, dev and val."""
     order = partial(_order, shuffle=cfg.shuffle)
     if cfg.corpus.startswith("mix:"):
-        mix = load_mix(inputs.expanded(cfg.corpus[4:], "corpus"), cfg.num_titles, order)
+        path = inputs.expanded(cfg.corpus[4:], "corpus")
+        mix = load_mix(path, cfg.num_titles, order, cfg.documents)
         titles = mix.titles
         weights = mix.weights
         origin = mix.origin
     else:
-        source = open_source(cfg.corpus, cfg.num_titles)
+        source = open_source(cfg.corpus, cfg.num_titles, cfg.documents)
         _check_count(cfg, source.count)
         titles = source.take(order(source.count)[: cfg.num_titles])
         weights = [1] * len(titles)

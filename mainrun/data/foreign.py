@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -92,6 +93,33 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 # -- the vocabulary
 
 
+class Codec:
+    """Convert texts to the ids of a run and back. Raise BadTokenizer if the tokenizer cannot be used.
+
+    The library `tokenizers` encodes the texts. The codec itself decodes them, by joining the bytes of the
+    tokens, because the decoder in a tokenizer.json may change blanks.
+    """
+
+    def __init__(self, content: bytes, ids: Ids, rows: int) -> None:
+        vocabulary = Vocabulary(content)
+        self._library = vocabulary.library(ids)
+        to_file, self._from_file = permutation(ids, rows)
+        table = vocabulary.token_bytes(rows)
+        self._bytes = [table[number] for number in to_file]
+
+    def encode(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        for encoding in self._library.encode_batch_fast(list(texts), add_special_tokens=False):
+            yield self._from_file[encoding.ids].tolist()
+
+    def decode(self, texts: Iterable[list[int]]) -> list[str]:
+        """Return the texts. A sampled text may contain invalid UTF-8, which is decoded to U+FFFD."""
+        decoded = []
+        for ids in texts:
+            data = b"".join([self._bytes[number] for number in ids])
+            decoded.append(data.decode(errors="replace"))
+        return decoded
+
+
 class Vocabulary:
     """The content of a tokenizer.json. The methods raise BadTokenizer if the tokenizer cannot be used."""
 
@@ -134,8 +162,8 @@ class Vocabulary:
         spare += sorted(specials, reverse=True)
         if len(spare) < 2:
             raise BadTokenizer(
-                "has no ids to spare for <pad> and <unk>; both need an id without a token, or a special token "
-                f"other than {text}; use a checkpoint whose config.json has a larger vocab_size"
+                "has no ids to spare for <pad> and <unk>: both need an id without a token, or a special "
+                f"token other than {text}; use a checkpoint whose config.json has a larger vocab_size"
             )
         return spare[0], eos, spare[1]
 
@@ -169,8 +197,8 @@ class Vocabulary:
             number = library.token_to_id(token["content"])
             if number != token["id"]:
                 raise BadTokenizer(
-                    f"gives the token {token['content']!r} the id {token['id']}, but the library `tokenizers` "
-                    f"gives it the id {number}; number the added tokens without gaps"
+                    f"gives the token {token['content']!r} the id {token['id']}, but the library "
+                    f"`tokenizers` reads the id {number}; number the added tokens without gaps"
                 )
         library.encode_special_tokens = True
         return library
@@ -251,7 +279,7 @@ def byte_signs() -> list[str]:
 def _parsed(content: bytes) -> dict[str, Any]:
     """Return the JSON object in a tokenizer.json, after a check of the types that `Vocabulary` relies on."""
     try:
-        table = json.loads(content)
+        table = json.loads(content.decode())
     except (ValueError, RecursionError) as e:
         raise BadTokenizer(f"is not valid JSON ({inputs.parser_message(e)}); {AGAIN}") from None
     if not isinstance(table, dict) or not isinstance(table.get("model"), dict):

@@ -9,11 +9,17 @@ The titles of each source are ordered as in a run that uses only this source. Th
 of each source in this order. A title that is already in the mix is skipped, so all titles of a mix are
 distinct. The titles of the sources are spread evenly over the mix. Train, dev and val therefore each contain
 the sources in the given ratios. Weights affect only train, because each title occurs once in dev and val.
+
+With `by = "characters"` at the top of the file, the ratios apply to characters instead of titles. Every
+prefix of the mix then contains the sources in the given ratios, up to the length of one title per source.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import heapq
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -30,6 +36,10 @@ from mainrun.files import inputs
 MAX_SOURCES = 1000
 MAX_WEIGHT = 1000
 KEYS = ("path", "corpus", "ratio", "weight")
+UNITS = ("texts", "characters")  # what the ratios of a mix can count
+BATCH = 10_000  # the number of titles that are read at a time
+
+Order = Callable[[int], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,9 @@ class MixSource:
     weight: int
 
 
+Open = Callable[[MixSource], Titles]
+
+
 @dataclass
 class Mix:
     """The ordered titles of a mix, with the weight of each title."""
@@ -51,12 +64,31 @@ class Mix:
     origin: dict[str, Any] = field(default_factory=dict)
 
 
-def load_mix(path: Path, wanted: int, order: Callable[[int], np.ndarray]) -> Mix:
+def load_mix(path: Path, wanted: int, order: Order, documents: bool = False) -> Mix:
     """Load a mix that contains `wanted` titles.
 
     `order(n)` returns the order in which a run uses the n titles of a source.
+    documents: whether the titles keep their line breaks and blanks.
     """
-    sources = _read(path)
+    by, sources = _read(path)
+
+    def open_titles(source: MixSource) -> Titles:
+        # A synthetic source generates `wanted` titles, which is sufficient even if another source contains
+        # some of the same titles.
+        return open_source(source.corpus, wanted, documents)
+
+    if by == "characters":
+        return _mix_by_characters(path, sources, wanted, order, open_titles)
+    return _mix_by_texts(path, sources, wanted, order, open_titles)
+
+
+# -- by texts
+
+
+def _mix_by_texts(
+    path: Path, sources: Sequence[MixSource], wanted: int, order: Order, open_titles: Open
+) -> Mix:
+    """Give each source its share of the titles, and spread the titles of each source evenly."""
     shares = _shares([source.ratio for source in sources], wanted)
     ratio_sum = sum(source.ratio for source in sources)
     placed: list[tuple[Fraction, int, str]] = []
@@ -64,14 +96,9 @@ def load_mix(path: Path, wanted: int, order: Callable[[int], np.ndarray]) -> Mix
     origins = []
     for i, (source, share) in enumerate(zip(sources, shares, strict=True)):
         if share == 0:
-            raise CorpusError(
-                f"{source.where} ({source.corpus}): the source gets no title of num_titles={wanted}, "
-                "because its ratio is too small; raise the ratio or num_titles"
-            )
-        # A synthetic source generates `wanted` titles, which is sufficient even if another source contains
-        # some of the same titles.
-        titles = open_source(source.corpus, wanted)
-        fresh = _unseen(titles, order(titles.count), share, wanted, seen)
+            raise _no_title(source, wanted)
+        titles = open_titles(source)
+        fresh = list(itertools.islice(_unseen(titles, order(titles.count), wanted, seen), share))
         if len(fresh) < share:
             largest = int(Fraction(len(fresh) * ratio_sum) / source.ratio)
             raise CorpusError(
@@ -83,15 +110,7 @@ def load_mix(path: Path, wanted: int, order: Callable[[int], np.ndarray]) -> Mix
         # titles of each source are spread evenly.
         for k, title in enumerate(fresh):
             placed.append((Fraction(2 * k + 1, 2 * share), i, title))
-        origins.append(
-            titles.origin
-            | {
-                "source": source.corpus,
-                "ratio": float(source.ratio),
-                "weight": source.weight,
-                "titles": share,
-            }
-        )
+        origins.append(_origin(source, titles, share))
     placed.sort(key=lambda entry: entry[:2])
     return Mix(
         titles=[title for _, _, title in placed],
@@ -100,35 +119,120 @@ def load_mix(path: Path, wanted: int, order: Callable[[int], np.ndarray]) -> Mix
     )
 
 
-def _unseen(titles: Titles, order: np.ndarray, share: int, batch: int, seen: set[str]) -> list[str]:
-    """Return the first `share` titles of a source that are not in `seen`, and add these titles to `seen`."""
-    fresh: list[str] = []
+def _no_title(source: MixSource, wanted: int) -> CorpusError:
+    return CorpusError(
+        f"{source.where} ({source.corpus}): the source gets no title of num_titles={wanted}, "
+        "because its ratio is too small; raise the ratio or num_titles"
+    )
+
+
+def _origin(source: MixSource, titles: Titles, share: int) -> dict[str, Any]:
+    return titles.origin | {
+        "source": source.corpus,
+        "ratio": float(source.ratio),
+        "weight": source.weight,
+        "titles": share,
+    }
+
+
+def _unseen(titles: Titles, order: np.ndarray, batch: int, seen: set[str]) -> Iterator[str]:
+    """Yield the titles of a source that are not in `seen`, and add these titles to `seen`."""
     for start in range(0, titles.count, batch):
         for title in titles.take(order[start : start + batch]):
-            if len(fresh) == share:
-                return fresh
             if title not in seen:
                 seen.add(title)
-                fresh.append(title)
-    return fresh
+                yield title
+
+
+def _shares(ratios: Sequence[Fraction], wanted: int) -> list[int]:
+    """Divide `wanted` titles among the sources in proportion to the ratios.
+
+    The shares with the largest fractional parts are rounded up, and all other shares are rounded down.
+    """
+    total = sum(ratios)
+    exact = [ratio * wanted / total for ratio in ratios]
+    shares = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: (shares[i] - exact[i], i))
+    for i in by_remainder[: wanted - sum(shares)]:
+        shares[i] += 1
+    return shares
+
+
+# -- by characters
+
+
+def _mix_by_characters(
+    path: Path, sources: Sequence[MixSource], wanted: int, order: Order, open_titles: Open
+) -> Mix:
+    """Take each title from the source whose number of characters, divided by its ratio, is smallest."""
+    opened = [open_titles(source) for source in sources]
+    seen: set[str] = set()
+    streams = [_unseen(titles, order(titles.count), BATCH, seen) for titles in opened]
+    costs = _costs([source.ratio for source in sources])
+    chars = [0] * len(sources)
+    counts = [0] * len(sources)
+    titles: list[str] = []
+    weights: list[int] = []
+    queue = [(0, i) for i in range(len(sources))]  # of equal sources, the first comes first
+    while len(titles) < wanted:
+        _, i = queue[0]
+        title = next(streams[i], None)
+        if title is None:
+            raise _runs_out(sources[i], counts[i], len(titles), wanted)
+        titles.append(title)
+        weights.append(sources[i].weight)
+        counts[i] += 1
+        chars[i] += len(title)
+        heapq.heapreplace(queue, (chars[i] * costs[i], i))
+    origins = []
+    for i, source in enumerate(sources):
+        if counts[i] == 0:
+            raise _no_title(source, wanted)
+        origins.append(_origin(source, opened[i], counts[i]) | {"characters": chars[i]})
+    origin = {"kind": "mix", "path": str(path), "by": "characters", "sources": origins}
+    return Mix(titles, weights, origin)
+
+
+def _costs(ratios: Sequence[Fraction]) -> list[int]:
+    """Return whole numbers that are proportional to 1 / ratio."""
+    common = math.lcm(*(ratio.numerator for ratio in ratios))
+    return [common // ratio.numerator * ratio.denominator for ratio in ratios]
+
+
+def _runs_out(source: MixSource, count: int, placed: int, wanted: int) -> CorpusError:
+    fix = f"lower its ratio, or use --set num_titles={placed}"
+    if placed < 2:
+        fix = "use a larger source"
+    return CorpusError(
+        f"{source.where} ({source.corpus}): the source has no more texts after {count:,}, when {placed:,} of "
+        f"num_titles={wanted:,} texts were placed; {fix}"
+    )
 
 
 # -- the TOML file
 
 
-def _read(path: Path) -> list[MixSource]:
+def _read(path: Path) -> tuple[str, list[MixSource]]:
+    """Return what the ratios of a mix count, and the sources of the mix."""
     text = decode(read_bytes(path, "a TOML file with [[source]] tables"), path)
     try:
-        tables = inputs.parse_toml(text).get("source")
+        document = inputs.parse_toml(text)
     except inputs.BadInput as e:
         raise CorpusError(f"{path} is not valid TOML: {e}") from None
+    tables = document.get("source")
+    by = document.get("by", "texts")
+    if by not in UNITS:
+        suggestion = nearest(by, UNITS) if isinstance(by, str) else ""
+        raise CorpusError(
+            f"{path}: by = {inputs.shown(by, 80)} is not allowed{suggestion}; use one of: {', '.join(UNITS)}"
+        )
     if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
         raise CorpusError(
             f"{path} names no sources; write [[source]] tables with path (or corpus), ratio and weight"
         )
     if len(tables) > MAX_SOURCES:
         raise CorpusError(f"{path} has {len(tables):,} sources; write at most {MAX_SOURCES:,}")
-    return [_mix_source(path, number, table) for number, table in enumerate(tables, 1)]
+    return by, [_mix_source(path, number, table) for number, table in enumerate(tables, 1)]
 
 
 def _mix_source(path: Path, number: int, table: dict[str, Any]) -> MixSource:
@@ -166,17 +270,3 @@ def _corpus(where: str, path: Path, table: dict[str, Any]) -> str:
     if kind == "file":
         return f"file:{path.parent / inputs.expanded(argument, 'path')}"
     return corpus
-
-
-def _shares(ratios: Sequence[Fraction], wanted: int) -> list[int]:
-    """Divide `wanted` titles among the sources in proportion to the ratios.
-
-    The shares with the largest fractional parts are rounded up, and all other shares are rounded down.
-    """
-    total = sum(ratios)
-    exact = [ratio * wanted / total for ratio in ratios]
-    shares = [int(share) for share in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda i: (shares[i] - exact[i], i))
-    for i in by_remainder[: wanted - sum(shares)]:
-        shares[i] += 1
-    return shares

@@ -3,6 +3,8 @@
     synthetic             titles that the seeded grammar in synthetic.py generates
     hn, hn-2025           two pinned revisions of the task's dataset on the Hugging Face hub; see hub.py
     file:PATH[#COLUMN]    a local file; see title_files.py
+    hub:OWNER/NAME@COMMIT[/GLOB]#COLUMN
+                          parquet files of any dataset on the Hugging Face hub; see hub_dataset.py
 
 To add a kind of source, write a function that returns a `Titles` object, and add a row to SOURCES. The module
 corpus.py selects, orders and splits the titles. The module mix.py combines several sources into one corpus.
@@ -13,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mainrun.data import hub, title_files
+from mainrun.data import hub, hub_dataset, title_files
 from mainrun.data.titles import Titles, from_list
 from mainrun.errors import CorpusError, nearest
 
@@ -25,13 +27,15 @@ class Source:
     """A kind of source. The config field `corpus` contains the name of a source and, if needed, an argument.
 
     The arguments of the function `open` are the name of the source, the argument in `corpus`, and the number
-    of titles that the run will use.
+    of titles that the run will use. The function `open_documents` has the same arguments, and returns the
+    texts with their line breaks and blanks. It is None if the source consists of titles.
     """
 
     syntax: str  # how a user writes the source in `corpus`
     kind: str  # the name of this kind of source in the files of a run
     fixed: bool  # True if the source provides the same titles on every machine
     open: Callable[[str, str, int], Titles]
+    open_documents: Callable[[str, str, int], Titles] | None = None
 
 
 def _synthetic(name: str, argument: str, wanted: int) -> Titles:
@@ -46,12 +50,16 @@ SOURCES = {
     "synthetic": Source("synthetic", "synthetic", True, _synthetic),
     "hn": Source("hn", "hub", True, hub.open_titles),
     "hn-2025": Source("hn-2025", "hub", True, hub.open_titles),
-    "file": Source("file:PATH[#COLUMN]", "file", False, title_files.open_titles),
+    "file": Source("file:PATH[#COLUMN]", "file", False, title_files.open_titles, title_files.open_documents),
+    "hub": Source(hub_dataset.SYNTAX, "dataset", True, hub_dataset.open_titles, hub_dataset.open_documents),
 }
 
 
-def open_source(corpus: str, wanted: int) -> Titles:
-    """Open the source that a corpus names. `wanted` is the number of titles that the run will use."""
+def open_source(corpus: str, wanted: int, documents: bool = False) -> Titles:
+    """Open the source that a corpus names. `wanted` is the number of titles that the run will use.
+
+    documents: whether the texts keep their line breaks and blanks.
+    """
     name, _, argument = corpus.partition(":")
     source = SOURCES.get(name)
     if source is None or (":" in source.syntax and not argument):
@@ -59,7 +67,14 @@ def open_source(corpus: str, wanted: int) -> Titles:
         raise CorpusError(
             f"corpus={corpus!r} is unknown{nearest(corpus, names)}; allowed: {', '.join(syntaxes())} or {MIX}"
         )
-    return source.open(name, argument, wanted)
+    if not documents:
+        return source.open(name, argument, wanted)
+    if source.open_documents is None:
+        raise CorpusError(
+            f"documents=true cannot be combined with corpus={corpus}, which consists of titles; "
+            "set documents=false, or use another source"
+        )
+    return source.open_documents(name, argument, wanted)
 
 
 def is_source(corpus: str) -> bool:
@@ -68,6 +83,12 @@ def is_source(corpus: str) -> bool:
     if name == MIX.partition(":")[0]:
         return bool(argument)
     return name in SOURCES and bool(argument) == (":" in SOURCES[name].syntax)
+
+
+def has_documents(corpus: str) -> bool:
+    """Return whether the texts of a corpus can keep their line breaks and blanks."""
+    source = SOURCES.get(corpus.partition(":")[0])
+    return source is None or source.open_documents is not None
 
 
 def kind(corpus: str) -> str:

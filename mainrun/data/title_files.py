@@ -1,8 +1,9 @@
 """Read titles from a file: `file:PATH[#COLUMN]`.
 
 In a .csv, .jsonl or .parquet file, the titles are in one column, which is `title` by default. A .csv file
-needs a header row. A file of any other type has one title per line. Line breaks inside a title become spaces.
-Blank titles are skipped and counted.
+needs a header row. A file of any other type has one title per line. Blank titles are skipped and counted.
+
+Line breaks inside a title become spaces. With `documents`, each text is kept as it is.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mainrun.data.titles import Titles, from_list, one_line
+from mainrun.data.titles import Titles, as_documents, as_titles, check_unicode, from_list
 from mainrun.errors import CorpusError, nearest
 from mainrun.files import inputs
 
@@ -25,15 +26,20 @@ BOM = b"\xef\xbb\xbf"
 
 def open_titles(name: str, argument: str, wanted: int) -> Titles:
     """Return the titles of a file. The argument has the form PATH[#COLUMN]."""
+    return _open(argument, as_titles)
+
+
+def open_documents(name: str, argument: str, wanted: int) -> Titles:
+    """Return the texts of a file with their line breaks and blanks."""
+    return _open(argument, as_documents)
+
+
+def _open(argument: str, prepare: Callable[[list[str]], list[str]]) -> Titles:
     path, column = _path_and_column(argument)
     data = read_bytes(path, "a file with one title per line, or a .csv, .jsonl or .parquet file")
     raw = _raw_titles(data, path, column)
-    titles = []
-    for text in raw:
-        title = one_line(text)
-        if title:
-            titles.append(title)
-    _check_unicode(titles, path)
+    titles = prepare(raw)
+    check_unicode(titles, path)
     if not titles:
         blank = f": all {len(raw):,} rows are blank" if raw else ""
         raise CorpusError(f"{path} has no titles{blank}; give a file with at least two titles")
@@ -66,15 +72,6 @@ def _raw_titles(data: bytes, path: Path, column: str | None) -> list[str]:
             f"{path} has lines and no columns, but the corpus names column {column!r}; remove #{column}"
         )
     return _lines(data, path)
-
-
-def _check_unicode(titles: list[str], path: Path) -> None:
-    for number, title in enumerate(titles, 1):
-        if not title.isascii() and any("\ud800" <= c <= "\udfff" for c in title):
-            raise CorpusError(
-                f"{path}: title {number} is not valid Unicode: it contains half of a surrogate pair; "
-                "repair or remove it"
-            )
 
 
 def read_bytes(path: Path, allowed: str) -> bytes:
@@ -128,7 +125,7 @@ def _lines(data: bytes, path: Path) -> list[str]:
     lines = decode(data, path).split("\n")
     if not lines[-1]:
         lines.pop()
-    return lines
+    return [line.removesuffix("\r") for line in lines]  # the end of a line may be CRLF
 
 
 def _csv(data: bytes, path: Path, column: str) -> list[str]:
@@ -181,15 +178,18 @@ def _parquet(data: bytes, path: Path, column: str) -> list[str]:
     return [title or "" for title in parquet_column(io.BytesIO(data), path, column).to_pylist()]
 
 
-def parquet_column(file: Any, path: Path, column: str) -> Any:
-    """Return a column of strings in a parquet file as a pyarrow array. Error messages contain `path`."""
+def parquet_column(file: Any, path: Path, column: str, corpus: str = "") -> Any:
+    """Return a column of strings in a parquet file as a pyarrow array. Error messages contain `path`.
+
+    corpus: how a user names the file in the config, without the column.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         table = pq.ParquetFile(file)
         names = table.schema_arrow.names
-        _check_column(column, names, path)
+        _check_column(column, names, path, corpus)
         if names.count(column) > 1:
             raise CorpusError(f"{path} has more than one column called {column!r}; rename all but one")
         values = table.read(columns=[column]).column(column)
@@ -205,12 +205,12 @@ def parquet_column(file: Any, path: Path, column: str) -> Any:
     return values
 
 
-def _check_column(column: str, columns: Sequence[str], path: Path) -> None:
+def _check_column(column: str, columns: Sequence[str], path: Path, corpus: str = "") -> None:
     if column not in columns:
         names = ", ".join(map(repr, columns)) or "none"
         raise CorpusError(
             f"{path} has no column {column!r}{nearest(column, columns)}; its columns are {names}; "
-            f"name one of them with file:{path}#COLUMN"
+            f"name one of them with {corpus or f'file:{path}'}#COLUMN"
         )
 
 

@@ -24,9 +24,10 @@ import numpy as np
 
 from mainrun.config import TrainConfig
 from mainrun.core.hardware import cache_dir
+from mainrun.data import foreign
 from mainrun.data.corpus import Corpus
-from mainrun.data.tokenizer import EOS, FORMAT, LIBRARY, SPECIALS, Tokenizer, fit
-from mainrun.errors import RunError
+from mainrun.data.tokenizer import EOS, FOREIGN_FORMAT, FORMAT, LIBRARY, SPECIALS, Tokenizer, fit
+from mainrun.errors import ConfigError, RunError
 from mainrun.files import inputs
 from mainrun.files.hashing import compact_json
 
@@ -51,26 +52,55 @@ def prepare(cfg: TrainConfig, corpus: Corpus) -> TokenData:
 
     The tokenizer is never fitted on the titles of dev.
     """
-    entry = cache_dir() / "tokens" / _key(cfg, corpus)
+    tokenizer = None
+    if cfg.tokenizer.startswith(foreign.PREFIX):
+        tokenizer = _foreign_tokenizer(cfg)
+        key = _foreign_key(tokenizer, corpus)
+    else:
+        key = _key(cfg, corpus)
+    entry = cache_dir() / "tokens" / key
     cached = _load(entry)
     if cached is not None:
         return cached
-    return _store(entry, _build(cfg, corpus))
+    return _store(entry, _build(tokenizer or _fitted(cfg, corpus), corpus))
 
 
 def _key(cfg: TrainConfig, corpus: Corpus) -> str:
     """Return the name of the cache entry, which is a hash of everything that affects the token streams."""
-    fingerprints = {split: corpus.fingerprints[split] for split in SPLITS}
     library = importlib.metadata.version(LIBRARY[cfg.tokenizer])
-    parts = [FORMAT, fingerprints, cfg.tokenizer, cfg.tokenizer_fit, cfg.vocab_size, library]
+    parts = [FORMAT, _split_fingerprints(corpus), cfg.tokenizer, cfg.tokenizer_fit, cfg.vocab_size, library]
     return hashlib.sha256(compact_json(parts)).hexdigest()
 
 
-def _build(cfg: TrainConfig, corpus: Corpus) -> TokenData:
+def _foreign_key(tokenizer: Tokenizer, corpus: Corpus) -> str:
+    """Return the name of the cache entry for the tokenizer of a checkpoint, wherever its folder is."""
+    library = importlib.metadata.version(LIBRARY[tokenizer.kind])
+    parts = [FOREIGN_FORMAT, _split_fingerprints(corpus), tokenizer.digest, library]
+    return hashlib.sha256(compact_json(parts)).hexdigest()
+
+
+def _split_fingerprints(corpus: Corpus) -> dict[str, str]:
+    return {split: corpus.fingerprints[split] for split in SPLITS}
+
+
+def _foreign_tokenizer(cfg: TrainConfig) -> Tokenizer:
+    tokenizer = Tokenizer.from_folder(foreign.folder_of(cfg.tokenizer))
+    if tokenizer.vocab_size != cfg.vocab_size:
+        raise ConfigError(
+            f"vocab_size={cfg.vocab_size:,} does not fit tokenizer={cfg.tokenizer}, which has "
+            f"{tokenizer.vocab_size:,} ids; use --set vocab_size={tokenizer.vocab_size}"
+        )
+    return tokenizer
+
+
+def _fitted(cfg: TrainConfig, corpus: Corpus) -> Tokenizer:
     fitted_on = corpus.train
     if cfg.tokenizer_fit == "train+val":
         fitted_on = corpus.train + corpus.val
-    tokenizer = fit(cfg.tokenizer, fitted_on, cfg.vocab_size)
+    return fit(cfg.tokenizer, fitted_on, cfg.vocab_size)
+
+
+def _build(tokenizer: Tokenizer, corpus: Corpus) -> TokenData:
     splits: dict[str, np.ndarray] = {}
     chars: dict[str, int] = {}
     n_bytes: dict[str, int] = {}

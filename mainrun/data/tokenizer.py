@@ -1,12 +1,13 @@
 """Fit tokenizers, and convert titles to token ids and back.
 
-There are two kinds of tokenizers: byte-level BPE and unigram. Byte-level BPE uses the library `tokenizers`.
-Unigram uses the library `sentencepiece`, because the unigram trainer in `tokenizers` is not deterministic.
-Both kinds of tokenizers are lossless and give the same ids on every machine.
+There are two kinds of tokenizers that mainrun fits: byte-level BPE and unigram. Byte-level BPE uses the
+library `tokenizers`. Unigram uses the library `sentencepiece`, because the unigram trainer in `tokenizers` is
+not deterministic. The third kind, `hf`, is the tokenizer of a checkpoint; see foreign.py. All kinds are
+lossless and give the same ids on every machine.
 
 The ids 0, 1 and 2 belong to the special tokens <pad>, <eos> and <unk>. The text of a title is never encoded
-as a special token, so each <eos> in a token stream marks the end of a title. A character that a tokenizer's
-model cannot represent is written as `\\x{HEX}`.
+as a special token, so each <eos> in a token stream marks the end of a title. A character that the model of a
+fitted tokenizer cannot represent is written as `\\x{HEX}`.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mainrun.core.hardware import cores
+from mainrun.data import foreign
 from mainrun.errors import ConfigError, CorpusError, RunError, UsageError
 from mainrun.files.hashing import compact_json
 
@@ -31,7 +34,8 @@ PAD, EOS, UNK = 0, 1, 2
 SPECIALS = ("<pad>", "<eos>", "<unk>")
 FORMAT = 2  # increase this version when the ids, tokenizer.json or the cache format change
 MIN_VOCAB_SIZE = 300  # enough tokens for the special tokens, all bytes and some learned tokens
-LIBRARY = {"bpe": "tokenizers", "unigram": "sentencepiece"}
+FOREIGN_FORMAT = 3  # the same version for tokenizers of checkpoints
+LIBRARY = {"bpe": "tokenizers", "unigram": "sentencepiece", "hf": "tokenizers"}
 DAMAGED = "restore tokenizer.json, or start the run again with --fresh"
 
 # Characters with a special meaning in sentencepiece. The decoder of sentencepiece turns U+2581 into a space.
@@ -42,26 +46,37 @@ ESCAPED = re.compile(r"\\x\{([0-9a-f]{1,6})\}")
 
 
 class Tokenizer:
-    """A fitted tokenizer.
+    """A fitted tokenizer, or the tokenizer of a checkpoint.
 
-    `model` contains the fitted model in the format of the tokenizer's library. A bpe model is JSON text. A
-    unigram model is a serialized sentencepiece model.
+    `model` contains the model in the format of the tokenizer's library. A bpe model is JSON text. A unigram
+    model is a serialized sentencepiece model. An hf model is the content of the checkpoint's tokenizer.json.
+
+    `special_ids` are the ids of <pad>, <eos> and <unk> in `model`. In a fitted tokenizer, these are 0, 1 and
+    2. `vocab_size` is the number of ids, which may exceed the number of tokens of a checkpoint's tokenizer.
     """
 
     PAD, EOS, UNK = PAD, EOS, UNK
 
-    def __init__(self, kind: str, vocab_size: int, model: bytes) -> None:
+    def __init__(
+        self, kind: str, vocab_size: int, model: bytes, special_ids: foreign.Ids = (PAD, EOS, UNK)
+    ) -> None:
         self.kind = kind
         self.vocab_size = vocab_size
         self.model = model
+        self.special_ids = special_ids
 
     def encode(self, titles: Sequence[str]) -> np.ndarray:
         """Return the token ids of all titles as one flat array, with an <eos> after each title."""
-        texts = _escape(titles, self._is_unsafe)
-        if self.kind == "bpe":
+        ids: Iterable[list[int]]
+        if self.kind == "hf":
+            _check_unicode(set("".join(titles)), titles)
+            ids = self._library.encode(titles)
+        elif self.kind == "bpe":
+            texts = _escape(titles, self._is_unsafe)
             encodings = self._library.encode_batch_fast(texts, add_special_tokens=False)
-            ids: Iterable[list[int]] = (encoding.ids for encoding in encodings)
+            ids = (encoding.ids for encoding in encodings)
         else:
+            texts = _escape(titles, self._is_unsafe)
             ids = self._library.encode(texts, out_type=int, num_threads=cores())
         return np.fromiter(itertools.chain.from_iterable(_with_eos(ids)), dtype=self.dtype)
 
@@ -74,6 +89,8 @@ class Tokenizer:
         if not parts:
             return []
         text_ids = [part[part > UNK].tolist() for part in parts]
+        if self.kind == "hf":
+            return self._library.decode(text_ids)
         if self.kind == "bpe":
             texts = self._library.decode_batch(text_ids)
         else:
@@ -90,28 +107,40 @@ class Tokenizer:
 
     def to_json(self) -> str:
         """Return the tokenizer as the JSON text that is saved in tokenizer.json."""
-        model: Any
+        table: dict[str, Any] = {"format": FORMAT, "kind": self.kind, "vocab_size": self.vocab_size}
         if self.kind == "bpe":
-            model = json.loads(self.model)
+            table["model"] = json.loads(self.model)
+        elif self.kind == "unigram":
+            table["model"] = base64.b64encode(self.model).decode()
         else:
-            model = base64.b64encode(self.model).decode()
-        table = {"format": FORMAT, "kind": self.kind, "vocab_size": self.vocab_size, "model": model}
+            table["format"] = FOREIGN_FORMAT
+            table["special_ids"] = self.special_ids
+            table["model"] = self.model.decode()  # a string, which keeps the exact content of the file
         return compact_json(table).decode()
 
     @classmethod
+    def from_folder(cls, folder: Path) -> Tokenizer:
+        """Create a tokenizer from the folder of a checkpoint. Raise ConfigError if it cannot be used."""
+        checkpoint = foreign.read_checkpoint(folder)
+        return cls("hf", checkpoint.rows, checkpoint.content, checkpoint.ids)
+
+    @classmethod
     def from_json(cls, text: str) -> Tokenizer:
-        """Create a tokenizer from the text of a tokenizer.json file."""
+        """Create a tokenizer from the text of a tokenizer.json file of a run."""
         try:
             table = json.loads(text)
             kind = table["kind"]
             size = table["vocab_size"]
             model = table["model"]
-            if table["format"] != FORMAT or kind not in LIBRARY or type(size) is not int:
+            expected = FOREIGN_FORMAT if kind == "hf" else FORMAT
+            if table["format"] != expected or kind not in LIBRARY or type(size) is not int:
                 raise ValueError(f"format {table['format']!r}, kind {kind!r}")
-            raw = compact_json(model) if kind == "bpe" else base64.b64decode(model, validate=True)
             if not model:
                 raise ValueError("no model")
-        except (ValueError, TypeError, KeyError) as e:  # binascii.Error is a subclass of ValueError
+            if kind == "hf":
+                return cls(kind, size, model.encode(), _special_ids(table["special_ids"], size))
+            raw = compact_json(model) if kind == "bpe" else base64.b64decode(model, validate=True)
+        except (ValueError, TypeError, KeyError, AttributeError) as e:  # binascii.Error is a ValueError
             raise RunError(f"tokenizer.json is damaged or has another version ({e}); {DAMAGED}") from None
         return cls(kind, size, raw)
 
@@ -122,6 +151,8 @@ class Tokenizer:
     @cached_property
     def _library(self) -> Any:
         """The library's tokenizer object, which is loaded on first use."""
+        if self.kind == "hf":
+            return _load_foreign(self.model, self.special_ids, self.vocab_size)
         return _load_bpe(self.model) if self.kind == "bpe" else _load_unigram(self.model)
 
     @cached_property
@@ -130,7 +161,7 @@ class Tokenizer:
         if self.kind == "unigram":
             return UNIGRAM_UNSAFE.__contains__
         vocab = self._library.get_vocab()
-        known = {byte for byte, sign in enumerate(_byte_signs()) if sign in vocab}
+        known = {byte for byte, sign in enumerate(foreign.byte_signs()) if sign in vocab}
         return lambda char: not known.issuperset(char.encode())
 
 
@@ -263,11 +294,20 @@ def _load_unigram(model: bytes) -> Any:
         raise RunError(f"tokenizer.json contains no sentencepiece model ({e}); {DAMAGED}") from None
 
 
-def _byte_signs() -> list[str]:
-    """Return the printable characters that represent the 256 byte values in a byte-level vocabulary."""
-    plain = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    spare = itertools.count(256)
-    return [chr(byte if byte in plain else next(spare)) for byte in range(256)]
+def _load_foreign(model: bytes, special_ids: foreign.Ids, size: int) -> foreign.Codec:
+    try:
+        return foreign.Codec(model, special_ids, size)
+    except foreign.BadTokenizer as e:
+        raise UsageError(f"the checkpoint's tokenizer.json {e}") from None
+
+
+def _special_ids(value: Any, size: int) -> foreign.Ids:
+    """Return the special ids in the tokenizer.json of a run. Raise ValueError if they are invalid."""
+    pad, eos, unk = value
+    if not all(type(number) is int for number in value):
+        raise ValueError(f"special_ids {value!r}")
+    foreign.permutation((pad, eos, unk), size)  # raises ValueError if the ids do not fit
+    return pad, eos, unk
 
 
 # -- escapes and streams
@@ -280,16 +320,21 @@ def _escape(titles: Sequence[str], is_unsafe: Callable[[str], bool]) -> list[str
     """
     text = "".join(titles)
     chars = set(text)
+    _check_unicode(chars, titles)
+    escapes = {ord(char): f"\\x{{{ord(char):x}}}" for char in chars if is_unsafe(char)}
+    if not escapes and "\\x{" not in text:
+        return list(titles)
+    return [title.replace("\\x{", "\\x{5c}x{").translate(escapes) for title in titles]
+
+
+def _check_unicode(chars: Iterable[str], titles: Sequence[str]) -> None:
+    """Raise UsageError if one of the characters in the titles is half of a surrogate pair."""
     for char in chars:
         if "\ud800" <= char <= "\udfff":
             title = next(title for title in titles if char in title)
             raise UsageError(
                 f"title {title!r} is not Unicode: it contains half of a surrogate pair; write it in UTF-8"
             )
-    escapes = {ord(char): f"\\x{{{ord(char):x}}}" for char in chars if is_unsafe(char)}
-    if not escapes and "\\x{" not in text:
-        return list(titles)
-    return [title.replace("\\x{", "\\x{5c}x{").translate(escapes) for title in titles]
 
 
 def _unescape(match: re.Match[str]) -> str:

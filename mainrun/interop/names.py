@@ -25,7 +25,9 @@ IN_BLOCK = {
     "attn_norm": "input_layernorm",
     "mlp_norm": "post_attention_layernorm",
 }
+OUR_NAMES = {theirs: ours for ours, theirs in (OUTSIDE | IN_BLOCK).items()}
 BLOCK = re.compile(r"blocks\.(\d+)\.(.+)\.(weight|bias)")
+THEIR_BLOCK = re.compile(r"model\.layers\.(0|[1-9]\d*)\.(.+)\.(weight|bias)")
 LOW_RANK = re.compile(r"\.lora_[ab]$")
 
 
@@ -37,6 +39,16 @@ def checkpoint_name(name: str) -> str:
     if not match or match[2] not in IN_BLOCK:
         return ""
     return f"model.layers.{match[1]}.{IN_BLOCK[match[2]]}.{match[3]}"
+
+
+def our_name(name: str) -> str:
+    """Return our name of a tensor in a checkpoint, or "" if we have no such tensor."""
+    if name in OUTSIDE.values():
+        return OUR_NAMES[name]
+    match = THEIR_BLOCK.fullmatch(name)
+    if not match or match[2] not in IN_BLOCK.values():
+        return ""
+    return f"blocks.{match[1]}.{OUR_NAMES[match[2]]}.{match[3]}"
 
 
 def is_extra(name: str) -> bool:

@@ -7,22 +7,21 @@ as `blocks.1.router.score.weight`. routing.json contains the config fields that 
      "prior_factor": 0.0625, "sharpness": 6.0, "sharpness_end": 6.0}
 
 The value of `sharpness` is the one that the exported weights were scored with. A run that starts from the
-exported model therefore begins with the same routes. This module does not import torch at the top.
+exported model therefore begins with the same routes. `mainrun hub import` puts the
+fields into its preset, and a start loads the tensors. This module does not import torch at the top.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from mainrun.errors import UsageError
 from mainrun.files import inputs
 from mainrun.files.inputs import BadInput
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from mainrun.train import GPT
 
 FORMAT = 1
@@ -39,13 +38,6 @@ FIELDS: dict[str, type] = {
     "sharpness_end": float,
 }
 FIX = "export the model again, or remove both files to use the dense model"
-
-
-class Routing(NamedTuple):
-    """The content of the two files."""
-
-    fields: dict[str, Any]  # config fields
-    tensors: dict[str, Tensor]  # the parameters of the routers
 
 
 def write_routing(model: GPT, folder: Path) -> None:
@@ -112,25 +104,3 @@ def _problem(table: Any) -> str:
         if not fits:
             return f"has {name}={inputs.shown(value, 80)}, which must be a {kind.__name__}"
     return ""
-
-
-def read_routing(folder: Path) -> Routing | None:
-    """Return the routers beside a checkpoint, or None if the checkpoint has none.
-
-    The caller must check the names and the shapes of the tensors against its model.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    fields = read_routing_fields(folder)
-    if not fields:
-        return None
-    path = folder / TENSORS
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as e:
-        raise UsageError(f"{path} is not a valid safetensors file ({e}); {FIX}") from None
-    foreign = sorted(name for name in tensors if ".router." not in name)
-    if foreign:
-        raise UsageError(f"{path} contains {foreign[0]}, which is no part of a router; {FIX}")
-    return Routing(fields, tensors)

@@ -42,7 +42,13 @@ def load(preset: str, sets: Iterable[str] = ()) -> list[TrainConfig]:
             f"--set preset={overrides['preset']} has no effect, because a preset is named after its file; "
             "choose a preset with --preset"
         )
-    return [from_dict(step.fields | overrides | {"preset": step.label}) for step in _expand(preset)]
+    configs = []
+    for step in _expand(preset):
+        fields = step.fields | overrides | {"preset": step.label}
+        if str(overrides.get("tokenizer")).startswith("hf:") and "vocab_size" not in overrides:
+            fields.pop("vocab_size", None)  # it belongs to the preset's own tokenizer
+        configs.append(from_dict(fields))
+    return configs
 
 
 def parse_set(text: str) -> tuple[str, Any]:
@@ -75,7 +81,7 @@ def _expand(preset: str, above: tuple[str, ...] = ()) -> list[Step]:
         raise ConfigError(f"preset {preset!r} is its own base ({chain}); remove one of the base keys")
     path, wanted = _find(preset)
     data = _read(path)
-    _check_name(path.stem, f"preset file {path}")
+    check_name(path.stem, f"preset file {path}")
     above = (*above, preset)
 
     data.pop("about", None)
@@ -93,7 +99,7 @@ def _expand(preset: str, above: tuple[str, ...] = ()) -> list[Step]:
     for number, entry in enumerate(entries):
         entry = dict(entry)
         name = str(entry.pop("name", number))
-        _check_name(name, f"step {number + 1} of {path.name}")
+        check_name(name, f"step {number + 1} of {path.name}")
         entry.pop("about", None)
         if "base" in entry:
             fields = _base(entry, path, above)
@@ -165,7 +171,7 @@ def _choose(ladder: list[Step], wanted: str, path: Path) -> list[Step]:
     raise ConfigError(f"preset {path.stem!r} has no step {wanted!r}{suggestion}; its steps: {known}")
 
 
-def _check_name(name: str, what: str) -> None:
+def check_name(name: str, what: str) -> None:
     """Raise ConfigError if a name contains characters that the name of a run directory must not contain."""
     if not re.fullmatch(r"\w[\w .+-]{0,79}", name):
         raise ConfigError(

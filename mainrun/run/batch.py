@@ -16,6 +16,7 @@ from mainrun.plan.plan import Plan
 from mainrun.store import checkpoint, lineage, planner
 from mainrun.store.nodes import Damaged, Node, Store
 from mainrun.store.rundir import RunDir
+from mainrun.train import check_start
 
 
 @dataclass
@@ -64,7 +65,8 @@ def resolve(configs: Iterable[TrainConfig]) -> tuple[dict[str, Plan], dict[str, 
         fingerprints, data = read[data_fields]
         plan = Plan(cfg, len(data.splits["train"]))
         device.settle(cfg, plan)
-        origin = lineage.origin(cfg, fingerprints, data.digest, current, device.machine_class)
+        start = check_start(cfg, data)
+        origin = lineage.origin(cfg, fingerprints, data.digest, current, device.machine_class, start)
         plans[cfg.run_id] = plan
         chains[cfg.run_id] = lineage.chain(lineage.root(origin), plan)
     return plans, chains

@@ -109,8 +109,11 @@ def open_run_directory(setup: Setup, out: Path, fresh: bool) -> RunDir:
 
 
 def titles(setup: Setup) -> Row:
-    """Return the fingerprints that identify the titles and the tokenizer."""
-    return {"fingerprints": setup.corpus.fingerprints, "tokenizer": setup.data.tokenizer.digest}
+    """Return the hashes that identify the titles, the tokenizer and the weights that the run starts from."""
+    recorded = {"fingerprints": setup.corpus.fingerprints, "tokenizer": setup.data.tokenizer.digest}
+    if setup.start_digest:
+        recorded["start"] = setup.start_digest
+    return recorded
 
 
 def write_beginning(setup: Setup, run_dir: RunDir) -> None:
@@ -134,7 +137,18 @@ def make_sharing(
     fingerprints = setup.corpus.fingerprints
     tokens = setup.data.digest
     return Sharing(
-        store, setup.cfg, setup.plan, setup.device, fingerprints, tokens, note, accounts, keep, until, fresh
+        store,
+        setup.cfg,
+        setup.plan,
+        setup.device,
+        fingerprints,
+        tokens,
+        note,
+        accounts,
+        keep,
+        until,
+        fresh,
+        setup.start_digest,
     )
 
 
@@ -165,6 +179,8 @@ def start_session(
     if device.world > 1:
         follow_leader(run_dir, state, accounts, device, growth)
     progress.start(cfg, growth.plan.table(), run_dir.metrics())
+    if cfg.start:
+        progress.note(f"the weights start from {cfg.start} ({setup.start_digest[:12]})")
     if device.note:
         progress.note(device.note)
     return Session(setup, run_dir, state, accounts, env, log, progress, sharing, growth, stop, until)

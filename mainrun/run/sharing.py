@@ -436,8 +436,9 @@ class Sharing:
         keep: Iterable[int] = (),
         until: int = 0,
         fresh: bool = False,
+        start: str = "",
     ) -> None:
-        begun = lineage.origin(cfg, fingerprints, tokens, versions(), device.machine_class)
+        begun = lineage.origin(cfg, fingerprints, tokens, versions(), device.machine_class, start)
         self.store = store
         self.device = device
         self.note = note

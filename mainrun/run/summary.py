@@ -55,6 +55,7 @@ def summarize(
         "flops": flops,
         "fingerprints": setup.corpus.fingerprints,
         "origin": setup.corpus.origin,
+        "start": describe_start(setup),
         "geometry": list(cfg.geometry),
         "tokenizer": setup.data.tokenizer.digest,
         "machine_class": env["machine_class"],
@@ -75,12 +76,19 @@ def summarize(
         evals=evals,
         ledger=presentations,
         summary=summary,
-        initial_weights="random",
+        initial_weights=cfg.start or "random",
         evaluate_hash=env["evaluate_hash"],
     )
     if cfg.growth.ops:
         summary |= {"active": segments[-1]["active"], "segments": segments}
     return summary | {"guards": [asdict(guard) for guard in guards(evidence)]}
+
+
+def describe_start(setup: Setup) -> dict[str, str] | None:
+    """Return the start of a run and the hash of its weights, or None if the weights are random."""
+    if not setup.cfg.start:
+        return None
+    return {"source": setup.cfg.start, "digest": setup.start_digest}
 
 
 def summarize_routing(setup: Setup, plan: Plan, state: State, evals: list[dict[str, Any]]) -> dict[str, Any]:

@@ -148,12 +148,29 @@ def load_newest(
     return None
 
 
-def _load(place: Path, usable: Callable[[Meta], str | None]) -> tuple[Tensors, Meta]:
-    """Load a checkpoint. Raise ValueError if the checkpoint is damaged or cannot be used."""
+def find_newest(
+    folder: Path, usable: Callable[[Meta], str | None], note: Callable[[str], None]
+) -> tuple[Path, Meta] | None:
+    """Return the safetensors file and the meta.json of the checkpoint that `load_newest` would load."""
+    for place in paths(folder):
+        try:
+            return place / "state.safetensors", _load_usable_meta(place, usable)
+        except ValueError as e:
+            note(f"checkpoint {place} is skipped: {e}")
+    return None
+
+
+def _load_usable_meta(place: Path, usable: Callable[[Meta], str | None]) -> Meta:
     meta = _load_meta(place)
     reason = usable(meta)
     if reason:
         raise ValueError(reason)
+    return meta
+
+
+def _load(place: Path, usable: Callable[[Meta], str | None]) -> tuple[Tensors, Meta]:
+    """Load a checkpoint. Raise ValueError if the checkpoint is damaged or cannot be used."""
+    meta = _load_usable_meta(place, usable)
     try:
         return load_file(place / "state.safetensors"), meta
     except (SafetensorError, OSError) as e:

@@ -28,12 +28,15 @@ IN_TOKENS = {
     "shuffle",
     "val_frac",
     "dev_frac",
+    "documents",
     "tokenizer",
     "tokenizer_fit",
     "vocab_size",
 }
 # Static fields that affect only the machine class, which is part of the first key.
 IN_MACHINE = {"device", "dtype", "threads", "compile", "attention"}
+# The start counts by the content of its weights, not by its path.
+IN_START = {"start"}
 
 STRUCT_CODES = {float: "d", int: "q"}
 INPUTS = struct.Struct("<" + "".join(STRUCT_CODES[kind] for kind in get_type_hints(StepInputs).values()))
@@ -45,12 +48,20 @@ def origin(
     tokens: str,
     versions: dict[str, str],
     machine: dict[str, Any],
+    start: str = "",
 ) -> dict[str, Any]:
     """Return the values from which the first key of a run is computed.
 
     A default value such as `d_ff = 0` is replaced with the actual value that mainrun uses.
+
+    start: the digest of the weights that the run starts from, or "" for random weights.
     """
-    left_out = IN_TOKENS | IN_MACHINE
+    if bool(start) != bool(cfg.start):
+        raise ValueError(f"the digest of start={cfg.start!r} must be given if and only if there is a start")
+    left_out = IN_TOKENS | IN_MACHINE | IN_START
+    data = {**fingerprints, "tokens": tokens}
+    if start:
+        data["start"] = start
     fields: dict[str, Any] = {}
     for field in TrainConfig.model_fields:
         if TrainConfig.class_of(field) == "static" and field not in left_out:
@@ -63,7 +74,7 @@ def origin(
     fields["frozen"] = list(cfg.frozen)  # the tuple is converted to a list, because JSON has no tuples
     return {
         "fields": fields,
-        "data": {**fingerprints, "tokens": tokens},
+        "data": data,
         "versions": versions,
         "machine_class": machine,
     }

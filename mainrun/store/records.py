@@ -388,6 +388,7 @@ SUMMARY = {
     },
     "fingerprints?": table_of(text),
     "origin?": table,
+    "start?": optional({"source": any_text, "digest": text}),
     "tokenizer?": text,
     "weights?": text,
     "machine_class?": table,

@@ -444,15 +444,19 @@ def check_writable(out: Path) -> None:
 
 
 def check_same_data(run: RunDir, fingerprints: dict[str, Any]) -> None:
-    """Raise RunError if the corpus of a run has changed.
+    """Raise RunError if the corpus or the start of a run has changed.
 
-    fingerprints: the current fingerprints of the corpus, in the format of config.json.
+    fingerprints: the current hashes of the corpus and the start, in the format of config.json.
     """
     recorded = run.config_file()
     for name, current in fingerprints.items():
-        if recorded and recorded.get(name) != current:
-            got = f"the corpus of {run.path} has changed: its {name} differ from config.json"
-            raise RunError(f"{got}; restore the corpus, or use --fresh to start over")
+        if not recorded or recorded.get(name) == current:
+            continue
+        if name == "start":
+            got = f"the weights that {run.path} starts from have changed since the run began"
+            raise RunError(f"{got}; restore them, or use --fresh to start over")
+        got = f"the corpus of {run.path} has changed: its {name} differ from config.json"
+        raise RunError(f"{got}; restore the corpus, or use --fresh to start over")
 
 
 def check_same_config(run: RunDir, cfg: TrainConfig) -> None:

@@ -95,6 +95,7 @@ def rows(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     first = summaries[0]
     for other in summaries[1:]:
         _check_same_data(first, other)
+        _check_same_kind_of_start(first, other)
     return [_row(summary, first) for summary in summaries]
 
 
@@ -111,6 +112,22 @@ def _check_same_data(first: dict[str, Any], other: dict[str, Any]) -> None:
             f"{first['run']} and {other['run']} were scored on different data: {'; '.join(differences)}; "
             "compare runs of the same corpus, num_titles, shuffle and val_frac"
         )
+
+
+def _check_same_kind_of_start(first: dict[str, Any], other: dict[str, Any]) -> None:
+    """Raise RunError if only one of two runs started from random weights."""
+    sources = [_start_of(summary) for summary in (first, other)]
+    if sources.count("random weights") == 1:
+        raise RunError(
+            f"{first['run']} started from {sources[0]}, but {other['run']} from {sources[1]}; "
+            "compare runs from random weights only with each other"
+        )
+
+
+def _start_of(summary: dict[str, Any]) -> str:
+    """Return the source of the weights that a run started from."""
+    start = summary.get("start")
+    return start["source"] if start else "random weights"
 
 
 def _data_of(summary: dict[str, Any]) -> dict[str, str]:

@@ -35,6 +35,7 @@ from mainrun.plan.ops import Schedule
 from mainrun.plan.optimizers import state_tensors
 from mainrun.plan.plan import Plan, StepInputs
 from mainrun.run.resume import check_spans
+from mainrun.run.summary import describe_start
 from mainrun.train import GPT, State, TrainStep, build, compute_loss, set_up
 
 PROBE_STEPS = 3  # the number of steps to measure; the estimate uses their median time
@@ -49,12 +50,16 @@ def estimate(cfg: TrainConfig, probe: bool = False, store: bool = False) -> dict
 
     store: whether the run saves states in a store.
     """
-    _, device, _, data, plan = set_up(cfg)
+    setup = set_up(cfg)
+    device = setup.device
+    data = setup.data
+    plan = setup.plan
     check_spans(cfg, data)
     vocab_size = data.tokenizer.vocab_size
     segments = segment_costs(plan, vocab_size)
     flops = sum(segment["flops"] for segment in segments)
     cost: dict[str, Any] = {
+        "start": describe_start(setup),
         "params": segments[-1]["params"],
         "flops": flops,
         "memory": estimate_memory(plan, device, vocab_size, store),

@@ -221,6 +221,7 @@ def _train_one(cfg: TrainConfig, options: TrainOptions, label: str, keep: list[i
     if not options.fresh and (run.path / "summary.json").is_file():
         check_same_config(run, cfg)
         _check_titles(run, cfg)
+        _check_start(run, cfg)
         return compare.load_summary(run)
     progress = make_progress(options.quiet)
     if label:
@@ -275,6 +276,20 @@ def _check_titles(run: RunDir, cfg: TrainConfig) -> None:
     except UsageError:
         return
     check_same_data(run, {"fingerprints": fingerprints})
+
+
+def _check_start(run: RunDir, cfg: TrainConfig) -> None:
+    """Raise RunError if the start of a finished run has changed. A deleted start is accepted."""
+    if not cfg.start:
+        return
+    from mainrun.interop.start import start_digest
+    from mainrun.store.rundir import check_same_data
+
+    try:
+        digest = start_digest(cfg)
+    except UsageError:
+        return
+    check_same_data(run, {"start": digest})
 
 
 def _report(configs: list[TrainConfig], results: Results, out: Path, as_json: bool, quiet: bool) -> None:
@@ -356,6 +371,8 @@ def _estimate_rows(cost: dict[str, Any]) -> Iterator[tuple[str, str]]:
     from mainrun.run.progress import clock, short
 
     yield "parameters", f"{cost['params']:,}"
+    if cost["start"]:
+        yield "start", f"{cost['start']['source']} ({cost['start']['digest'][:12]})"
     yield "FLOPs", f"{cost['flops']:.3g}"
     if "routing" in cost:
         yield "layers", cost["routing"]["letters"]

@@ -510,6 +510,8 @@ def _mixed_data(runs: Sequence[Run], studies: Sequence[Study]) -> list[str]:
     for name in SAME:
         advice = "report only runs with the same titles and splits together"
         faults += _unequal(f"{name} fingerprint", tables, partial(_digest, name=name), advice)
+    advice = "report runs from random weights only with each other"
+    faults += _unequal("kind of start", tables, _kind_of_start, advice)
     advice = (
         "train the runs again with the same --set official_geometry=ROWSxTOKENS "
         "(mainrun reads the steps from the store)"
@@ -525,6 +527,12 @@ def _digest(table: Mapping[str, Any], name: str) -> str | None:
     if fingerprints is None:
         return None
     return str(fingerprints)[:12]
+
+
+def _kind_of_start(table: Mapping[str, Any]) -> str | None:
+    if "start" not in table:
+        return None
+    return "random weights" if table["start"] is None else "weights"
 
 
 def _geometry(table: Mapping[str, Any]) -> str | None:
