@@ -367,6 +367,7 @@ class TrainConfig(BaseModel):
         self._check_heads()
         self._check_layers()
         self._check_pattern()
+        self._check_low_rank()
         self._check_batch()
         self._check_regularisation()
         self._check_warmup()
@@ -436,6 +437,27 @@ class TrainConfig(BaseModel):
                     f"{got} puts S in layer {layer} after {letters[layer - 1]!r} (layers: {letters}); "
                     "put a D before each S, because S measures the change made by the preceding D block"
                 )
+
+    def _check_low_rank(self) -> None:
+        if self.mlp_lora_rank and self.experts:
+            raise ValueError(
+                f"mlp_lora_rank={self.mlp_lora_rank} cannot be combined with experts={self.experts}, because "
+                "experts have no low-rank terms; set one of them to 0"
+            )
+        if self.base_frozen and not self._has_adapters():
+            raise ValueError(
+                f"base_frozen=true with frozen={list(self.frozen)} leaves nothing to train; set "
+                "attn_lora_rank, mlp_lora_rank or embed_lora_rank, use a block_pattern with M, S or T, "
+                "unfreeze a layer that has one of these, or set base_frozen=false"
+            )
+
+    def _has_adapters(self) -> bool:
+        """Whether a part of the model trains if the base is frozen: a low-rank term or a router."""
+        if self.embed_lora_rank:
+            return True
+        if self.attn_lora_rank or self.mlp_lora_rank or self.experts:
+            return len(self.frozen) < self.n_layer
+        return any(layer not in self.frozen for layer in self.routed_layers)
 
     def _check_batch(self) -> None:
         if self.max_steps and self.growth.ops:
@@ -557,6 +579,11 @@ class TrainConfig(BaseModel):
     def routed_layers(self) -> tuple[int, ...]:
         """The layers whose blocks have a router."""
         return tuple(layer for layer, letter in enumerate(self.letters) if letter != "D")
+
+    @property
+    def has_low_rank(self) -> bool:
+        """Whether the model has low-rank terms."""
+        return bool(self.attn_lora_rank or self.mlp_lora_rank or self.embed_lora_rank)
 
     @property
     def prior_width(self) -> int:

@@ -34,6 +34,7 @@ from mainrun.core.dropout import Masks, dropout_sites
 from mainrun.core.kernels import attend, cross_entropy, gelu, linear
 from mainrun.core.layers import Context, Linear, RMSNorm, cast, make_norm, rope_table, rotate
 from mainrun.core.optimizers import Optimizers
+from mainrun.core.parameters import is_base, saved_parameters
 from mainrun.core.pending_losses import PendingLosses, StepRow
 from mainrun.core.routing import Router, RoutingInfo, combine, count_numbers, numbers_of, selected_shares
 from mainrun.data import scoring
@@ -228,14 +229,13 @@ class GPT(nn.Module):
             cos, sin = rope_table(cfg.block_size, cfg.head_width, cfg.rope_theta)
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
-        if cfg.attn_lora_rank or cfg.embed_lora_rank:
+        if cfg.has_low_rank:
             from mainrun.core.lora import add_low_rank
 
             add_low_rank(self, cfg)
         self.init_weights()
         self.add_routers()
-        for i in cfg.frozen:
-            self.blocks[i].requires_grad_(False)
+        self.freeze()
 
     def init_weights(self) -> None:
         """Set the initial values of all weights."""
@@ -260,6 +260,15 @@ class GPT(nn.Module):
         for layer in self.cfg.routed_layers:
             self.blocks[layer].router = Router(self.cfg, self.cfg.letters[layer])
         self.register_buffer("sharpness", torch.tensor(self.cfg.sharpness), persistent=False)
+
+    def freeze(self) -> None:
+        """Turn off the gradients of all parameters that the config freezes."""
+        for layer in self.cfg.frozen:
+            self.blocks[layer].requires_grad_(False)
+        if self.cfg.base_frozen:
+            for name, p in self.named_parameters():
+                if is_base(name):
+                    p.requires_grad_(False)
 
     def set_inputs(self, inputs: StepInputs, attention: str) -> None:
         """Set all values of a step that the model depends on."""
@@ -447,8 +456,9 @@ class State:
         self.generation += 1
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return a dict of all tensors. The names begin with model/, optimizer/ or average/."""
-        tensors: dict[str, Tensor] = {f"model/{name}": p for name, p in self.model.named_parameters()}
+        """Return a dict of all tensors to save. The names begin with model/, optimizer/ or average/."""
+        saved = saved_parameters(self.cfg, self.model)
+        tensors: dict[str, Tensor] = {f"model/{name}": p for name, p in saved.items()}
         tensors |= self.optimizers.state()
         if self.average.differs:
             tensors |= {f"average/{name}": t for name, t in self.average.shadow.items()}
@@ -456,7 +466,7 @@ class State:
 
     def load(self, tensors: dict[str, Tensor], step: int, tokens: int) -> None:
         """Load saved tensors whose names and shapes match this model."""
-        copy_tensors("model", tensors, dict(self.model.named_parameters()))
+        copy_tensors("model", tensors, dict(saved_parameters(self.cfg, self.model)))
         self.average.load(tensors)
         self.optimizers.load({name: t for name, t in tensors.items() if name.startswith("optimizer/")})
         self.step = step
@@ -465,7 +475,7 @@ class State:
 
 
 # the values of a step that the gradients do not depend on, or only through a buffer
-RATES = ("lr", "lr_aux", "lr_prior", "lr_router", "lr_student", "weight_decay")
+RATES = ("lr", "lr_aux", "lr_lora", "lr_prior", "lr_router", "lr_student", "weight_decay")
 OUTSIDE_GRADIENTS: dict[str, Any] = dict.fromkeys((*RATES, "average", "sharpness"), 0.0)
 
 

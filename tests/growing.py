@@ -29,7 +29,7 @@ MODERN: dict[str, Any] = {
     "value_residual": True, "tie_head": False, "softcap": 4.0, "n_kv_head": 1,
 }  # fmt: skip
 
-architectures = st.fixed_dictionaries(
+any_fields = st.fixed_dictionaries(
     {
         "norm": st.sampled_from(["layernorm", "rmsnorm"]),
         "position": st.sampled_from(["learned", "rope"]),
@@ -41,11 +41,16 @@ architectures = st.fixed_dictionaries(
         "n_layer": st.integers(1, 2),
         "experts": st.sampled_from([0, 3]),
         "attn_lora_rank": st.sampled_from([0, 2]),
+        "mlp_lora_rank": st.sampled_from([0, 2]),
         "embed_lora_rank": st.sampled_from([0, 2]),
         "lora_alpha": st.just(2.0),
         **dict.fromkeys(["bias", "qk_norm", "attn_gate", "value_residual", "tie_head"], st.booleans()),
     }
 )
+
+
+# experts have no low-rank terms
+architectures = any_fields.filter(lambda fields: not (fields["experts"] and fields["mlp_lora_rank"]))
 
 
 def config(**changes: Any) -> TrainConfig:

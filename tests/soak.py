@@ -208,6 +208,7 @@ OPS: tuple[dict[str, Any], ...] = (
     {"name": "add_heads", "value": 4},
     {"name": "upcycle_moe", "value": {"experts": 3, "top_k": 2}},
     {"name": "set_attn_lora_rank", "value": 2},
+    {"name": "set_mlp_lora_rank", "value": 2},
     {"name": "set_embedding_lora_rank", "value": 2},
     {"name": "merge_lora_weights"},
     {"name": "freeze_layer", "value": [0]},
@@ -287,6 +288,7 @@ def draw_feature(chance: random.Random, name: str, folder: Path) -> dict[str, An
         "low rank": [
             {"attn_lora_rank": 2, "embed_lora_rank": 2, "lora_alpha": 2.0},
             {"attn_lora_rank": 2, "frozen": [0]},
+            {"mlp_lora_rank": 2, "lr_lora": 0.01},
         ],
         "dropout": [
             {"dropout": 0.1},

@@ -51,9 +51,13 @@ OTHER: dict[str, Any] = {
     "block_pattern": "DSM", "capacity": 0.25, "gate": "straight", "route": "student", "prior_factor": 0.125,
     "sharpness": 0.5, "sharpness_end": 3.0, "prior_loss": 0.1, "student_loss": 0.02, "router_loss": 0.02,
     "router_z_loss": 0.001, "lr_router": 0.01, "lr_prior": 0.02, "lr_student": 0.03,
-    "mlp_lora_rank": 8, "lr_lora": 0.04, "documents": True, "shard": True,
+    "mlp_lora_rank": 8, "documents": True, "shard": True,
 }  # fmt: skip
-NEEDS = {"rdrop": {"rdrop": 0.5, "dropout": 0.1}}  # fields that need another field
+NEEDS = {  # fields that need another field
+    "rdrop": {"rdrop": 0.5, "dropout": 0.1},
+    "lr_lora": {"lr_lora": 0.04, "mlp_lora_rank": 8},
+    "base_frozen": {"base_frozen": True, "attn_lora_rank": 8},
+}
 
 
 def default(**changes: Any) -> TrainConfig:

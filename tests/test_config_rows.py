@@ -141,6 +141,7 @@ CHOICES: list[tuple[str, str, Any, list[Any]]] = [  # field, class, default, all
 OTHERS: list[tuple[str, str, Any]] = [
     ("preset", "inert", "custom"),
     ("corpus", "static", "synthetic"),
+    ("base_frozen", "static", False),
     ("frozen", "static", ()),
     ("block_pattern", "static", "D"),
     ("growth", "scheduled", {"version": 2, "ops": []}),
@@ -596,7 +597,7 @@ def test_the_inputs_of_a_step() -> None:
         "lr": 0.5, "lr_aux": 0.5, "weight_decay": 0.25, "dropout": 0.5, "attn_dropout": 0.5,
         "resid_dropout": 0.5, "batch_size": 2,
         "grad_accum": 2, "rdrop": 0.75, "label_smoothing": 0.125, "average": 1.0,
-        **dict.fromkeys(ROUTED, 0.0),
+        **dict.fromkeys(ROUTED, 0.0), "lr_lora": 0.0,
     }  # fmt: skip
 
 

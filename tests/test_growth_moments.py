@@ -37,7 +37,7 @@ ADAMW: dict[str, Any] = {"optimizer": "adamw"}
 
 def upcycle_to_all_experts(cfg: TrainConfig, **value: Any) -> Op | None:
     """Return an op whose zero router chooses all experts, so the gradient is evenly split among them."""
-    if cfg.experts:
+    if cfg.experts or cfg.mlp_lora_rank:
         return None
     return op(
         "upcycle_moe", {"experts": 4, "top_k": 4, "router": "zero"} | value, optimizer=Transfer("asymmetric")
@@ -54,8 +54,9 @@ OPS = {
     "shards of experts": lambda c: upcycle_to_all_experts(c, shards=2),
     "experts, softmax weights": lambda c: upcycle_to_all_experts(c, shards=2, router_weights="softmax"),
     "rank": lambda c: op("set_attn_lora_rank", c.attn_lora_rank + 2),
+    "rank in the MLPs": lambda c: None if c.experts else op("set_mlp_lora_rank", c.mlp_lora_rank + 2),
     "rank of the embedding": lambda c: op("set_embedding_lora_rank", c.embed_lora_rank + 2),
-    "merge": lambda c: op("merge_lora_weights") if c.attn_lora_rank or c.embed_lora_rank else None,
+    "merge": lambda c: op("merge_lora_weights") if c.has_low_rank else None,
     "ids": lambda c: op("resize_vocabulary", 500),
     "layers": lambda c: op("stack_layers", (*range(c.n_layer), 0), init="identity"),
 }
@@ -109,6 +110,10 @@ WIDE = {
     "shared keys": (
         {"n_head": 4, "n_kv_head": 2, "position": "rope", "tie_head": True, "mlp": "relu2"},
         {"factor": 2, "kv": "keep"},
+    ),
+    "low rank everywhere": (
+        {"attn_lora_rank": 2, "mlp_lora_rank": 3, "embed_lora_rank": 2, "mlp": "swiglu", "tie_head": False},
+        {"factor": 2},
     ),
     "experts and low rank": (
         {"experts": 4, "attn_lora_rank": 2, "embed_lora_rank": 2, "lora_alpha": 2.0, "tie_head": False},

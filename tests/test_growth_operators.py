@@ -78,10 +78,13 @@ EXACT: dict[str, MakeOp] = {
         for k in (2, 3, 4)
     },
     "low rank, or a higher one, in attention": lambda c: op("set_attn_lora_rank", c.attn_lora_rank + 3),
+    "low rank, or a higher one, in the MLPs": lambda c: (
+        None if c.experts else op("set_mlp_lora_rank", c.mlp_lora_rank + 3)
+    ),
     "low rank, or a higher one, of the embedding": lambda c: op(
         "set_embedding_lora_rank", c.embed_lora_rank + 3
     ),
-    "merged low rank": lambda c: op("merge_lora_weights") if c.attn_lora_rank or c.embed_lora_rank else None,
+    "merged low rank": lambda c: op("merge_lora_weights") if c.has_low_rank else None,
     "more ids": lambda c: op("resize_vocabulary", c.vocab_size + 5),
 }
 BIT_EXACT: dict[str, MakeOp] = {
@@ -113,9 +116,11 @@ BIT_EXACT: dict[str, MakeOp] = {
 
 
 def op_for(case: MakeOp, fields: dict[str, Any]) -> Op:
-    what = case(config(**fields))
+    cfg = config(**fields)
+    what = case(cfg)
     assume(what is not None)
     assert what is not None
+    assume(what.name != "upcycle_moe" or not cfg.mlp_lora_rank)
     if what.name == "upcycle_moe" and what.value["router"] == "zero":
         what = replace(what, optimizer=ASYMMETRIC)
     return what
@@ -160,7 +165,7 @@ def test_the_spaces_of_every_parameter_match_its_shape(fields: dict[str, Any]) -
     sizes = {
         "D": 8, "V": V, "T": T, "H": 4, "Q": 4 * cfg.head_width, "K": cfg.kv_heads * cfg.head_width,
         "h": cfg.head_width,
-        "F": 12, "E": cfg.experts, "R": cfg.attn_lora_rank, "S": cfg.embed_lora_rank,
+        "F": 12, "E": cfg.experts, "R": cfg.attn_lora_rank, "L": cfg.mlp_lora_rank, "S": cfg.embed_lora_rank,
     }  # fmt: skip
     for name, p in shaken(cfg).named_parameters():
         assert tuple(p.shape) == tuple(sizes[s] for s in SPACES[part(name)]), name
@@ -197,11 +202,10 @@ def test_copied_layers_change_the_function() -> None:
 
 def test_an_identity_layer_ends_in_zeros_and_gets_gradients() -> None:
     """Output weights of zero get gradients at once. The tensors before them get gradients a step later."""
-    model = shaken(config(bias=True, attn_lora_rank=2))
+    model = shaken(config(bias=True, attn_lora_rank=2, mlp_lora_rank=2))
     new, _ = grown(model, op("stack_layers", (0, 1, 1), init="identity"))
     old, new_weights = weights(model), weights(new)
-    parts = ("attn.o.weight", "attn.o.bias", "attn.o.lora_b", "mlp.down.weight", "mlp.down.bias")
-    ends = {f"blocks.2.{part}" for part in parts}
+    ends = {f"blocks.2.{branch}.{kind}" for branch in ("attn.o", "mlp.down") for kind in ("weight", "bias", "lora_b")}
     assert ends <= new_weights.keys() and not any(new_weights[n].any() for n in ends)
     assert all(
         torch.equal(w, old[n.replace("blocks.2", "blocks.1")])
@@ -209,7 +213,7 @@ def test_an_identity_layer_ends_in_zeros_and_gets_gradients() -> None:
         if n.startswith("blocks.2.") and n not in ends
     )
     gradients(new, 1)
-    assert all(new.get_parameter(n).grad.abs().max() > 0 for n in ends - {"blocks.2.attn.o.lora_b"})  # type: ignore[union-attr]
+    assert all(new.get_parameter(n).grad.abs().max() > 0 for n in ends)  # type: ignore[union-attr]
     steps(new, Optimizers(new.cfg, new), range(2))
     gradients(new, 1)
     assert all(
@@ -454,9 +458,10 @@ def test_shards_that_do_not_divide_and_noise_behind_a_random_router_are_refused(
 
 
 def test_a_lower_rank_is_the_nearest_product_and_reports_the_lost_share() -> None:
-    model = shaken(config(attn_lora_rank=4, embed_lora_rank=4))
+    model = shaken(config(attn_lora_rank=4, mlp_lora_rank=4, embed_lora_rank=4))
     for name, modules in (
         ("set_attn_lora_rank", [f"blocks.{i}.attn.{n}" for i in (0, 1) for n in "qkvo"]),
+        ("set_mlp_lora_rank", [f"blocks.{i}.mlp.{n}" for i in (0, 1) for n in ("up", "down")]),
         ("set_embedding_lora_rank", ["embed"]),
     ):
         new, moved = grown(model, op(name, 2))

@@ -109,7 +109,8 @@ SHAPES: dict[str, Any] = {
     "value_residual": [True, False],
     "tie_head": [True, False], "head_dim": [0, 6], "n_layer": [1, 3], "block_size": [4, 8], "experts": [0, 4],
     "top_k": [1, 2],
-    "router_weights": ["renormalised", "softmax"], "attn_lora_rank": [0, 3], "embed_lora_rank": [0, 2],
+    "router_weights": ["renormalised", "softmax"], "attn_lora_rank": [0, 3], "mlp_lora_rank": [0, 2],
+    "embed_lora_rank": [0, 2], "base_frozen": [False, True],
     "unused_ids": [0, 5],
     "frozen": [(), (0,)],
 }  # fmt: skip

@@ -363,6 +363,7 @@ def test_the_defaults_of_a_value_table() -> None:
         ("add_heads", 4, "", True),
         ("upcycle_moe", {"experts": 4}, "", True),
         ("set_attn_lora_rank", 4, "", True),
+        ("set_mlp_lora_rank", 4, "", True),
         ("set_embedding_lora_rank", 4, "", True),
         ("merge_lora_weights", None, "", True),
         ("freeze_layer", 0, "", True),
@@ -486,6 +487,7 @@ CHANGES: list[tuple[dict[str, Any], str, Any, dict[str, Any]]] = [
     ({"n_head": 4, "n_kv_head": 2}, "add_heads", 6, {"n_head": 6, "head_dim": 4}),
     ({}, "upcycle_moe", {"experts": 8, "top_k": 4, "shards": 2}, {"experts": 8, "top_k": 4, "d_ff": 32}),
     ({}, "set_attn_lora_rank", 3, {"attn_lora_rank": 3}),
+    ({}, "set_mlp_lora_rank", 3, {"mlp_lora_rank": 3}),
     ({}, "set_embedding_lora_rank", 3, {"embed_lora_rank": 3}),
     ({"frozen": [1]}, "freeze_layer", 0, {"frozen": (0, 1)}),
     ({"frozen": [0, 1]}, "unfreeze_layer", [0], {"frozen": (1,)}),
@@ -535,10 +537,10 @@ def test_the_defaults_of_the_class_op() -> None:
     assert (bare.optimizer, bare.lr) == (Transfer("auto", 0.0), Rates(0, 1.0, "none"))
 
 
-def test_a_merge_sets_both_ranks_to_zero() -> None:
-    now = after(one("merge_lora_weights"), config(attn_lora_rank=2, embed_lora_rank=3))
-    assert (now.attn_lora_rank, now.embed_lora_rank) == (0, 0)
-    for ranks in ({"attn_lora_rank": 2}, {"embed_lora_rank": 3}):
+def test_a_merge_sets_all_ranks_to_zero() -> None:
+    now = after(one("merge_lora_weights"), config(attn_lora_rank=2, mlp_lora_rank=4, embed_lora_rank=3))
+    assert (now.attn_lora_rank, now.mlp_lora_rank, now.embed_lora_rank) == (0, 0, 0)
+    for ranks in ({"attn_lora_rank": 2}, {"mlp_lora_rank": 4}, {"embed_lora_rank": 3}):
         assert walk(config(**ranks), [one("merge_lora_weights")])[1] == [], "one rank is enough"
 
 

@@ -49,6 +49,7 @@ EXACT: dict[str, tuple[Any, ...]] = {
     "twice as many heads": ("add_heads", 4),
     "experts behind a random router": ("upcycle_moe", {"experts": 4, "router_std": 0.5}),
     "low rank in attention": ("set_attn_lora_rank", 3),
+    "low rank in the MLPs": ("set_mlp_lora_rank", 3),
     "low rank of the embedding": ("set_embedding_lora_rank", 3),
     "more ids": ("resize_vocabulary", 405),
 }

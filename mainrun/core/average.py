@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mainrun.config import TrainConfig
+from mainrun.core.parameters import saved_parameters
 from mainrun.errors import RunError
 from mainrun.plan.plan import StepInputs
 
@@ -37,11 +38,12 @@ def copy_tensors(prefix: str, saved: dict[str, Tensor], targets: dict[str, Tenso
 class Average:
     """The running average of a model's weights, if the config enables EMA or SWA.
 
-    `shadow` maps each parameter name to the parameter's average. Without EMA or SWA, `shadow` is empty.
+    `shadow` maps each parameter name to the parameter's average. Without EMA or SWA, `shadow` is empty. A
+    frozen base never changes, so it has no average.
     """
 
     def __init__(self, cfg: TrainConfig, model: nn.Module) -> None:
-        self.live = dict(model.named_parameters())
+        self.live = saved_parameters(cfg, model)
         self.on = bool(cfg.ema or cfg.swa)
         self.differs = False  # True if the average may differ from the weights
         self.shadow: dict[str, Tensor] = {}

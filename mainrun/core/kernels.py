@@ -58,11 +58,13 @@ class RootMeanSquare(torch.autograd.Function):
         return (wide * scale).mul_(gain).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
         x, gain, scale = ctx.saved_tensors
         wide = x.to(gain.dtype)
         grad = grads[0] * scale
-        gain_grad = (grad * wide).flatten(0, -2).sum(0)
+        gain_grad = None
+        if ctx.needs_input_grad[1]:
+            gain_grad = (grad * wide).flatten(0, -2).sum(0)
         grad = grad * gain
         projection = (grad * wide).sum(-1, keepdim=True) * (scale * scale / x.size(-1))
         return torch.addcmul(grad, wide, projection, value=-1).to(x.dtype), gain_grad
@@ -79,29 +81,35 @@ class AmxLinear(torch.autograd.Function):
     """F.linear with a faster computation of the weight gradient on processors with AMX.
 
     The weight gradient is a matrix product in which one operand must be transposed. If one operand is much
-    narrower than the other operand, the narrow operand is transposed before the product.
+    narrower than the other operand, the narrow operand is transposed before the product. A frozen weight has
+    no gradient, so its input is not kept for the backward pass.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        outputs, inputs = weight.shape
-        rows = x.flatten(0, -2)
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad
         grad = grads[0].flatten(0, -2)
-        if outputs >= 4 * inputs:
-            weight_grad = transposed(transposed(rows) @ grad)
-        elif inputs >= 4 * outputs:
-            weight_grad = transposed(grad) @ rows
-        else:
-            weight_grad = grad.t() @ rows
-        bias_grad = grad.sum(0) if ctx.has_bias else None
-        return grads[0] @ weight, weight_grad, bias_grad
+        input_grad = grads[0] @ weight if needs_input else None
+        weight_grad = weight_gradient(x.flatten(0, -2), grad) if needs_weight else None
+        bias_grad = grad.sum(0) if needs_bias else None
+        return input_grad, weight_grad, bias_grad
+
+
+def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
+    """Return grad.t() @ x, the gradient of a weight, for an input and an output gradient with N rows."""
+    inputs = x.size(1)
+    outputs = grad.size(1)
+    if outputs >= 4 * inputs:
+        return transposed(transposed(x) @ grad)
+    if inputs >= 4 * outputs:
+        return transposed(grad) @ x
+    return grad.t() @ x
 
 
 def transposed(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Low-rank adaptation (LoRA): layers whose effective weight is W + (alpha / rank) B A.
 
 A is initialized with random numbers and B with zeros, so a new layer gives the same output as a layer with
-the weight W. The matrices W, A and B are all trained.
+the weight W. A and B are always trained. W is trained too, unless the config sets `base_frozen`.
 """
 
 from __future__ import annotations
@@ -56,14 +56,23 @@ class LowRankEmbedding(LowRank, nn.Embedding):
 
 
 def add_low_rank(model: Any, cfg: TrainConfig) -> None:
-    """Replace the attention projections and the embedding with low-rank layers if the config sets a rank."""
-    if cfg.attn_lora_rank:
-        for block in model.blocks:
-            for name in "qkvo":
-                plain = getattr(block.attn, name)
-                layer = LowRankLinear(plain.in_features, plain.out_features, bias=plain.bias is not None)
-                layer.add(cfg.attn_lora_rank, cfg.lora_alpha)
-                setattr(block.attn, name, layer)
+    """Replace the layers for which the config sets a rank with low-rank layers."""
+    for block in model.blocks:
+        if cfg.attn_lora_rank:
+            _replace_layers(block.attn, ("q", "k", "v", "o"), cfg.attn_lora_rank, cfg.lora_alpha)
+        if cfg.mlp_lora_rank:
+            _replace_layers(block.mlp, ("gate", "up", "down"), cfg.mlp_lora_rank, cfg.lora_alpha)
     if cfg.embed_lora_rank:
         model.embed = LowRankEmbedding(*model.embed.weight.shape)
         model.embed.add(cfg.embed_lora_rank, cfg.lora_alpha)
+
+
+def _replace_layers(module: nn.Module, names: tuple[str, ...], rank: int, alpha: float) -> None:
+    """Replace linear layers of a module with low-rank layers."""
+    for name in names:
+        plain = getattr(module, name)
+        if plain is None:  # only a swiglu MLP has a gate
+            continue
+        layer = LowRankLinear(plain.in_features, plain.out_features, bias=plain.bias is not None)
+        layer.add(rank, alpha)
+        setattr(module, name, layer)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mainrun.config import TrainConfig
+from mainrun.core.parameters import is_low_rank
 from mainrun.plan.optimizers import OPTIMIZERS
 from mainrun.plan.plan import StepInputs
 
@@ -143,6 +144,13 @@ def router_rate(name: str) -> str:
     return "lr_router"
 
 
+def special_rate(cfg: TrainConfig, name: str) -> str:
+    """Return the field of StepInputs with the separate learning rate of a parameter, or "" if it has none."""
+    if is_low_rank(name):
+        return "lr_lora" if cfg.lr_lora else ""
+    return router_rate(name)
+
+
 class Optimizers:
     """All optimizers of a model.
 
@@ -182,17 +190,20 @@ class Optimizers:
         if not others:
             return [MAKERS[cfg.optimizer](inner + outer, cfg)]
         optimizers = [MAKERS[cfg.optimizer](inner, cfg)] if inner else []
-        return [*optimizers, MAKERS[others](outer, cfg)]
+        if outer:  # with `base_frozen`, all trained parameters may be matrices inside blocks
+            optimizers.append(MAKERS[others](outer, cfg))
+        return optimizers
 
     def _grouped(self, cfg: TrainConfig, params: Iterable[Tensor], rate: str, decays: bool) -> list[Group]:
         """Return one parameter group for each learning rate and schedule.
 
-        A router's parameters have separate learning rates. A run without growth operations has one schedule.
+        Routers and low-rank terms may have separate learning rates. A run without growth operations has one
+        schedule.
         """
         by_kind: dict[tuple[str, ParamSchedule], list[Tensor]] = {}
         for p in params:
             name = self.names[p]
-            kind = (router_rate(name) or rate, self.schedules.get(name, DEFAULT_SCHEDULE))
+            kind = (special_rate(cfg, name) or rate, self.schedules.get(name, DEFAULT_SCHEDULE))
             by_kind.setdefault(kind, []).append(p)
         groups = []
         for (kind_rate, schedule), members in by_kind.items():

@@ -22,6 +22,7 @@ from mainrun.config import TrainConfig
 from mainrun.core.device import Device
 from mainrun.core.hardware import release_free_memory
 from mainrun.core.optimizers import Optimizers
+from mainrun.core.parameters import saved_parameters
 from mainrun.errors import UsageError
 from mainrun.growth.moments import IndexMap, param_schedules, transfer
 from mainrun.growth.operators import empty_model, grow, map_parameters, meta_model
@@ -362,7 +363,8 @@ class Growth:
         if state.average.differs:
             with state.average.applied():
                 # with the same seed, the average gets the same random numbers as the weights
-                average = dict(grow(op, before, after, old, op.seed)[0].named_parameters())
+                grown_average = grow(op, before, after, old, op.seed)[0]
+            average = dict(saved_parameters(after, grown_average))
         schedules = param_schedules(state.optimizers.schedules, moved, op, state.step)
         optimizers = Optimizers(after, new, schedules)
         coverage = transfer(state.optimizers.state(), moved, op.optimizer.mode, dry=True)[1]

@@ -24,8 +24,9 @@ from mainrun.train import GPT
 
 # Each letter names a space: D = model width, V = vocabulary, T = positions, H = heads, F = hidden units,
 # h = channels of one head, Q = channels of all query heads, K = channels of all key or all value heads,
-# E = experts, R = rank of low-rank terms in attention, S = rank of the low-rank term of the embedding,
-# P = hidden units of a predictor of surprise, Z = the single output of a linear score.
+# E = experts, R = rank of low-rank terms in attention, L = rank of low-rank terms in MLPs, S = rank of the
+# low-rank term of the embedding, P = hidden units of a predictor of surprise, Z = the single output of a linear
+# score.
 SPACES = {
     "embed.weight": "VD", "embed.lora_a": "SD", "embed.lora_b": "VS",
     "positions.weight": "TD", "head.weight": "VD",
@@ -34,8 +35,10 @@ SPACES = {
     "attn.v.weight": "KD", "attn.v.lora_a": "RD", "attn.v.lora_b": "KR", "attn.v.bias": "K",
     "attn.o.weight": "DQ", "attn.o.lora_a": "RQ", "attn.o.lora_b": "DR", "attn.o.bias": "D",
     "attn.gate.weight": "HD", "attn.q_norm.weight": "h", "attn.k_norm.weight": "h", "attn.first_share": "",
-    "mlp.up.weight": "FD", "mlp.up.bias": "F", "mlp.gate.weight": "FD", "mlp.gate.bias": "F",
-    "mlp.down.weight": "DF", "mlp.down.bias": "D", "mlp.router.weight": "ED",
+    "mlp.up.weight": "FD", "mlp.up.lora_a": "LD", "mlp.up.lora_b": "FL", "mlp.up.bias": "F",
+    "mlp.gate.weight": "FD", "mlp.gate.lora_a": "LD", "mlp.gate.lora_b": "FL", "mlp.gate.bias": "F",
+    "mlp.down.weight": "DF", "mlp.down.lora_a": "LF", "mlp.down.lora_b": "DL", "mlp.down.bias": "D",
+    "mlp.router.weight": "ED",
     "attn_scale": "D", "mlp_scale": "D",
     "router.score.weight": "ZD", "router.now.weight": "ZD", "router.before.weight": "ZD", "router.bias": "Z",
     "router.o_ce": "", "router.m_cu": "", "router.prior_norm.weight": "D",
@@ -176,7 +179,14 @@ def empty_model(model: GPT, cfg: TrainConfig) -> GPT:
 # -- depth
 
 # the output parameters of the two residual branches of a block
-BRANCH_ENDS = ("attn.o.weight", "attn.o.bias", "attn.o.lora_b", "mlp.down.weight", "mlp.down.bias")
+BRANCH_ENDS = (
+    "attn.o.weight",
+    "attn.o.bias",
+    "attn.o.lora_b",
+    "mlp.down.weight",
+    "mlp.down.bias",
+    "mlp.down.lora_b",
+)
 
 
 def stack_layers(change: Change) -> Pieces:
@@ -214,7 +224,8 @@ def widen_mlp(change: Change) -> Pieces:
     """Add hidden units to each MLP.
 
     With init=copy, the new units are copies of random units. With init=identity, the input weights of new
-    units are random, and the output weights of new units are zero.
+    units are random, and the output weights of new units are zero. The low-rank terms of a unit are copied
+    together with the weights of the unit.
     """
     old = change.before.ff_width
     new = change.after.ff_width
@@ -232,9 +243,12 @@ def widen_mlp(change: Change) -> Pieces:
         else:
             units, share = _copied_units(old, new, change.generator)
         mlp = name.removesuffix("up.weight")
-        mapped = {f"{mlp}down.weight": Piece(f"{mlp}down.weight", (None, units), weight=share)}
+        mapped: Pieces = {}
+        for matrix in (f"{mlp}down.weight", f"{mlp}down.lora_a"):
+            mapped[matrix] = Piece(matrix, (None, units), weight=share)
         for side in (f"{mlp}up", f"{mlp}gate"):
-            mapped[f"{side}.weight"] = Piece(f"{side}.weight", (units, None), grad=share.unsqueeze(1))
+            for matrix in (f"{side}.weight", f"{side}.lora_b"):
+                mapped[matrix] = Piece(matrix, (units, None), grad=share.unsqueeze(1))
             mapped[f"{side}.bias"] = Piece(f"{side}.bias", (units,), grad=share)
         for mapped_name, piece in mapped.items():
             if mapped_name in change.new:
@@ -480,6 +494,10 @@ def set_attn_lora_rank(change: Change) -> Pieces:
     return _set_rank(change, "attn.", change.before.attn_lora_rank, change.after.attn_lora_rank)
 
 
+def set_mlp_lora_rank(change: Change) -> Pieces:
+    return _set_rank(change, "mlp.", change.before.mlp_lora_rank, change.after.mlp_lora_rank)
+
+
 def set_embedding_lora_rank(change: Change) -> Pieces:
     return _set_rank(change, "embed.", change.before.embed_lora_rank, change.after.embed_lora_rank)
 
@@ -572,6 +590,7 @@ OPS: dict[str, Callable[[Change], Pieces]] = {
     "add_heads": add_heads,
     "upcycle_moe": upcycle_moe,
     "set_attn_lora_rank": set_attn_lora_rank,
+    "set_mlp_lora_rank": set_mlp_lora_rank,
     "set_embedding_lora_rank": set_embedding_lora_rank,
     "merge_lora_weights": merge_lora_weights,
     "freeze_layer": unchanged,

@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from mainrun.config import from_dict
 from mainrun.core.optimizers import Optimizers, ParamSchedule
+from mainrun.core.parameters import is_base
 from mainrun.plan.ops import Op
 from mainrun.plan.plan import Plan
 from mainrun.store.rundir import RowLog
-from mainrun.train import State
+from mainrun.train import GPT, State
 
 Row = dict[str, Any]
 FIGURES = ("params", "active", "flops")  # growth adds these fields to each row of scores
@@ -61,8 +63,19 @@ def rebuild_model(state: State, growth: dict[str, Any]) -> None:
 
     cfg = from_dict(growth["config"])
     model = empty_model(state.model, cfg)
+    if cfg.base_frozen:
+        copy_base(state.model, model)
     schedules = {name: ParamSchedule(*values) for name, values in growth["marks"].items()}
     state.replace_model(cfg, model, Optimizers(cfg, model, schedules))
+
+
+def copy_base(old: GPT, new: GPT) -> None:
+    """Copy the base of a model, which no saved state contains if the base is frozen."""
+    base = {name: p for name, p in old.named_parameters() if is_base(name)}
+    with torch.no_grad():
+        for name, p in new.named_parameters():
+            if is_base(name):
+                p.copy_(base[name])
 
 
 class Controller(Protocol):

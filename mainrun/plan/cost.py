@@ -28,8 +28,9 @@ class _Block(NamedTuple):
     attention: int  # attention matrices, including low-rank terms
     router: int
     vectors: int  # biases, norms and gains outside the MLPs
-    expert: int  # the matrices of one MLP
+    expert: int  # the matrices of one MLP, including low-rank terms
     expert_bias: int
+    low_rank: int  # the low-rank terms in attention and in the MLP
     experts: int  # number of MLPs in the block
     used: int  # number of MLPs that process each token
 
@@ -75,7 +76,12 @@ def size(cfg: TrainConfig) -> Size:
     params = cfg.n_layer * block.params + sum(routers) + outside
     trained = params - frozen
 
-    hidden_matrices = (cfg.n_layer - len(cfg.frozen)) * block.hidden_matrices
+    trained_layers = cfg.n_layer - len(cfg.frozen)
+    hidden_matrices = trained_layers * block.hidden_matrices
+    if cfg.base_frozen:
+        hidden_matrices = trained_layers * block.low_rank
+        trained_routers = sum(routers) - sum(routers[layer] for layer in cfg.frozen)
+        trained = hidden_matrices + trained_layers * block.router + trained_routers + embed_lora
     return Size(
         params=params,
         active=params - cfg.n_layer * block.unused,
@@ -176,7 +182,8 @@ def _block(cfg: TrainConfig) -> _Block:
     kv = cfg.kv_heads * cfg.head_width  # width of the keys and of the values
 
     attention = d * (q + 2 * kv) + q * d
-    attention += cfg.attn_lora_rank * (2 * (d + q) + 2 * (d + kv))
+    attn_low_rank = cfg.attn_lora_rank * (2 * (d + q) + 2 * (d + kv))
+    attention += attn_low_rank
     if cfg.attn_gate:
         attention += d * cfg.n_head
 
@@ -191,13 +198,15 @@ def _block(cfg: TrainConfig) -> _Block:
         vectors += 2 * d
 
     up = 2 if cfg.mlp == "swiglu" else 1  # number of matrices from d_model to the hidden width
+    mlp_low_rank = cfg.mlp_lora_rank * (up + 1) * (d + cfg.ff_width)
     experts = max(1, cfg.experts)
     return _Block(
         attention=attention,
         router=d * cfg.experts,
         vectors=vectors,
-        expert=(up + 1) * d * cfg.ff_width,
+        expert=(up + 1) * d * cfg.ff_width + mlp_low_rank,
         expert_bias=(up * cfg.ff_width + d) * cfg.bias,
+        low_rank=attn_low_rank + mlp_low_rank,
         experts=experts,
         used=min(cfg.top_k, experts),
     )

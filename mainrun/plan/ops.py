@@ -159,7 +159,13 @@ class Config(Protocol):
     @property
     def attn_lora_rank(self) -> int: ...
     @property
+    def mlp_lora_rank(self) -> int: ...
+    @property
     def embed_lora_rank(self) -> int: ...
+    @property
+    def has_low_rank(self) -> bool: ...
+    @property
+    def base_frozen(self) -> bool: ...
     @property
     def frozen(self) -> tuple[int, ...]: ...
     @property
@@ -330,6 +336,11 @@ def _upcycle_moe(op: Op, cfg: Config, set_by: SetBy) -> Changes:
             f"the model already has {cfg.experts} experts{_origin(set_by, 'experts')}; "
             "remove this op, because only a dense model can be upcycled"
         )
+    if cfg.mlp_lora_rank:
+        raise ValueError(
+            f"mlp_lora_rank is {cfg.mlp_lora_rank}{_origin(set_by, 'mlp_lora_rank')}, but experts have no "
+            "low-rank terms; put merge_lora_weights before this op"
+        )
     if not isinstance(op.value, dict):
         raise ValueError(f"value={shown(op.value)} is not allowed; write {OPERATIONS[op.name].value.wanted}")
     weights = op.value.get("router_weights", cfg.router_weights)
@@ -395,17 +406,22 @@ def _set_rank(op: Op, cfg: Config, set_by: SetBy) -> Changes:
         if now:
             fix += ", or remove the low-rank weights with merge_lora_weights"
         raise ValueError(f"value={op.value} is not allowed; {fix}")
+    if field == "mlp_lora_rank" and cfg.experts:
+        raise ValueError(
+            f"the MLPs are experts{_origin(set_by, 'experts', 'after')}, and experts have no low-rank terms; "
+            "remove this op, or use set_attn_lora_rank"
+        )
     return {field: op.value}
 
 
 def _merge_lora_weights(op: Op, cfg: Config, set_by: SetBy) -> Changes:
-    if not cfg.attn_lora_rank and not cfg.embed_lora_rank:
+    if not cfg.has_low_rank:
         origin = _origin(set_by, "attn_lora_rank", "after")
         raise ValueError(
             f"there are no low-rank weights to merge{origin}; "
             "move this op after an op that sets a rank, or remove this op"
         )
-    return {"attn_lora_rank": 0, "embed_lora_rank": 0}
+    return {"attn_lora_rank": 0, "mlp_lora_rank": 0, "embed_lora_rank": 0}
 
 
 def _freeze_layer(op: Op, cfg: Config, set_by: SetBy) -> Changes:
@@ -559,11 +575,17 @@ class Operation:
     architecture: bool = True  # whether the operation changes the model itself
     guarantee: Callable[[Op, Config], Guarantee] = _exact  # called only if `architecture` is true
     init: str = ""  # default value of the key `init`; empty if the operation does not use this key
+    keeps_base: bool = False  # whether a model with `base_frozen` allows the operation
 
 
 def _training(field: str) -> Operation:
     """Return the row of an operation that sets one field of the config."""
     return Operation(_set_field, NumberValue(), field, architecture=False)
+
+
+def _rank(field: str) -> Operation:
+    """Return the row of an operation that sets the rank of low-rank terms."""
+    return Operation(_set_rank, WHOLE, field, guarantee=_guarantee_of_rank, keeps_base=True)
 
 
 def _keep_factor(value: Any) -> int | float | None:
@@ -626,11 +648,12 @@ OPERATIONS: dict[str, Operation] = {
     "widen_model": Operation(_widen_model, WIDTH),
     "add_heads": Operation(_add_heads, WHOLE),
     "upcycle_moe": Operation(_upcycle_moe, EXPERTS, guarantee=_guarantee_of_upcycling),
-    "set_attn_lora_rank": Operation(_set_rank, WHOLE, "attn_lora_rank", guarantee=_guarantee_of_rank),
-    "set_embedding_lora_rank": Operation(_set_rank, WHOLE, "embed_lora_rank", guarantee=_guarantee_of_rank),
+    "set_attn_lora_rank": _rank("attn_lora_rank"),
+    "set_mlp_lora_rank": _rank("mlp_lora_rank"),
+    "set_embedding_lora_rank": _rank("embed_lora_rank"),
     "merge_lora_weights": Operation(_merge_lora_weights, NoValue()),
-    "freeze_layer": Operation(_freeze_layer, ONE_LAYER, guarantee=_bitexact),
-    "unfreeze_layer": Operation(_unfreeze_layer, ONE_LAYER, guarantee=_bitexact),
+    "freeze_layer": Operation(_freeze_layer, ONE_LAYER, guarantee=_bitexact, keeps_base=True),
+    "unfreeze_layer": Operation(_unfreeze_layer, ONE_LAYER, guarantee=_bitexact, keeps_base=True),
     "resize_vocabulary": Operation(_resize_vocabulary, WHOLE),
 }
 NAMES = tuple(OPERATIONS)
@@ -690,6 +713,11 @@ def _changes(op: Op, cfg: Config, set_by: SetBy) -> Changes:
     if op.name in RELATIVE:
         raise ValueError(_old_relative_form(op, cfg, set_by))
     operation = OPERATIONS[op.name]
+    if cfg.base_frozen and operation.architecture and not operation.keeps_base:
+        raise ValueError(
+            f"{op.name} changes the base of the model, which base_frozen=true keeps unchanged; "
+            "remove the op, or set base_frozen=false"
+        )
     changes = operation.changes(op, cfg, set_by)
     if op.preserve:
         strongest = operation.guarantee(op, cfg)

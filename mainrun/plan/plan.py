@@ -42,6 +42,7 @@ class StepInputs(NamedTuple):
     lr_router: float
     lr_prior: float
     lr_student: float
+    lr_lora: float  # 0 unless the model has low-rank terms and the config sets a separate rate for them
 
 
 class Decision(NamedTuple):
@@ -295,6 +296,7 @@ class Plan:
             label_smoothing=cfg.label_smoothing,
             average=self.average(step),
             **self._routing(cfg, step, lr_factor),
+            lr_lora=cfg.lr_lora * lr_factor if cfg.has_low_rank else 0.0,
         )
 
     def _routing(self, cfg: TrainConfig, step: int, lr_factor: float) -> dict[str, float]:
@@ -428,9 +430,10 @@ class Plan:
         }
 
     def _shown(self, step: int) -> dict[str, float]:
-        """Return the scheduled values of a step, without the values of routed blocks that no block uses."""
+        """Return the scheduled values of a step, without values that no part of the model uses."""
         values = self.at(step)._asdict()
-        return {name: value for name, value in values.items() if value or name not in routing.INPUTS}
+        optional = {*routing.INPUTS, "lr_lora"}
+        return {name: value for name, value in values.items() if value or name not in optional}
 
 
 def _in_256ths(p: float) -> float:

@@ -27,6 +27,7 @@ from mainrun.core.device import Device
 from mainrun.core.dropout import dropout_sites
 from mainrun.core.kernels import CHUNK
 from mainrun.core.machine_class import compile_balance
+from mainrun.core.parameters import is_base
 from mainrun.data import scoring
 from mainrun.data.batches import Batches
 from mainrun.data.token_cache import TokenData
@@ -321,11 +322,14 @@ def _segment_memory(cfg: TrainConfig, device: Device, vocab_size: int, store: bo
         mask_bytes = sum(n for n, _ in dropout_sites(cfg, inputs, rows * cfg.passes, device.attention))
         pool = torch.empty(mask_bytes, dtype=torch.uint8) if mask_bytes else None
         _backward(model, torch.zeros(rows, cfg.block_size, dtype=torch.int64), inputs, pool)
-        persistent = _bytes([*state.tensors().values(), *moments, *state.average.shadow.values()])
+        saved = _bytes([*state.tensors().values(), *moments, *state.average.shadow.values()])
+        persistent = saved
+        if cfg.base_frozen:
+            persistent += _bytes(p for name, p in model.named_parameters() if is_base(name))
     peak = live.peak
     if store and device.torch_device.type == "cpu":
-        peak += persistent
-        persistent *= 2
+        peak += saved
+        persistent += saved
     gradients = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     if device.world > 1:
         peak += gradients  # add the buffers for exchanging gradients between processes

@@ -1,0 +1,28 @@
+"""The kinds of parameters that a model has: low-rank terms, routers, and the base, which is all the rest."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from mainrun.config import TrainConfig
+
+
+def is_low_rank(name: str) -> bool:
+    """Return whether a parameter is a factor of a low-rank term."""
+    return name.endswith((".lora_a", ".lora_b"))
+
+
+def is_base(name: str) -> bool:
+    """Return whether a parameter belongs to the base, which `base_frozen` keeps unchanged."""
+    return not is_low_rank(name) and ".router." not in name
+
+
+def saved_parameters(cfg: TrainConfig, model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that a saved state contains, by name.
+
+    A frozen base is not saved, because `build` creates the same base again.
+    """
+    parameters = dict(model.named_parameters())
+    if not cfg.base_frozen:
+        return parameters
+    return {name: p for name, p in parameters.items() if not is_base(name)}
