@@ -9,25 +9,30 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from exporting import QWEN, config, some_ids, trained
+from exporting import BASE_SIZE, QWEN, config, from_base, make_base, some_ids, trained
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mainrun.config import from_dict
 from mainrun.data.corpus import load_corpus
+from mainrun.data.foreign import permutation
 from mainrun.errors import RunError, UsageError
 from mainrun.interop import export as exporting
 from mainrun.interop import qwen2_export
+from mainrun.interop.adapter import Base, Term, adapter_config, find_base
 from mainrun.interop.export import export_run
 from mainrun.interop.names import checkpoint_name
-from mainrun.interop.routing_files import FIELDS, read_routing, read_routing_fields
+from mainrun.interop.routing_files import FIELDS, read_routing_fields
 from mainrun.interop.source import inexpressible
+from mainrun.plan.plan import Plan
 from mainrun.store.rundir import RunDir
 from mainrun.train import build
 from mainrun.ui.sample import load_model
@@ -230,19 +235,18 @@ def test_a_routed_run_exports_its_dense_backbone(run_with: Trained, exported: Ex
 
 
 @pytest.mark.parametrize("pattern", ["DM", "DS", "DT"])
-def test_routers_are_read_back(run_with: Trained, exported: Exported, pattern: str) -> None:
+def test_the_routers_are_beside_the_backbone(run_with: Trained, exported: Exported, pattern: str) -> None:
     changes = ROUTED | {"block_pattern": pattern}
     model, _ = load_model(run_with(**changes))
-    routing = read_routing(exported(**changes))
-    assert routing is not None
+    tensors = load_file(exported(**changes) / "routing.safetensors")
     expected = {name: p for name, p in model.named_parameters() if ".router." in name}
-    assert routing.tensors.keys() == expected.keys()
-    for name, tensor in routing.tensors.items():
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
         assert torch.equal(tensor, expected[name]), name
     cfg = model.cfg
     # the scores of S and T belong to the sharpness of the last step; M has none
     sharpness = cfg.sharpness if pattern == "DM" else cfg.sharpness_end
-    assert routing.fields == {
+    assert read_routing_fields(exported(**changes)) == {
         "block_pattern": cfg.letters,
         "capacity": 0.25,
         "gate": "straight",
@@ -253,27 +257,13 @@ def test_routers_are_read_back(run_with: Trained, exported: Exported, pattern: s
     }
 
 
-def test_the_imported_fields_and_routers_give_the_scored_model(run_with: Trained, exported: Exported) -> None:
-    from mainrun.plan.plan import Plan
-
-    changes = ROUTED | {"block_pattern": "DS"}
-    routing = read_routing(exported(**changes))
-    assert routing is not None
-    cfg = from_dict(QWEN | {"n_layer": 4} | routing.fields)
-    model = build(cfg, 400)
-    model.set_inputs(Plan(cfg, 10_000).at(0), "plain")
-    weights = load_file(exported(**changes) / "model.safetensors")
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            theirs = checkpoint_name(name)
-            p.copy_(weights[theirs] if theirs else routing.tensors[name])
-    idx = some_ids(400)
-    with torch.no_grad():
-        assert torch.equal(model.eval()(idx), our_logits(run_with(**changes), idx))
+def test_routers_stay_in_float32(run_with: Trained, exported: Exported, tmp_path: Path) -> None:
+    export_run(run_with(**ROUTED), tmp_path / "x", dtype="bfloat16")
+    name = "routing.safetensors"
+    assert (tmp_path / "x" / name).read_bytes() == (exported(**ROUTED) / name).read_bytes()
 
 
 def test_dense_exports_have_no_routing_files(exported: Exported) -> None:
-    assert read_routing(exported(**GQA)) is None
     assert read_routing_fields(exported(**GQA)) == {}
     assert not [file for file in exported(**GQA).iterdir() if "routing" in file.name]
 
@@ -296,24 +286,219 @@ def test_a_wrong_routing_json_is_refused(
     change(table)
     (folder / "routing.json").write_text(json.dumps(table))
     with pytest.raises(UsageError, match=message):
-        read_routing(folder)
+        read_routing_fields(folder)
 
 
 def test_damaged_routing_files_are_refused(exported: Exported, tmp_path: Path) -> None:
     folder = copy_of(exported(**ROUTED), tmp_path / "x")
-    (folder / "routing.safetensors").write_bytes(b"cut")
-    with pytest.raises(UsageError, match="not a valid safetensors file"):
-        read_routing(folder)
-    (folder / "routing.safetensors").write_bytes((exported(**GQA) / "model.safetensors").read_bytes())
-    with pytest.raises(UsageError, match="is no part of a router"):
-        read_routing(folder)
     (folder / "routing.json").write_text("{")
     with pytest.raises(UsageError, match="not valid JSON"):
-        read_routing(folder)
+        read_routing_fields(folder)
     (folder / "routing.json").unlink()
     with pytest.raises(UsageError, match=r"has routing\.safetensors but not the other"):
-        read_routing(folder)
-    assert set(FIELDS) <= set(QWEN) | {*type(config()).model_fields}
+        read_routing_fields(folder)
+    assert set(FIELDS) <= set(type(config()).model_fields)
+
+
+# -- in, out, in
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    out = tmp_path_factory.mktemp("bases")
+    return {"tied": make_base(out / "tied"), "untied": make_base(out / "untied", tied=False)}
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_a_checkpoint_goes_in_and_out_without_a_change(
+    bases: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    base = bases[kind]
+    # with a learning rate this small, no weight changes
+    run = trained(tmp_path / "runs", **from_base(base, tie_head=kind == "tied", lr=1e-30, max_steps=1))
+    export_run(run, tmp_path / "x")
+    before = load_file(base / "model.safetensors")
+    after = load_file(tmp_path / "x" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name
+    assert (tmp_path / "x" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    table = json.loads((tmp_path / "x" / "config.json").read_text())
+    vocabulary = json.loads((base / "tokenizer.json").read_text())["added_tokens"]
+    assert table["eos_token_id"] == vocabulary[0]["id"] and table["vocab_size"] == BASE_SIZE
+
+
+def test_an_export_goes_in_again(bases: dict[str, Path], tmp_path: Path) -> None:
+    first = trained(tmp_path / "runs", **from_base(bases["untied"], tie_head=False))
+    export_run(first, tmp_path / "x")
+    assert not torch.equal(
+        load_file(tmp_path / "x" / "model.safetensors")["lm_head.weight"],
+        load_file(bases["untied"] / "model.safetensors")["lm_head.weight"],
+    )
+    second = trained(tmp_path / "runs", **from_base(tmp_path / "x", tie_head=False, lr=1e-30, max_steps=1))
+    idx = some_ids(BASE_SIZE)
+    assert torch.equal(our_logits(second, idx), our_logits(first, idx))
+    export_run(second, tmp_path / "y")
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "y" / name).read_bytes() == (tmp_path / "x" / name).read_bytes(), name
+
+
+def test_a_foreign_vocabulary_keeps_its_order(bases: dict[str, Path], tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    run = trained(tmp_path / "runs", **from_base(bases["tied"]))
+    export_run(run, tmp_path / "x")
+    model, tokenizer = load_model(run)
+    library = AutoTokenizer.from_pretrained(tmp_path / "x")
+    titles = ["Show HN: a thing", "naïve 日本", " tabs\tand  blanks "]
+    for title in titles:
+        ids = library(title).input_ids
+        ours = torch.tensor([tokenizer.encode([title]).tolist()[:-1]])
+        theirs = transformers_logits(tmp_path / "x", torch.tensor([ids]))
+        with torch.no_grad():
+            expected = model(ours)
+        order = torch.from_numpy(permutation(tokenizer.special_ids, BASE_SIZE)[1])
+        assert (theirs - expected[..., order]).abs().max() <= 1e-5
+        assert library.decode(ids) == title
+    assert library.eos_token == "<|endoftext|>"
+
+
+def test_routers_go_in_again(bases: dict[str, Path], tmp_path: Path) -> None:
+    routed = {"block_pattern": "DS", "n_layer": 2, "gate": "straight", "capacity": 0.25}
+    first = trained(tmp_path / "runs", **from_base(bases["tied"], **routed))
+    export_run(first, tmp_path / "x")
+    done = mainrun("hub", "import", tmp_path / "x", "--out", tmp_path / "again.toml")
+    assert done.returncode == 0, done.stderr
+    fields = tomllib.loads((tmp_path / "again.toml").read_text())
+    del fields["about"]
+    cfg = from_dict(QWEN | fields | {"dtype": "float32"})
+    model = build(cfg, BASE_SIZE).eval()
+    model.set_inputs(Plan(cfg, 10_000).at(0), "plain")
+    idx = some_ids(BASE_SIZE)
+    with torch.no_grad():
+        assert torch.equal(model(idx), our_logits(first, idx))
+
+
+# -- adapters
+
+
+FROZEN: dict[str, Any] = {"base_frozen": True, "attn_lora_rank": 2, "mlp_lora_rank": 3, "lora_alpha": 16.0}
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_peft_gives_the_logits_of_the_run(
+    run_with: Trained, bases: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    run = run_with(**from_base(bases[kind], tie_head=kind == "tied", **FROZEN))
+    export_run(run, tmp_path / "x", adapter=True)
+    assert sorted(file.name for file in (tmp_path / "x").iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    table = json.loads((tmp_path / "x" / "adapter_config.json").read_text())
+    assert table["base_model_name_or_path"] == str(bases[kind])
+    assert {name: table[name] for name in ("r", "rank_pattern", "lora_alpha", "alpha_pattern")} == {
+        "r": 2,
+        "rank_pattern": {"gate_proj": 3, "up_proj": 3, "down_proj": 3},
+        "lora_alpha": 16.0,
+        "alpha_pattern": {},
+    }
+    base = AutoModelForCausalLM.from_pretrained(table["base_model_name_or_path"])
+    before = {name: p.clone() for name, p in base.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*(missing|unexpected)")  # peft only warns about such keys
+        adapted = PeftModel.from_pretrained(base, tmp_path / "x").eval()
+    model, tokenizer = load_model(run)
+    to_file, from_file = map(torch.from_numpy, permutation(tokenizer.special_ids, BASE_SIZE))
+    idx = some_ids(BASE_SIZE)
+    with torch.no_grad():
+        expected = model(idx)[..., from_file]
+        logits = adapted(to_file[idx]).logits
+        with adapted.disable_adapter():
+            plain = adapted(to_file[idx]).logits
+    assert (logits - expected).abs().max() <= 1e-5
+    assert (plain - expected).abs().max() > 1e-3
+    reloaded = load_file(bases[kind] / "model.safetensors")
+    for name, tensor in reloaded.items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_peft_names(run_with: Trained, bases: dict[str, Path], tmp_path: Path) -> None:
+    run = run_with(**from_base(bases["tied"], **FROZEN))
+    export_run(run, tmp_path / "x", adapter=True, dtype="bfloat16")
+    tensors = load_file(tmp_path / "x" / "adapter_model.safetensors")
+    assert len(tensors) == 2 * 2 * 7
+    a = tensors["base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"]
+    b = tensors["base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"]
+    assert a.shape == (3, 48) and b.shape == (32, 3) and a.dtype == torch.bfloat16
+    assert not torch.equal(b, torch.zeros_like(b))
+
+
+def test_a_routed_adapter_keeps_its_routers(
+    run_with: Trained, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    run = run_with(**from_base(bases["tied"], block_pattern="DM", **FROZEN))
+    export_run(run, tmp_path / "x", adapter=True)
+    assert read_routing_fields(tmp_path / "x")["block_pattern"] == "DM"
+    assert "transformers` runs the model dense" in (tmp_path / "x" / "README.md").read_text()
+
+
+def refused_adapter(run: RunDir, folder: Path) -> str:
+    with pytest.raises(UsageError) as error:
+        export_run(run, folder, adapter=True)
+    assert not folder.exists()
+    return str(error.value)
+
+
+def test_runs_that_are_no_adapter_are_refused(
+    run_with: Trained, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    message = refused_adapter(run_with(**GQA), tmp_path / "x")
+    assert "has no low-rank terms" in message and "start=(empty) is no checkpoint" in message
+    embed = from_base(bases["tied"], embed_lora_rank=2, **FROZEN)
+    assert "embed_lora_rank is set, but peft" in refused_adapter(run_with(**embed), tmp_path / "x")
+    trains_base = from_base(bases["tied"], attn_lora_rank=2)
+    message = refused_adapter(run_with(**trains_base), tmp_path / "x")
+    assert "the run also changed model.embed_tokens.weight" in message and "base_frozen=true" in message
+
+
+def test_an_adapter_needs_its_base(bases: dict[str, Path], tmp_path: Path) -> None:
+    base = copy_of(bases["tied"], tmp_path / "base")
+    run = trained(tmp_path / "runs", **from_base(base, **FROZEN))
+    (base / "model.safetensors").write_bytes((bases["untied"] / "model.safetensors").read_bytes())
+    assert "start" in refused_adapter(run, tmp_path / "x")
+
+
+def test_terms_of_different_ranks_and_scales_have_patterns() -> None:
+    def term(name: str, rank: int, alpha: float) -> Term:
+        return Term(name, torch.zeros(rank, 4), torch.zeros(4, rank), alpha)
+
+    layers = "model.layers"
+    terms = [
+        term(f"{layers}.0.self_attn.q_proj", 2, 8.0), term(f"{layers}.1.self_attn.q_proj", 4, 8.0),
+        term(f"{layers}.0.mlp.up_proj", 2, 4.0), term(f"{layers}.1.mlp.up_proj", 2, 4.0),
+        term(f"{layers}.0.mlp.down_proj", 2, 8.0),
+    ]  # fmt: skip
+    table = adapter_config(terms, Base("x", None), 2)
+    assert (table["r"], table["lora_alpha"]) == (2, 8.0)
+    assert table["rank_pattern"] == {
+        r"model\.layers\.0\.self_attn\.q_proj": 2, r"model\.layers\.1\.self_attn\.q_proj": 4,
+    }  # fmt: skip
+    assert table["alpha_pattern"] == {"up_proj": 4.0}
+    assert table["target_modules"] == [term.name for term in terms], "one layer has no term on down_proj"
+
+
+def test_a_base_from_the_hub_has_its_name_there() -> None:
+    commit = "a" * 40
+    folder = Path(f"/cache/models--Qwen--Qwen2.5-0.5B/snapshots/{commit}")
+    assert find_base(folder, published=True) == Base("Qwen/Qwen2.5-0.5B", commit)
+    local = Path("/home/me/models/base")
+    assert find_base(local, published=False) == Base(str(local), None)
+    assert find_base(local, published=True) == Base("base", None)
 
 
 # -- refusals

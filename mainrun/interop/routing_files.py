@@ -7,8 +7,8 @@ as `blocks.1.router.score.weight`. routing.json contains the config fields that 
      "prior_factor": 0.0625, "sharpness": 6.0, "sharpness_end": 6.0}
 
 The value of `sharpness` is the one that the exported weights were scored with. A run that starts from the
-exported model therefore begins with the same routes. `mainrun hub import` puts the
-fields into its preset, and a start loads the tensors. This module does not import torch at the top.
+exported model therefore begins with the same routes. `mainrun hub import` writes the fields to its preset,
+and `start=hf:DIR` loads the tensors. This module does not import torch.
 """
 
 from __future__ import annotations
