@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mainrun.data.hub_files import endpoint
 from mainrun.errors import HubError, RunError, UsageError
 from mainrun.files import inputs
 from mainrun.store.rundir import RunDir
@@ -88,7 +89,7 @@ def upload(folder: Path, repo: str, private: bool) -> str:
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    api = HfApi(token=True)  # require a token, which the library finds
+    api = HfApi(endpoint=endpoint(), token=True)  # require a token, which the library finds
     url = api.create_repo(repo, private=private or None, exist_ok=True)
     # `create_repo` leaves an existing repository as it is
     if private and not api.model_info(repo).private:
@@ -118,7 +119,6 @@ def hub_errors(repo: str) -> Iterator[None]:
 
 def _reason(error: BaseException, repo: str) -> str:
     """Explain an error of huggingface_hub, and say how to fix it."""
-    from httpx import TransportError
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     for cause in _causes(error):
@@ -128,10 +128,12 @@ def _reason(error: BaseException, repo: str) -> str:
             return "HF_HUB_OFFLINE is set; unset it"
         if isinstance(cause, HfHubHTTPError) and cause.response is not None:
             return _reason_of_status(cause.response.status_code, repo)
-        if isinstance(cause, TransportError):
-            name = type(cause).__name__
-            return f"the hub cannot be reached ({name}); check the network, the access token and HF_ENDPOINT"
-    return f"{type(error).__name__} in huggingface_hub; run the same command again"
+        if isinstance(cause, OSError):
+            return f"the hub cannot be reached ({type(error).__name__}); check the network and HF_ENDPOINT"
+    return (
+        f"{type(error).__name__} in huggingface_hub; check the access token, the network and HF_ENDPOINT, "
+        "and run the same command again"
+    )
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
