@@ -29,7 +29,9 @@ from mainrun.data.foreign import permutation
 from mainrun.errors import RunError, UsageError
 from mainrun.interop import export as exporting
 from mainrun.interop import qwen2_export
-from mainrun.interop.adapter import Base, Term, adapter_config, find_base
+from mainrun.interop.adapter import Term, adapter_config
+from mainrun.interop.bases import Base, find_base
+from mainrun.interop.card import without_folders
 from mainrun.interop.export import export_run
 from mainrun.interop.names import checkpoint_name
 from mainrun.interop.routing_files import FIELDS, read_routing_fields
@@ -122,6 +124,9 @@ def test_only_an_untied_checkpoint_has_a_head(exported: Exported) -> None:
     assert "lm_head.weight" not in load_file(exported(**GQA) / "model.safetensors")
     untied = load_file(exported(**UNTIED) / "model.safetensors")
     assert not torch.equal(untied["lm_head.weight"], untied["model.embed_tokens.weight"])
+    for changes, tied in ((GQA, True), (UNTIED, False)):
+        table = json.loads((exported(**changes) / "config.json").read_text())
+        assert table["tie_word_embeddings"] is tied
 
 
 def test_low_rank_terms_are_merged(run_with: Trained, exported: Exported) -> None:
@@ -499,6 +504,9 @@ def test_a_base_from_the_hub_has_its_name_there() -> None:
     local = Path("/home/me/models/base")
     assert find_base(local, published=False) == Base(str(local), None)
     assert find_base(local, published=True) == Base("base", None)
+    cfg = config(start=f"hf:{folder}", tokenizer=f"hf:{folder}", corpus=f"file:{local}")
+    text = without_folders(f"{cfg.start} {cfg.corpus}", cfg)
+    assert text == f"hf:Qwen/Qwen2.5-0.5B@{commit} file:base"
 
 
 # -- refusals

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mainrun.errors import UsageError
 from mainrun.files import inputs
+from mainrun.interop.bases import Base, find_base
 from mainrun.interop.card import adapter_card
 from mainrun.interop.names import checkpoint_name
 from mainrun.interop.qwen2_export import checkpoint_tensors
@@ -26,15 +27,6 @@ from mainrun.store.checkpoint import save_tensors
 from mainrun.store.rundir import to_json
 
 PREFIX = "base_model.model."  # peft wraps the model in two modules, whose names it keeps
-# a folder in the cache of huggingface_hub
-CACHED = re.compile(r"models--(?P<name>[^/]+(?:--[^/]+)?)/snapshots/(?P<commit>[0-9a-f]{40})/?$")
-
-
-class Base(NamedTuple):
-    """The checkpoint that an adapter belongs to."""
-
-    name: str  # a name on the hub, or a folder
-    revision: str | None  # the commit of a checkpoint on the hub
 
 
 class Term(NamedTuple):
@@ -81,16 +73,6 @@ def check_adapter(source: Source, published: bool) -> Base:
     if reasons:
         raise UsageError(f"{source.run.path} cannot be exported as an adapter: {'; '.join(reasons)}")
     return find_base(folder, published)
-
-
-def find_base(folder: Path, published: bool) -> Base:
-    """Return the name of a checkpoint: its name on the hub if it comes from the hub, or else its folder."""
-    cached = CACHED.search(folder.as_posix())
-    if cached:
-        return Base(cached["name"].replace("--", "/", 1), cached["commit"])
-    if published:
-        return Base(folder.name, None)
-    return Base(str(folder), None)
 
 
 def base_differences(source: Source, folder: Path) -> list[str]:
@@ -154,7 +136,7 @@ def write_adapter(source: Source, base: Base, folder: Path) -> None:
     config = adapter_config(terms, base, source.cfg.n_layer)
     (folder / "adapter_config.json").write_text(to_json(config), encoding="utf-8")
     write_routing(source.model, folder)
-    (folder / "README.md").write_text(adapter_card(source, base.name, base.revision), encoding="utf-8")
+    (folder / "README.md").write_text(adapter_card(source, base), encoding="utf-8")
 
 
 def adapter_config(terms: list[Term], base: Base, layers: int) -> dict[str, Any]:

@@ -6,11 +6,12 @@ A README may be published. It therefore names no folder of this machine.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import PurePath
+from pathlib import Path
 from typing import Any
 
 from mainrun import __version__
 from mainrun.config import TrainConfig
+from mainrun.interop.bases import Base, find_base
 from mainrun.interop.source import Source
 
 SCORES = ("split", "full", "official", "loss", "bits_per_byte", "coverage", "tokens")
@@ -40,12 +41,12 @@ def checkpoint_card(source: Source) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def adapter_card(source: Source, base: str, revision: str | None) -> str:
-    """Return the README of an adapter. base: the name or the folder of the checkpoint below the adapter."""
-    name = base if revision else PurePath(base).name
+def adapter_card(source: Source, base: Base) -> str:
+    """Return the README of an adapter. base: the checkpoint that the adapter belongs to."""
+    name = base.name if base.revision else Path(base.name).name
     matter = {"library_name": "peft", "pipeline_tag": "text-generation"}
-    if revision:
-        matter["base_model"] = base
+    if base.revision:
+        matter["base_model"] = base.name
     lines = [
         *_front_matter(matter),
         f"# {source.run_cfg.run_id}",
@@ -184,11 +185,14 @@ def _fingerprints(source: Source) -> Iterator[list[str]]:
 
 
 def without_folders(text: str, cfg: TrainConfig) -> str:
-    """Shorten the paths of the config to the names of their files."""
+    """Shorten the paths of the config to the names of their files, or to the names of checkpoints on the hub."""
     for name in PATH_FIELDS:
         path = getattr(cfg, name).partition(":")[2]
-        if "/" in path:
-            text = text.replace(path, PurePath(path).name)
+        if "/" not in path:
+            continue
+        base = find_base(Path(path), published=True)
+        short = f"{base.name}@{base.revision}" if base.revision else base.name
+        text = text.replace(path, short)
     return text
 
 
