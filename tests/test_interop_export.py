@@ -501,7 +501,7 @@ def test_a_base_from_the_hub_has_its_name_there() -> None:
     commit = "a" * 40
     folder = Path(f"/cache/models--Qwen--Qwen2.5-0.5B/snapshots/{commit}")
     assert find_base(folder, published=True) == Base("Qwen/Qwen2.5-0.5B", commit)
-    local = Path("/home/me/models/base")
+    local = Path("/models/base")
     assert find_base(local, published=False) == Base(str(local), None)
     assert find_base(local, published=True) == Base("base", None)
     cfg = config(start=f"hf:{folder}", tokenizer=f"hf:{folder}", corpus=f"file:{local}")

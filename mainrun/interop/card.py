@@ -185,7 +185,7 @@ def _fingerprints(source: Source) -> Iterator[list[str]]:
 
 
 def without_folders(text: str, cfg: TrainConfig) -> str:
-    """Shorten the paths of the config to the names of their files, or to the names of checkpoints on the hub."""
+    """Shorten the paths of the config to the names of files, or of checkpoints on the hub."""
     for name in PATH_FIELDS:
         path = getattr(cfg, name).partition(":")[2]
         if "/" not in path:
