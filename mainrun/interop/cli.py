@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from mainrun.interop.export_cli import export, push
 from mainrun.ui.console import Debug, commands, stoppable, validate_paths
 
 app = commands("Exchange models with the Hugging Face hub and with transformers.")
@@ -51,3 +52,7 @@ def import_checkpoint(
     with stoppable():
         preset = write_preset(source, out, block_size=block_size, pattern=pattern, capacity=capacity)
     print(preset)
+
+
+app.command("export")(export)
+app.command("push")(push)

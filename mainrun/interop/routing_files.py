@@ -7,22 +7,21 @@ as `blocks.1.router.score.weight`. routing.json contains the config fields that 
      "prior_factor": 0.0625, "sharpness": 6.0, "sharpness_end": 6.0}
 
 The value of `sharpness` is the one that the exported weights were scored with. A run that starts from the
-exported model therefore begins with the same routes. This module does not import torch at the top.
+exported model therefore begins with the same routes. `mainrun hub import` writes the fields to its preset,
+and `start=hf:DIR` loads the tensors. This module does not import torch.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from mainrun.errors import UsageError
 from mainrun.files import inputs
 from mainrun.files.inputs import BadInput
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from mainrun.train import GPT
 
 FORMAT = 1
@@ -41,13 +40,6 @@ FIELDS: dict[str, type] = {
 FIX = "export the model again, or remove both files to use the dense model"
 
 
-class Routing(NamedTuple):
-    """The content of the two files."""
-
-    fields: dict[str, Any]  # config fields
-    tensors: dict[str, Tensor]  # the parameters of the routers
-
-
 def write_routing(model: GPT, folder: Path) -> None:
     """Write the routers of a model to a folder. Do nothing if the model is dense."""
     from mainrun.store.checkpoint import save_tensors
@@ -56,6 +48,9 @@ def write_routing(model: GPT, folder: Path) -> None:
     cfg = model.cfg
     if not cfg.routed_layers:
         return
+    sharpness = cfg.sharpness
+    if "S" in cfg.letters or "T" in cfg.letters:
+        sharpness = float(model.sharpness)  # the value of the last step, which the scores depend on
     tensors = {name: p.float() for name, p in model.named_parameters() if ".router." in name}
     fields = {
         "block_pattern": cfg.letters,
@@ -63,7 +58,7 @@ def write_routing(model: GPT, folder: Path) -> None:
         "gate": cfg.gate,
         "route": cfg.route,
         "prior_factor": cfg.prior_factor,
-        "sharpness": float(model.sharpness),
+        "sharpness": sharpness,
         "sharpness_end": cfg.sharpness_end,
     }
     save_tensors(tensors, folder / TENSORS)
@@ -109,25 +104,3 @@ def _problem(table: Any) -> str:
         if not fits:
             return f"has {name}={inputs.shown(value, 80)}, which must be a {kind.__name__}"
     return ""
-
-
-def read_routing(folder: Path) -> Routing | None:
-    """Return the routers beside a checkpoint, or None if the checkpoint has none.
-
-    The caller must check the names and the shapes of the tensors against its model.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    fields = read_routing_fields(folder)
-    if not fields:
-        return None
-    path = folder / TENSORS
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as e:
-        raise UsageError(f"{path} is not a valid safetensors file ({e}); {FIX}") from None
-    foreign = sorted(name for name in tensors if ".router." not in name)
-    if foreign:
-        raise UsageError(f"{path} contains {foreign[0]}, which is no part of a router; {FIX}")
-    return Routing(fields, tensors)

@@ -96,17 +96,26 @@ def _remove(place: Path) -> None:
 def save_tensors(tensors: Tensors, path: Path) -> None:
     """Write tensors to a safetensors file and sync the file. A full disk raises OSError."""
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    try:
+    with safetensors_errors():
         save_file(contiguous, path)
-    # Safetensors raises its own exception type, whose message contains the OS error number.
-    except Exception as e:
+    with path.open("rb") as f:
+        os.fsync(f.fileno())
+
+
+@contextmanager
+def safetensors_errors() -> Iterator[None]:
+    """Convert an error of safetensors about the disk to OSError.
+
+    Safetensors raises its own exception type, whose message contains the OS error number.
+    """
+    try:
+        yield
+    except SafetensorError as e:
         number = re.search(r"os error (\d+)", str(e))
         if number:
             code = int(number[1])
             raise OSError(code, os.strerror(code)) from e
         raise
-    with path.open("rb") as f:
-        os.fsync(f.fileno())
 
 
 # -- reading

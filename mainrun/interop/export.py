@@ -1,0 +1,74 @@
+"""Export the model of a run: as a Qwen2 checkpoint for `transformers`, or as an adapter for `peft`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mainrun.errors import UsageError
+from mainrun.interop.adapter import check_adapter, write_adapter
+from mainrun.interop.qwen2_export import write_checkpoint
+from mainrun.interop.source import Source, check_expressible, load_source
+from mainrun.store.checkpoint import safetensors_errors
+from mainrun.store.rundir import RunDir, disk_errors, fsync_folder
+
+
+def export_run(
+    run: RunDir, folder: Path, *, dtype: str = "float32", adapter: bool = False, published: bool = False
+) -> Source:
+    """Write the model of a run's newest checkpoint to a new folder.
+
+    adapter: write only the low-rank terms, as an adapter for peft.
+    published: whether other people will read the files, so that no file may name a folder of this machine.
+    """
+    check_new(folder)
+    source = load_source(run, dtype)
+    if adapter:
+        base = check_adapter(source, published)
+    else:
+        check_expressible(source.cfg)
+    with new_folder(folder) as temp, safetensors_errors():
+        if adapter:
+            write_adapter(source, base, temp)
+        else:
+            write_checkpoint(source, temp)
+    return source
+
+
+def check_new(folder: Path) -> None:
+    """Raise UsageError unless a folder is empty or does not exist."""
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder; give the path of a new folder")
+    if any(folder.iterdir()):
+        raise UsageError(f"{folder} is not empty; give the path of a new folder")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder. It becomes `folder` if the block ends without an error.
+
+    The temporary folder is in the same parent folder, so that renaming it is atomic.
+    """
+    folder = folder.resolve()
+    temp = folder.parent / f".mainrun-export-{uuid.uuid4().hex}"
+    with disk_errors(folder, "DIR"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temp.mkdir()
+    try:
+        with disk_errors(folder, "DIR"):
+            yield temp
+            for file in temp.iterdir():
+                with file.open("rb") as f:
+                    os.fsync(f.fileno())
+            fsync_folder(temp)
+            check_new(folder)  # another process may have written to the folder in the meantime
+            temp.rename(folder)
+            fsync_folder(folder.parent)
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
