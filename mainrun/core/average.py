@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mainrun.config import TrainConfig
+from mainrun.core.sharding import trained_tensors
 from mainrun.errors import RunError
 from mainrun.plan.plan import StepInputs
 
@@ -41,7 +42,8 @@ class Average:
     """
 
     def __init__(self, cfg: TrainConfig, model: nn.Module) -> None:
-        self.live = dict(model.named_parameters())
+        self.live = trained_tensors(model)
+        self.sharded = getattr(model, "shards", None) is not None
         self.on = bool(cfg.ema or cfg.swa)
         self.differs = False  # True if the average may differ from the weights
         self.shadow: dict[str, Tensor] = {}
@@ -78,6 +80,10 @@ class Average:
         """Swap the model's weights and the averaged weights."""
         for name, average in self.shadow.items():
             p = self.live[name]
-            weights = p.data
-            p.data = average
+            if self.sharded:  # a sharded model gathers its weights from the memory of the parts
+                weights = p.data.clone()
+                p.data.copy_(average)
+            else:
+                weights = p.data
+                p.data = average
             self.shadow[name] = weights

@@ -18,6 +18,7 @@ from mainrun.core.hardware import cores, cpp_compiler, cpu_flags, cpu_limits, cp
 from mainrun.core.machine_class import compile_balance, compiler, triton_works
 from mainrun.core.native import cpu as native
 from mainrun.core.process_group import ProcessGroup
+from mainrun.core.sharding import shard
 from mainrun.errors import ConfigError
 from mainrun.plan.plan import Plan
 
@@ -32,6 +33,7 @@ class Device(ProcessGroup):
     def __init__(self, cfg: TrainConfig) -> None:
         super().__init__()
         name = choose_device(cfg)
+        self.sharded = cfg.shard and self.world > 1
         self._check(cfg, name)
         self.torch_device = torch.device(name)
         if name == "cuda":
@@ -92,6 +94,8 @@ class Device(ProcessGroup):
             facts["limits"] = limits
         if self.triton:
             facts["native"] = self.triton
+        if self.sharded:
+            facts["shard"] = True
         return facts
 
     def settle(self, cfg: TrainConfig, plan: Plan) -> None:
@@ -100,7 +104,7 @@ class Device(ProcessGroup):
         The decision depends on the length of the run, and not on measured times, which differ from day to
         day.
         """
-        if cfg.compile != "auto":
+        if cfg.compile != "auto" or self.sharded:
             return
         costs, saves = compile_balance(cfg, plan, self.torch_device.type, self.threads)
         self.compile = saves > costs and bool(compiler(self.torch_device.type))
@@ -128,8 +132,17 @@ class Device(ProcessGroup):
             facts["native"] = True
         return facts
 
+    def place(self, model: nn.Module) -> None:
+        """Move a model to this device. In a sharded run, keep only this process's part of the model."""
+        if self.sharded:
+            shard(model, self.torch_device)
+        else:
+            model.to(self.torch_device)
+
     def runner(self, model: nn.Module) -> nn.Module:
         """Return the model, wrapped in torch.compile and DistributedDataParallel if the run uses them."""
+        if self.sharded:
+            return model
         runner: nn.Module = model
         if self.compile:
             # make_deterministic affects only eager code. use_deterministic_algorithms also affects compiled

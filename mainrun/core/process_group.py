@@ -38,6 +38,7 @@ class ProcessGroup:
     def __init__(self) -> None:
         self.rank, self.world = read_rank()
         self.torch_device = torch.device("cpu")
+        self.sharded = False  # whether the processes divide the model among themselves
 
     def join(self) -> None:
         """Connect this process to the other processes of the run."""
@@ -51,6 +52,14 @@ class ProcessGroup:
     @property
     def leads(self) -> bool:
         return self.rank == 0
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether this process scores the model and collects its weights.
+
+        The leader does so alone, unless it holds only a part of the model. Only the leader writes the results.
+        """
+        return self.leads or self.sharded
 
     @contextmanager
     def leader_first(self) -> Iterator[None]:

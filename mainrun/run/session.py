@@ -78,16 +78,21 @@ def train(
             progress = QUIET
         state = setup.start()
         sharing: Sharing | NoSharing = NoSharing()
-        if store:
+        if store and setup.device.sharded:
+            progress.note("a sharded run neither reads from the store nor writes to it")
+        elif store:
             sharing = make_sharing(setup, store, accounts, progress.note, keep, until, fresh)
         session = start_session(setup, run_dir, state, accounts, progress, sharing, stop, until)
         earlier = sum(accounts.spent.values()) - data_seconds
         with ending(run_dir, session):
             session.train()
-        if not setup.device.leads:
+        if not setup.device.takes_part:
             return {}
         with state.average.applied(), accounts.clock("guards"):
-            summary = summarize(setup, session.plan, run_dir, state, accounts, session.env)
+            env = session.env if setup.device.leads else run_dir.env()
+            summary = summarize(setup, session.plan, run_dir, state, accounts, env)
+        if not setup.device.leads:
+            return {}
         unaccounted = earlier + time.perf_counter() - started - sum(accounts.spent.values())
         accounts.add("overhead", unaccounted)
         return finish(run_dir, state, session.plan, accounts, summary)
@@ -337,8 +342,8 @@ class Session:
             self.run_log.eval(row, self.plan.steps)
 
     def _score(self) -> list[Row]:
-        """Score the current weights if this process is the leader. Otherwise, return an empty list."""
-        if not self.device.leads:
+        """Score the current weights if this process takes part. Otherwise, return an empty list."""
+        if not self.device.takes_part:
             return []
         with self.accounts.clock("evaluation"):
             figures = self.growth.figures(self.state.step)
@@ -385,16 +390,17 @@ class Session:
     # -- checkpoints
 
     def save(self) -> None:
-        if self.device.leads and self.state.step > self.accounts.saved:
+        if self.device.takes_part and self.state.step > self.accounts.saved:
             with self.accounts.clock("checkpoints"):
                 tensors = self.state.tensors()
-                checkpoint.save(
-                    self.run_dir.checkpoints,
-                    self.state.step,
-                    tensors,
-                    self._checkpoint_meta(),
-                    self.run_dir.check,
-                )
+                if self.device.leads:
+                    checkpoint.save(
+                        self.run_dir.checkpoints,
+                        self.state.step,
+                        tensors,
+                        self._checkpoint_meta(),
+                        self.run_dir.check,
+                    )
         # all processes wait for the leader, because torchrun stops all processes when one of them ends
         self.device.any_process(False)
         self.accounts.saved = self.state.step

@@ -62,7 +62,7 @@ def summarize(
         "versions": env["versions"],
         "all_versions": env["all_versions"],
         "peak_memory": peak(),
-        "weights": checkpoint.sha256_tensors(iter(state.model.named_parameters())),
+        "weights": hash_weights(state.model),
         "resumed": accounts.resumed,
     }
     if state.cfg.routed_layers:
@@ -81,6 +81,13 @@ def summarize(
     if cfg.growth.ops:
         summary |= {"active": segments[-1]["active"], "segments": segments}
     return summary | {"guards": [asdict(guard) for guard in guards(evidence)]}
+
+
+def hash_weights(model: GPT) -> str:
+    """Return a hash of the weights. All processes of a sharded run must call this function together."""
+    if model.shards:
+        return checkpoint.sha256_sorted_tensors(model.shards.whole_weights())
+    return checkpoint.sha256_tensors(iter(model.named_parameters()))
 
 
 def summarize_routing(setup: Setup, plan: Plan, state: State, evals: list[dict[str, Any]]) -> dict[str, Any]:

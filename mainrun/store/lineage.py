@@ -33,7 +33,7 @@ IN_TOKENS = {
     "vocab_size",
 }
 # Static fields that affect only the machine class, which is part of the first key.
-IN_MACHINE = {"device", "dtype", "threads", "compile", "attention"}
+IN_MACHINE = {"device", "dtype", "threads", "compile", "attention", "shard"}
 
 STRUCT_CODES = {float: "d", int: "q"}
 INPUTS = struct.Struct("<" + "".join(STRUCT_CODES[kind] for kind in get_type_hints(StepInputs).values()))

@@ -100,7 +100,9 @@ class StepProbe:
     def __init__(self, cfg: TrainConfig, device: Device, plan: Plan, vocab_size: int) -> None:
         self.device = device
         self.plan = plan
-        self.state = State(cfg, build(cfg, vocab_size).to(device.torch_device))
+        model = build(cfg, vocab_size)
+        device.place(model)
+        self.state = State(cfg, model)
         self.train_step = TrainStep(self.state, device)
 
     def step(self, x: Tensor, y: Tensor, count: int = 1) -> float:
