@@ -43,7 +43,8 @@ class Device(ProcessGroup):
         if name == "cuda":
             torch.cuda.set_device(self.torch_device)
         self.join()
-        self.allocator = tune_allocator()
+        # A sharded run gathers and frees whole blocks, so kept memory would soon exceed the size of the model.
+        self.allocator = tune_allocator(keep_freed=not self.sharded)
         self.attention = best_attention(cfg, name) if cfg.attention == "auto" else cfg.attention
         # The losses are read from a GPU once every 32 steps, because reading a loss waits for the GPU.
         self.read_every = 32 if name == "cuda" else 1

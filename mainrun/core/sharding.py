@@ -7,6 +7,7 @@ parts only, as if the parts were the parameters of a smaller model.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -154,6 +155,8 @@ def shard_modules(model: Any, device: torch.device) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    # The values that a block returns are a view, but no code changes them in place.
+    warnings.filterwarnings("ignore", ".* returned a view tensor")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in model.blocks:
         # The model calls the router instead of the block, so a router gathers its parameters itself.

@@ -296,6 +296,8 @@ def _process_memory(device: Device, peak: int, persistent: int) -> int:
     if device.torch_device.type == "cuda":
         return peak
     temporary = peak - persistent
+    if device.sharded:  # freed memory is returned to the system, see `Device`
+        return PROCESS + peak
     if device.compile:
         return PROCESS + persistent + temporary + COMPILER
     return PROCESS + persistent + int(FRAGMENTATION * temporary)
@@ -324,9 +326,25 @@ def _segment_memory(cfg: TrainConfig, device: Device, vocab_size: int, store: bo
         peak += persistent
         persistent *= 2
     gradients = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if device.sharded:
+        temporary = peak - min(persistent + gradients, peak)
+        persistent = (persistent + gradients) // device.world
+        return _process_memory(device, persistent + _gathered_bytes(model) + temporary, persistent)
     if device.world > 1:
         peak += gradients  # add the buffers for exchanging gradients between processes
     return _process_memory(device, peak, min(persistent + gradients, peak))
+
+
+def _gathered_bytes(model: GPT) -> int:
+    """Return the largest size of the whole weights and gradients that a process of a sharded run holds.
+
+    The parameters outside of the blocks are gathered during the whole backward pass, and so are their
+    gradients. A process also holds the weights of one block, their gradients, a buffer that exchanges these
+    gradients, and the weights of the next block.
+    """
+    blocks = [_bytes(block.parameters()) for block in model.blocks]
+    outside = _bytes(model.parameters()) - sum(blocks)
+    return 2 * outside + 4 * max(blocks)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
