@@ -14,10 +14,18 @@ from torch import Tensor, nn
 from mainrun.config import TrainConfig
 from mainrun.core.cuda_graph import CudaGraph
 from mainrun.core.dropout import Site, random_bytes, threshold
-from mainrun.core.hardware import cores, cpp_compiler, cpu_flags, cpu_limits, cpu_name, tune_allocator
+from mainrun.core.hardware import (
+    cores,
+    cpp_compiler,
+    cpu_flags,
+    cpu_limits,
+    cpu_name,
+    total_memory,
+    tune_allocator,
+)
 from mainrun.core.machine_class import compile_balance, compiler, triton_works
 from mainrun.core.native import cpu as native
-from mainrun.core.process_group import ProcessGroup
+from mainrun.core.process_group import ProcessGroup, local_processes
 from mainrun.core.sharding import shard
 from mainrun.errors import ConfigError
 from mainrun.plan.plan import Plan
@@ -98,6 +106,13 @@ class Device(ProcessGroup):
         if self.sharded:
             facts["shard"] = True
         return facts
+
+    @property
+    def memory(self) -> int:
+        """The memory in bytes that this process may use on its device, or 0 if it is unknown."""
+        if self.torch_device.type == "cuda":
+            return torch.cuda.get_device_properties(self.torch_device).total_memory
+        return total_memory() // local_processes()
 
     def settle(self, cfg: TrainConfig, plan: Plan) -> None:
         """If compile=auto is set, decide whether to compile the model.

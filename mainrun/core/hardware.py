@@ -101,6 +101,18 @@ def peak_memory() -> int:
     return 1024 * peak
 
 
+def total_memory() -> int:
+    """Return the memory in bytes that all processes together may use, or 0 if it is unknown."""
+    try:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return 0
+    # a container may have a lower limit; without a limit, the file contains the word "max"
+    with suppress(OSError, ValueError):
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total
+
+
 def cores() -> int:
     """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):

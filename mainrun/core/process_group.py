@@ -32,6 +32,14 @@ def read_rank() -> tuple[int, int]:
     return int(rank), int(world)
 
 
+def local_processes() -> int:
+    """Return the number of processes of this run on this machine."""
+    number = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if not PROCESS_NUMBER.fullmatch(number):
+        return 1
+    return max(1, int(number))
+
+
 class ProcessGroup:
     """The processes that train one run together. Only the leader, which is process 0, writes files."""
 

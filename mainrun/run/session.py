@@ -24,10 +24,11 @@ from mainrun.errors import Diverged, Interrupted, MainrunError
 from mainrun.growth.make import make_controller
 from mainrun.growth.state import Controller
 from mainrun.plan.ops import ARCHITECTURE
+from mainrun.plan.cost import SAVE_MEMORY, state_bytes
 from mainrun.plan.plan import Plan
 from mainrun.run.accounts import Accounts
 from mainrun.run.log import NullLog, RunLog
-from mainrun.run.progress import QUIET, Progress
+from mainrun.run.progress import QUIET, Progress, short
 from mainrun.run.resume import check_spans, environment, follow_leader, resume
 from mainrun.run.sharing import NoSharing, Sharing
 from mainrun.run.slow_steps import SlowSteps
@@ -76,6 +77,7 @@ def train(
         accounts.add("data", data_seconds)
         if not setup.device.leads:
             progress = QUIET
+        warn_about_memory(setup, progress.note)
         state = setup.start()
         sharing: Sharing | NoSharing = NoSharing()
         if store and setup.device.sharded:
@@ -99,6 +101,16 @@ def train(
 
 
 # -- the parts of a session
+
+
+def warn_about_memory(setup: Setup, note: Callable[[str], None]) -> None:
+    """Tell the user if the device cannot hold the model. The activations need further memory."""
+    device = setup.device
+    parts = device.world if device.sharded else 1
+    needed = state_bytes(setup.plan, setup.data.tokenizer.vocab_size, parts)
+    if 0 < device.memory < needed:
+        got = f"the weights, gradients and optimizer state need {short(needed)}B"
+        note(f"{got}, but a process has only {short(device.memory)}B of memory; {SAVE_MEMORY}")
 
 
 def open_run_directory(setup: Setup, out: Path, fresh: bool) -> RunDir:

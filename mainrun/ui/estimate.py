@@ -57,7 +57,8 @@ def estimate(cfg: TrainConfig, probe: bool = False, store: bool = False) -> dict
     cost: dict[str, Any] = {
         "params": segments[-1]["params"],
         "flops": flops,
-        "memory": estimate_memory(plan, device, vocab_size, store),
+        "memory": estimate_memory(plan, device, vocab_size, store and not device.sharded),
+        "device_memory": device.memory,
     }
     last = plan.segments[-1].cfg
     if last.routed_layers:
