@@ -512,9 +512,7 @@ class TrainConfig(BaseModel):
                 f"shard=true and experts={self.experts} cannot be combined; set experts=0 or shard=false"
             )
         if self.compile == "on":
-            raise ValueError(
-                "shard=true and compile=on cannot be combined; set compile=off or shard=false"
-            )
+            raise ValueError("shard=true and compile=on cannot be combined; set compile=off or shard=false")
 
     def _check_corpus(self) -> None:
         if not sources.is_source(self.corpus):

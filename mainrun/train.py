@@ -18,7 +18,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any, NamedTuple, Protocol
 
@@ -36,7 +35,7 @@ from mainrun.core.layers import Context, Linear, RMSNorm, cast, make_norm, rope_
 from mainrun.core.optimizers import Optimizers
 from mainrun.core.pending_losses import PendingLosses, StepRow
 from mainrun.core.routing import Router, RoutingInfo, combine, count_numbers, numbers_of, selected_shares
-from mainrun.core.sharding import Shards, shard, trained_tensors
+from mainrun.core.sharding import clear_gradients, clip_gradients, parts_of, trained_tensors, whole_tensors
 from mainrun.data import scoring
 from mainrun.data.batches import Batches
 from mainrun.data.corpus import Corpus, load_corpus
@@ -211,7 +210,6 @@ class GPT(nn.Module):
     causal: Tensor
     sharpness: Tensor
     blocks: list[Block]
-    shards: Shards | None = None  # the parts that this process holds, if the run is sharded
 
     def __init__(self, cfg: TrainConfig, vocab_size: int) -> None:
         super().__init__()
@@ -359,20 +357,6 @@ class GPT(nn.Module):
         masks = None if pool is None else Masks(pool)
         return Context(self.attention_bias(idx), rope, None, masks)
 
-    def exact_copy(self) -> GPT:
-        """Return a float64 copy of a sharded model. The copy is sharded too."""
-        assert self.shards is not None
-        copy = GPT(self.cfg, self.embed.num_embeddings - self.cfg.unused_ids).double()
-        shard(copy, self.embed.weight.device)
-        assert copy.shards is not None
-        for name, part in copy.shards.parts.items():
-            part.data.copy_(self.shards.parts[name])
-        for copied, block in zip(copy.blocks, self.blocks, strict=True):
-            copied.attn.fused = block.attn.fused
-        if self.cfg.routed_layers:
-            copy.sharpness.copy_(self.sharpness)
-        return copy
-
 
 def build(cfg: TrainConfig, vocab_size: int) -> GPT:
     """Build the model of a config with its initial weights. The config's seed determines every weight."""
@@ -460,20 +444,17 @@ class State:
     def tensors(self) -> dict[str, Tensor]:
         """Return a dict of all tensors. The names begin with model/, optimizer/ or average/.
 
-        In a sharded run, all processes must call this method together. Only the leader gets the tensors.
+        In a sharded run, all processes call this method together, and only the leader gets the tensors.
         """
         tensors: dict[str, Tensor] = {f"model/{name}": p for name, p in trained_tensors(self.model).items()}
         tensors |= self.optimizers.state()
         if self.average.differs:
             tensors |= {f"average/{name}": t for name, t in self.average.shadow.items()}
-        if self.model.shards:
-            return self.model.shards.whole_tensors(tensors)
-        return tensors
+        return whole_tensors(self.model, tensors)
 
     def load(self, tensors: dict[str, Tensor], step: int, tokens: int) -> None:
         """Load saved tensors whose names and shapes match this model."""
-        if self.model.shards:
-            tensors = self.model.shards.parts_of(tensors)
+        tensors = parts_of(self.model, tensors)
         copy_tensors("model", tensors, trained_tensors(self.model))
         self.average.load(tensors)
         self.optimizers.load({name: t for name, t in tensors.items() if name.startswith("optimizer/")})
@@ -556,30 +537,21 @@ class TrainStep:
         inputs = self.inputs
         model.train()
         model.set_dropout(inputs, device.attention)
-        model.zero_grad(set_to_none=True)
-        if model.shards:
-            model.shards.drop_gradients()
+        clear_gradients(model)
         pieces = inputs.grad_accum * device.world
         sites = dropout_sites(cfg, inputs, cfg.passes * len(x) // pieces, device.attention)
         total = torch.zeros(count_numbers(cfg.routed_layers), device=device.torch_device)
         for micro in range(inputs.grad_accum):
             piece = micro * device.world + device.rank
             pool = device.masks(sites, micro)
-            last = micro == inputs.grad_accum - 1
-            # Processes exchange gradients only after the last micro-batch. A sharded run exchanges them after
-            # each micro-batch, because no process has the memory for the gradients of the whole model.
-            with nullcontext() if last or device.world == 1 or device.sharded else self.runner.no_sync():
+            with device.gradient_exchange(self.runner, last=micro == inputs.grad_accum - 1):
                 x_piece = x.chunk(pieces)[piece]
                 y_piece = y.chunk(pieces)[piece]
                 loss = compute_loss(self.runner, x_piece, y_piece, inputs, pool, device.native)
                 (loss.minimized / inputs.grad_accum).backward()
             total += numbers_of(loss.plain, loss.routing) / inputs.grad_accum
             del loss, pool  # free this memory before the next micro-batch
-        limit = cfg.clip or math.inf
-        if model.shards:
-            norm = model.shards.clip_gradients(limit)
-        else:
-            norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
+        norm = clip_gradients(model, cfg.clip or math.inf)
         total = device.mean(total)
         return torch.cat((total[:1], norm.view(1), total[1:]))
 
@@ -702,8 +674,7 @@ class Setup(NamedTuple):
 
     def start(self) -> State:
         """Return the initial state."""
-        model = build(self.cfg, self.data.tokenizer.vocab_size)
-        self.device.place(model)
+        model: GPT = self.device.place(build(self.cfg, self.data.tokenizer.vocab_size))
         model.set_inputs(self.plan.at(0), self.device.attention)
         return State(self.cfg, model)
 

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from mainrun.config import MIN_COVERAGE, TASK, TrainConfig
+from mainrun.core.sharding import exact_copy, shards_of
 from mainrun.data import corpus as corpora
 from mainrun.data import scoring, sources
 from mainrun.data.batches import Batches
@@ -374,8 +375,8 @@ def causality(e: Evidence, all: bool) -> Verdict:
 
 def _exact_copy(model: Any) -> Any:
     """Return a float64 copy of a model."""
-    if getattr(model, "shards", None):
-        return model.exact_copy()
+    if shards_of(model):
+        return exact_copy(model)
     return copy.deepcopy(model).double()
 
 

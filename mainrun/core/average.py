@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from mainrun.config import TrainConfig
-from mainrun.core.sharding import trained_tensors
+from mainrun.core.sharding import shards_of, trained_tensors
 from mainrun.errors import RunError
 from mainrun.plan.plan import StepInputs
 
 
-def copy_tensors(prefix: str, saved: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
+def copy_tensors(prefix: str, saved: dict[str, Tensor], targets: Mapping[str, Tensor]) -> None:
     """Copy the saved tensors `prefix/name` into the targets, which have the same names and shapes."""
     if not targets:
         return
@@ -43,7 +43,7 @@ class Average:
 
     def __init__(self, cfg: TrainConfig, model: nn.Module) -> None:
         self.live = trained_tensors(model)
-        self.sharded = getattr(model, "shards", None) is not None
+        self.sharded = shards_of(model) is not None
         self.on = bool(cfg.ema or cfg.swa)
         self.differs = False  # True if the average may differ from the weights
         self.shadow: dict[str, Tensor] = {}

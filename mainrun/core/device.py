@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -51,7 +51,7 @@ class Device(ProcessGroup):
         if name == "cuda":
             torch.cuda.set_device(self.torch_device)
         self.join()
-        # A sharded run gathers and frees whole blocks, so kept memory would soon exceed the size of the model.
+        # A sharded run gathers and frees whole blocks. The freed memory would soon exceed the model's size.
         self.allocator = tune_allocator(keep_freed=not self.sharded)
         self.attention = best_attention(cfg, name) if cfg.attention == "auto" else cfg.attention
         # The losses are read from a GPU once every 32 steps, because reading a loss waits for the GPU.
@@ -148,12 +148,11 @@ class Device(ProcessGroup):
             facts["native"] = True
         return facts
 
-    def place(self, model: nn.Module) -> None:
+    def place(self, model: Any) -> Any:
         """Move a model to this device. In a sharded run, keep only this process's part of the model."""
         if self.sharded:
-            shard(model, self.torch_device)
-        else:
-            model.to(self.torch_device)
+            return shard(model, self.torch_device)
+        return model.to(self.torch_device)
 
     def runner(self, model: nn.Module) -> nn.Module:
         """Return the model, wrapped in torch.compile and DistributedDataParallel if the run uses them."""
@@ -167,6 +166,17 @@ class Device(ProcessGroup):
             # Compile for fixed shapes, even if this process has already compiled the model for other shapes.
             runner = torch.compile(model, dynamic=False)  # type: ignore[assignment]
         return nn.parallel.DistributedDataParallel(runner) if self.world > 1 else runner
+
+    def gradient_exchange(self, runner: Any, last: bool) -> AbstractContextManager[None]:
+        """Return a context in which the processes exchange gradients, but only after the last micro-batch.
+
+        A sharded run exchanges them after each micro-batch, because no process has the memory for the
+        gradients of the whole model.
+        """
+        if last or self.world == 1 or self.sharded:
+            return nullcontext()
+        context: AbstractContextManager[None] = runner.no_sync()
+        return context
 
     @contextmanager
     def compiling(self) -> Iterator[None]:

@@ -147,7 +147,9 @@ def cache_dir() -> Path:
 def tune_allocator(keep_freed: bool = True) -> str:
     """Configure glibc to keep freed memory, so that a training step reuses the previous step's memory.
 
-    If `keep_freed` is False, glibc returns large tensors to the operating system when they are freed. Return a description of the memory allocator. If MAINRUN_ALLOCATOR=default is set, the allocator is not
+    If `keep_freed` is False, the memory of a large tensor is returned to the operating system instead.
+
+    Return a description of the memory allocator. If MAINRUN_ALLOCATOR=default is set, the allocator is not
     changed. The allocator does not affect the results of a run.
     """
     if os.environ.get("MAINRUN_ALLOCATOR") == "default":
@@ -162,7 +164,11 @@ def tune_allocator(keep_freed: bool = True) -> str:
     settings = {"mmap_max": (-4, 0), "trim_threshold": (-1, -1), "top_pad": (-2, 64 << 20)}
     name = "tuned"
     if not keep_freed:
-        settings = {"mmap_max": (-4, 65_536), "mmap_threshold": (-3, 1 << 20), "trim_threshold": (-1, 1 << 20)}
+        settings = {
+            "mmap_max": (-4, 65_536),
+            "mmap_threshold": (-3, 1 << 20),
+            "trim_threshold": (-1, 1 << 20),
+        }
         settings["top_pad"] = (-2, 128 << 10)
         name = "tuned to return freed memory"
     refused = [key for key, (number, value) in settings.items() if not mallopt(number, value)]

@@ -65,7 +65,7 @@ class ProcessGroup:
     def takes_part(self) -> bool:
         """Whether this process scores the model and collects its weights.
 
-        The leader does so alone, unless it holds only a part of the model. Only the leader writes the results.
+        The leader does so alone, unless it holds only a part of the model. The leader alone writes results.
         """
         return self.leads or self.sharded
 

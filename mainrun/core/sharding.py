@@ -28,6 +28,7 @@ class Shards:
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
+        self.model_class = type(model)
         give_numbers_a_dimension(model)
         shard_modules(model, device)
         self.sharded: dict[str, Any] = dict(model.named_parameters())  # the DTensors of the model
@@ -46,11 +47,6 @@ class Shards:
                 part.grad = grad.to_local()
                 grads.append(part.grad)
         return grads
-
-    def drop_gradients(self) -> None:
-        """Free the gradients of the parts."""
-        for part in self.parts.values():
-            part.grad = None
 
     def clip_gradients(self, limit: float) -> Tensor:
         """Clip the gradients like `clip_grad_norm_`, and return their norm over the whole model."""
@@ -131,15 +127,67 @@ class Shards:
         return name
 
 
-def shard(model: Any, device: torch.device) -> None:
+def shard(model: Any, device: torch.device) -> Any:
     """Divide a model among all processes. Each process keeps its part on the device."""
     model.shards = Shards(model, device)
+    return model
+
+
+def shards_of(model: nn.Module) -> Shards | None:
+    """Return the parts of a model that this process holds, or None if it holds the whole model."""
+    return getattr(model, "shards", None)
 
 
 def trained_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the tensors that the optimizer updates, by name: the parameters, or this process's parts."""
-    shards: Shards | None = getattr(model, "shards", None)
-    return shards.parts if shards else dict(model.named_parameters())
+    shards = shards_of(model)
+    if shards:
+        return shards.parts
+    return dict(model.named_parameters())
+
+
+def whole_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the whole tensors of a model's state, from the tensors that this process holds."""
+    shards = shards_of(model)
+    if shards:
+        return shards.whole_tensors(tensors)
+    return tensors
+
+
+def parts_of(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors that this process holds, from the whole tensors of a model's state."""
+    shards = shards_of(model)
+    if shards:
+        return shards.parts_of(tensors)
+    return tensors
+
+
+def clear_gradients(model: nn.Module) -> None:
+    """Free the gradients of a model."""
+    model.zero_grad(set_to_none=True)
+    for tensor in trained_tensors(model).values():
+        tensor.grad = None
+
+
+def clip_gradients(model: nn.Module, limit: float) -> Tensor:
+    """Clip the gradients of a model. Return their norm before the clipping."""
+    shards = shards_of(model)
+    if shards:
+        return shards.clip_gradients(limit)
+    return nn.utils.clip_grad_norm_(model.parameters(), limit)
+
+
+def exact_copy(model: Any) -> Any:
+    """Return a float64 copy of a sharded model. The copy is sharded too."""
+    twin = model.shards.model_class(model.cfg, model.embed.num_embeddings - model.cfg.unused_ids).double()
+    shard(twin, model.embed.weight.device)
+    for name, part in twin.shards.parts.items():
+        part.data.copy_(model.shards.parts[name])
+    for copied, block in zip(twin.blocks, model.blocks, strict=True):
+        copied.attn.fused = block.attn.fused
+    if model.cfg.routed_layers:
+        twin.sharpness.copy_(model.sharpness)
+    return twin
 
 
 def give_numbers_a_dimension(model: nn.Module) -> None:

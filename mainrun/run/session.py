@@ -23,8 +23,8 @@ from mainrun.data.batches import Batches
 from mainrun.errors import Diverged, Interrupted, MainrunError
 from mainrun.growth.make import make_controller
 from mainrun.growth.state import Controller
-from mainrun.plan.ops import ARCHITECTURE
 from mainrun.plan.cost import SAVE_MEMORY, state_bytes
+from mainrun.plan.ops import ARCHITECTURE
 from mainrun.plan.plan import Plan
 from mainrun.run.accounts import Accounts
 from mainrun.run.log import NullLog, RunLog

@@ -10,6 +10,7 @@ from torch import nn
 
 from mainrun.checks.guards import Evidence, guards
 from mainrun.core.hardware import peak_memory
+from mainrun.core.sharding import shards_of
 from mainrun.data import scoring
 from mainrun.plan.cost import forward_flops, segment_costs
 from mainrun.plan.plan import Plan
@@ -85,8 +86,9 @@ def summarize(
 
 def hash_weights(model: GPT) -> str:
     """Return a hash of the weights. All processes of a sharded run must call this function together."""
-    if model.shards:
-        return checkpoint.sha256_sorted_tensors(model.shards.whole_weights())
+    shards = shards_of(model)
+    if shards:
+        return checkpoint.sha256_sorted_tensors(shards.whole_weights())
     return checkpoint.sha256_tensors(iter(model.named_parameters()))
 
 

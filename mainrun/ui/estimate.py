@@ -101,9 +101,7 @@ class StepProbe:
     def __init__(self, cfg: TrainConfig, device: Device, plan: Plan, vocab_size: int) -> None:
         self.device = device
         self.plan = plan
-        model = build(cfg, vocab_size)
-        device.place(model)
-        self.state = State(cfg, model)
+        self.state = State(cfg, device.place(build(cfg, vocab_size)))
         self.train_step = TrainStep(self.state, device)
 
     def step(self, x: Tensor, y: Tensor, count: int = 1) -> float:

@@ -161,8 +161,8 @@ def _refuse_store_of_shards(configs: list[TrainConfig], place: str | None) -> No
     for cfg in configs:
         if cfg.shard:
             raise UsageError(
-                f"got --store {place} and shard=true with {processes} processes; a sharded run does not use a "
-                "store, so leave --store out, or set shard=false"
+                f"got --store {place} and shard=true with {processes} processes; a sharded run does not use "
+                "a store, so leave --store out, or set shard=false"
             )
 
 
@@ -367,7 +367,7 @@ def _show_estimates(configs: list[TrainConfig], probe: bool, store: bool, as_jso
 
 def _estimate_rows(cost: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield the rows of a table that shows the estimated cost and the resolved plan of a run."""
-    from mainrun.run.progress import clock, short
+    from mainrun.run.progress import clock
 
     yield "parameters", f"{cost['params']:,}"
     yield "FLOPs", f"{cost['flops']:.3g}"
