@@ -375,6 +375,7 @@ class TrainConfig(BaseModel):
         self._check_corpus()
         self._check_tokenizer()
         self._check_start()
+        self._check_shard()
         return self
 
     def _check_heads(self) -> None:
@@ -525,6 +526,26 @@ class TrainConfig(BaseModel):
                 f"start={inputs.shown(self.start)} needs the tokenizer of a checkpoint, but "
                 f"tokenizer={self.tokenizer}; set tokenizer=hf:DIR to the folder of the checkpoint"
             )
+
+    def _check_shard(self) -> None:
+        if not self.shard:
+            return
+        if not OPTIMIZERS[self.optimizer].elementwise:
+            raise ValueError(
+                f"shard=true and optimizer={self.optimizer} cannot be combined, because {self.optimizer} "
+                "needs whole matrices and each process has only a part; use optimizer=adamw or shard=false"
+            )
+        if self.growth.ops:
+            raise ValueError(
+                "shard=true and a growth schedule cannot be combined, because growth replaces whole weights; "
+                "remove the growth schedule, or set shard=false"
+            )
+        if self.experts:
+            raise ValueError(
+                f"shard=true and experts={self.experts} cannot be combined; set experts=0 or shard=false"
+            )
+        if self.compile == "on":
+            raise ValueError("shard=true and compile=on cannot be combined; set compile=off or shard=false")
 
     def _check_corpus(self) -> None:
         if not sources.is_source(self.corpus):

@@ -18,7 +18,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any, NamedTuple, Protocol
 
@@ -37,6 +36,7 @@ from mainrun.core.optimizers import Optimizers
 from mainrun.core.parameters import is_base, saved_parameters
 from mainrun.core.pending_losses import PendingLosses, StepRow
 from mainrun.core.routing import Router, RoutingInfo, combine, count_numbers, numbers_of, selected_shares
+from mainrun.core.sharding import clear_gradients, clip_gradients, parts_of, whole_tensors
 from mainrun.data import scoring
 from mainrun.data.batches import Batches
 from mainrun.data.corpus import Corpus, load_corpus
@@ -456,17 +456,21 @@ class State:
         self.generation += 1
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return a dict of all tensors to save. The names begin with model/, optimizer/ or average/."""
+        """Return a dict of all tensors to save. The names begin with model/, optimizer/ or average/.
+
+        In a sharded run, all processes call this method together, and only the leader gets the tensors.
+        """
         saved = saved_parameters(self.cfg, self.model)
         tensors: dict[str, Tensor] = {f"model/{name}": p for name, p in saved.items()}
         tensors |= self.optimizers.state()
         if self.average.differs:
             tensors |= {f"average/{name}": t for name, t in self.average.shadow.items()}
-        return tensors
+        return whole_tensors(self.model, tensors)
 
     def load(self, tensors: dict[str, Tensor], step: int, tokens: int) -> None:
         """Load saved tensors whose names and shapes match this model."""
-        copy_tensors("model", tensors, dict(saved_parameters(self.cfg, self.model)))
+        tensors = parts_of(self.model, tensors)
+        copy_tensors("model", tensors, saved_parameters(self.cfg, self.model))
         self.average.load(tensors)
         self.optimizers.load({name: t for name, t in tensors.items() if name.startswith("optimizer/")})
         self.step = step
@@ -548,23 +552,21 @@ class TrainStep:
         inputs = self.inputs
         model.train()
         model.set_dropout(inputs, device.attention)
-        model.zero_grad(set_to_none=True)
+        clear_gradients(model)
         pieces = inputs.grad_accum * device.world
         sites = dropout_sites(cfg, inputs, cfg.passes * len(x) // pieces, device.attention)
         total = torch.zeros(count_numbers(cfg.routed_layers), device=device.torch_device)
         for micro in range(inputs.grad_accum):
             piece = micro * device.world + device.rank
             pool = device.masks(sites, micro)
-            last = micro == inputs.grad_accum - 1
-            # processes exchange gradients only after the last micro-batch
-            with nullcontext() if last or device.world == 1 else self.runner.no_sync():
+            with device.gradient_exchange(self.runner, last=micro == inputs.grad_accum - 1):
                 x_piece = x.chunk(pieces)[piece]
                 y_piece = y.chunk(pieces)[piece]
                 loss = compute_loss(self.runner, x_piece, y_piece, inputs, pool, device.native)
                 (loss.minimized / inputs.grad_accum).backward()
             total += numbers_of(loss.plain, loss.routing) / inputs.grad_accum
             del loss, pool  # free this memory before the next micro-batch
-        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
+        norm = clip_gradients(model, cfg.clip or math.inf)
         total = device.mean(total)
         return torch.cat((total[:1], norm.view(1), total[1:]))
 
@@ -688,7 +690,7 @@ class Setup(NamedTuple):
 
     def start(self) -> State:
         """Return the initial state."""
-        model = build(self.cfg, self.data.tokenizer.vocab_size).to(self.device.torch_device)
+        model: GPT = self.device.place(build(self.cfg, self.data.tokenizer.vocab_size))
         model.set_inputs(self.plan.at(0), self.device.attention)
         return State(self.cfg, model)
 

@@ -114,6 +114,7 @@ CHOICES: list[tuple[str, str, Any, list[Any]]] = [  # field, class, default, all
     ("device", "static", "auto", ["auto", "cpu", "cuda"]),
     ("dtype", "static", "float32", ["float32", "bfloat16"]),
     ("compile", "static", "auto", ["auto", "on", "off"]),
+    ("shard", "static", False, [True, False]),
     ("attention", "static", "auto", ["auto", "plain", "sdpa"]),
     ("shuffle", "static", True, [True, False]),
     ("tokenizer_fit", "static", "train", ["train", "train+val"]),

@@ -118,6 +118,7 @@ CASES: dict[str, Case] = {
     "dtype": Case("bfloat16"),
     "threads": Case(2),
     "compile": Case("on"),
+    "shard": Case(True, needs={"growth": {"ops": []}, "compile": "off"}),
     "attention": Case("sdpa"),
     "corpus": Case("OTHER"),
     "num_titles": Case(83),
@@ -221,6 +222,8 @@ if not torch.cuda.is_available():
     NOT_HERE["device"] = {"device": "NVIDIA H200"}
 # Compiling takes half a minute, so only a slow test does it.
 NOT_HERE["compile"] = {"compile": True, "compiler": "g++ 14"}
+# Only several processes divide a model. tests/test_shard.py trains with two processes.
+NOT_HERE["shard"] = {"shard": True, "processes": 2}
 
 
 def titles(changed: int | None = None, more: int = 0) -> str:
@@ -525,7 +528,7 @@ IN_TOKENS = (
     "val_frac",
     "vocab_size",
 )
-IN_MACHINE = ("attention", "compile", "device", "dtype", "threads")
+IN_MACHINE = ("attention", "compile", "device", "dtype", "shard", "threads")
 
 
 @pytest.mark.parametrize("field", [*IN_TOKENS, *IN_MACHINE])

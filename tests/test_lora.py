@@ -127,7 +127,10 @@ def test_attention_computes_q_k_and_v_in_one_product(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"mlp_lora_rank": 4, "experts": 8}, "mlp_lora_rank=4 cannot be combined with experts=8.*one of them"),
+        (
+            {"mlp_lora_rank": 4, "experts": 8},
+            "mlp_lora_rank=4 cannot be combined with experts=8.*one of them",
+        ),
         ({"base_frozen": True}, r"base_frozen=true with frozen=\[\] leaves nothing to train; set attn_lora"),
         ({"base_frozen": True, "attn_lora_rank": 2, "frozen": [0, 1]}, r"frozen=\[0, 1\] leaves nothing"),
         ({"base_frozen": True, "mlp_lora_rank": 2, "frozen": [0, 1]}, "unfreeze a layer"),
@@ -159,7 +162,13 @@ def test_a_frozen_base_needs_one_part_that_trains(fields: dict[str, Any]) -> Non
 
 
 # Ops that a model with a frozen base allows, apart from ops that set a value of the training.
-ALLOWED = ("set_attn_lora_rank", "set_mlp_lora_rank", "set_embedding_lora_rank", "freeze_layer", "unfreeze_layer")
+ALLOWED = (
+    "set_attn_lora_rank",
+    "set_mlp_lora_rank",
+    "set_embedding_lora_rank",
+    "freeze_layer",
+    "unfreeze_layer",
+)
 VALUES: dict[str, Any] = {
     "stack_layers": [0, 1, 1], "widen_mlp": 20, "widen_model": {"factor": 2}, "add_heads": 4,
     "upcycle_moe": {"experts": 4}, "merge_lora_weights": None, "resize_vocabulary": 420,
@@ -188,7 +197,12 @@ def test_ops_of_the_training_are_allowed() -> None:
 @pytest.mark.parametrize(
     ("fields", "name", "value", "message"),
     [
-        ({"mlp_lora_rank": 3}, "upcycle_moe", {"experts": 4}, "mlp_lora_rank is 3.*put merge_lora_weights bef"),
+        (
+            {"mlp_lora_rank": 3},
+            "upcycle_moe",
+            {"experts": 4},
+            "mlp_lora_rank is 3.*put merge_lora_weights bef",
+        ),
         ({"experts": 4}, "set_mlp_lora_rank", 2, "the MLPs are experts, and experts have no low-rank terms"),
         ({}, "set_mlp_lora_rank", 0, "value=0 is not allowed; give a rank of at least 1"),
         ({"base_frozen": True, "attn_lora_rank": 2}, "freeze_layer", [0, 1], "leaves nothing to train"),
@@ -418,7 +432,9 @@ def test_a_frozen_gain_has_no_gradient() -> None:
     gain = torch.randn(8, dtype=torch.float64)
     grads = []
     for trained in (True, False):
-        x = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        x = torch.randn(
+            3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+        ).requires_grad_()
         kernels.rms_norm(x, gain.clone().requires_grad_(trained)).square().sum().backward()
         grads.append(x.grad)
     assert torch.equal(grads[0], grads[1])  # type: ignore[arg-type]

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from mainrun.config import MIN_COVERAGE, TASK, TrainConfig
+from mainrun.core.sharding import exact_copy, shards_of
 from mainrun.data import corpus as corpora
 from mainrun.data import scoring, sources
 from mainrun.data.batches import Batches
@@ -314,7 +315,8 @@ def no_learning(e: Evidence, all: bool) -> Verdict:
 
 def _changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
     changed = []
-    for name in before.keys() | after.keys():
+    # all processes of a sharded run compare the tensors together, and therefore in the same order
+    for name in sorted(before.keys() | after.keys()):
         if name not in before or name not in after or not _same(before[name], after[name]):
             changed.append(name)
     return changed
@@ -363,12 +365,19 @@ def causality(e: Evidence, all: bool) -> Verdict:
         return verdict
     # Rounding can change the order of two scores of a router, and a token then takes another path. In
     # float64, this does not happen.
-    exact: Any = copy.deepcopy(e.model).double()
+    exact = _exact_copy(e.model)
     exact.cfg = cfg.model_copy(update={"dtype": "float32"})
     with _restored(e.model):
         e.model.eval()  # the hooks of the copy refer to the original model
         verdict = _causality(replace(e, model=exact, cfg=e.cfg.model_copy(update={"dtype": "float32"})), all)
     return verdict._replace(detail=f"{verdict.detail}; checked in float64, because routers amplify rounding")
+
+
+def _exact_copy(model: Any) -> Any:
+    """Return a float64 copy of a model."""
+    if shards_of(model):
+        return exact_copy(model)
+    return copy.deepcopy(model).double()
 
 
 def _causality(e: Evidence, all: bool) -> Verdict:

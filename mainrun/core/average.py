@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from mainrun.config import TrainConfig
 from mainrun.core.parameters import saved_parameters
+from mainrun.core.sharding import shards_of
 from mainrun.errors import RunError
 from mainrun.plan.plan import StepInputs
 
 
-def copy_tensors(prefix: str, saved: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
+def copy_tensors(prefix: str, saved: dict[str, Tensor], targets: Mapping[str, Tensor]) -> None:
     """Copy the saved tensors `prefix/name` into the targets, which have the same names and shapes."""
     if not targets:
         return
@@ -44,6 +45,7 @@ class Average:
 
     def __init__(self, cfg: TrainConfig, model: nn.Module) -> None:
         self.live = saved_parameters(cfg, model)
+        self.sharded = shards_of(model) is not None
         self.on = bool(cfg.ema or cfg.swa)
         self.differs = False  # True if the average may differ from the weights
         self.shadow: dict[str, Tensor] = {}
@@ -80,6 +82,10 @@ class Average:
         """Swap the model's weights and the averaged weights."""
         for name, average in self.shadow.items():
             p = self.live[name]
-            weights = p.data
-            p.data = average
+            if self.sharded:  # a sharded model gathers its weights from the memory of the parts
+                weights = p.data.clone()
+                p.data.copy_(average)
+            else:
+                weights = p.data
+                p.data = average
             self.shadow[name] = weights

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,19 @@ from torch import Tensor, nn
 from mainrun.config import TrainConfig
 from mainrun.core.cuda_graph import CudaGraph
 from mainrun.core.dropout import Site, random_bytes, threshold
-from mainrun.core.hardware import cores, cpp_compiler, cpu_flags, cpu_limits, cpu_name, tune_allocator
+from mainrun.core.hardware import (
+    cores,
+    cpp_compiler,
+    cpu_flags,
+    cpu_limits,
+    cpu_name,
+    total_memory,
+    tune_allocator,
+)
 from mainrun.core.machine_class import compile_balance, compiler, triton_works
 from mainrun.core.native import cpu as native
-from mainrun.core.process_group import ProcessGroup
+from mainrun.core.process_group import ProcessGroup, local_processes
+from mainrun.core.sharding import shard
 from mainrun.errors import ConfigError
 from mainrun.plan.plan import Plan
 
@@ -32,6 +41,7 @@ class Device(ProcessGroup):
     def __init__(self, cfg: TrainConfig) -> None:
         super().__init__()
         name = choose_device(cfg)
+        self.sharded = cfg.shard and self.world > 1
         self._check(cfg, name)
         self.torch_device = torch.device(name)
         if name == "cuda":
@@ -41,7 +51,8 @@ class Device(ProcessGroup):
         if name == "cuda":
             torch.cuda.set_device(self.torch_device)
         self.join()
-        self.allocator = tune_allocator()
+        # A sharded run gathers and frees whole blocks. The freed memory would soon exceed the model's size.
+        self.allocator = tune_allocator(keep_freed=not self.sharded)
         self.attention = best_attention(cfg, name) if cfg.attention == "auto" else cfg.attention
         # The losses are read from a GPU once every 32 steps, because reading a loss waits for the GPU.
         self.read_every = 32 if name == "cuda" else 1
@@ -92,7 +103,16 @@ class Device(ProcessGroup):
             facts["limits"] = limits
         if self.triton:
             facts["native"] = self.triton
+        if self.sharded:
+            facts["shard"] = True
         return facts
+
+    @property
+    def memory(self) -> int:
+        """The memory in bytes that this process may use on its device, or 0 if it is unknown."""
+        if self.torch_device.type == "cuda":
+            return torch.cuda.get_device_properties(self.torch_device).total_memory
+        return total_memory() // local_processes()
 
     def settle(self, cfg: TrainConfig, plan: Plan) -> None:
         """If compile=auto is set, decide whether to compile the model.
@@ -100,7 +120,7 @@ class Device(ProcessGroup):
         The decision depends on the length of the run, and not on measured times, which differ from day to
         day.
         """
-        if cfg.compile != "auto":
+        if cfg.compile != "auto" or self.sharded:
             return
         costs, saves = compile_balance(cfg, plan, self.torch_device.type, self.threads)
         self.compile = saves > costs and bool(compiler(self.torch_device.type))
@@ -128,8 +148,16 @@ class Device(ProcessGroup):
             facts["native"] = True
         return facts
 
+    def place(self, model: Any) -> Any:
+        """Move a model to this device. In a sharded run, keep only this process's part of the model."""
+        if self.sharded:
+            return shard(model, self.torch_device)
+        return model.to(self.torch_device)
+
     def runner(self, model: nn.Module) -> nn.Module:
         """Return the model, wrapped in torch.compile and DistributedDataParallel if the run uses them."""
+        if self.sharded:
+            return model
         runner: nn.Module = model
         if self.compile:
             # make_deterministic affects only eager code. use_deterministic_algorithms also affects compiled
@@ -138,6 +166,17 @@ class Device(ProcessGroup):
             # Compile for fixed shapes, even if this process has already compiled the model for other shapes.
             runner = torch.compile(model, dynamic=False)  # type: ignore[assignment]
         return nn.parallel.DistributedDataParallel(runner) if self.world > 1 else runner
+
+    def gradient_exchange(self, runner: Any, last: bool) -> AbstractContextManager[None]:
+        """Return a context in which the processes exchange gradients, but only after the last micro-batch.
+
+        A sharded run exchanges them after each micro-batch, because no process has the memory for the
+        gradients of the whole model.
+        """
+        if last or self.world == 1 or self.sharded:
+            return nullcontext()
+        context: AbstractContextManager[None] = runner.no_sync()
+        return context
 
     @contextmanager
     def compiling(self) -> Iterator[None]:

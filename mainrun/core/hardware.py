@@ -101,6 +101,18 @@ def peak_memory() -> int:
     return 1024 * peak
 
 
+def total_memory() -> int:
+    """Return the memory in bytes that all processes together may use, or 0 if it is unknown."""
+    try:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return 0
+    # a container may have a lower limit; without a limit, the file contains the word "max"
+    with suppress(OSError, ValueError):
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total
+
+
 def cores() -> int:
     """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -132,8 +144,10 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mainrun"
 
 
-def tune_allocator() -> str:
+def tune_allocator(keep_freed: bool = True) -> str:
     """Configure glibc to keep freed memory, so that a training step reuses the previous step's memory.
+
+    If `keep_freed` is False, the memory of a large tensor is returned to the operating system instead.
 
     Return a description of the memory allocator. If MAINRUN_ALLOCATOR=default is set, the allocator is not
     changed. The allocator does not affect the results of a run.
@@ -148,7 +162,16 @@ def tune_allocator() -> str:
     # MiB at a time. The number of heaps is not limited, because tokenizer threads that share a single heap
     # block each other.
     settings = {"mmap_max": (-4, 0), "trim_threshold": (-1, -1), "top_pad": (-2, 64 << 20)}
-    refused = [name for name, (number, value) in settings.items() if not mallopt(number, value)]
+    name = "tuned"
+    if not keep_freed:
+        settings = {
+            "mmap_max": (-4, 65_536),
+            "mmap_threshold": (-3, 1 << 20),
+            "trim_threshold": (-1, 1 << 20),
+        }
+        settings["top_pad"] = (-2, 128 << 10)
+        name = "tuned to return freed memory"
+    refused = [key for key, (number, value) in settings.items() if not mallopt(number, value)]
     if refused:
-        return f"glibc {version}, tuned except {', '.join(refused)}"
-    return f"glibc {version}, tuned"
+        return f"glibc {version}, {name} except {', '.join(refused)}"
+    return f"glibc {version}, {name}"

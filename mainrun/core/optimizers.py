@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mainrun.config import TrainConfig
 from mainrun.core.parameters import is_low_rank
+from mainrun.core.sharding import trained_tensors
 from mainrun.plan.optimizers import OPTIMIZERS
 from mainrun.plan.plan import StepInputs
 
@@ -161,7 +162,7 @@ class Optimizers:
     def __init__(
         self, cfg: TrainConfig, model: nn.Module, schedules: Mapping[str, ParamSchedule] = NO_SCHEDULES
     ) -> None:
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        trained = {name: p for name, p in trained_tensors(model).items() if p.requires_grad}
         self.names: dict[Tensor, str] = {p: name for name, p in trained.items()}
         self.schedules = dict(schedules)
         self.all = self._make(cfg, trained)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from mainrun.config import TrainConfig
+from mainrun.core.sharding import trained_tensors
 
 
 def is_low_rank(name: str) -> bool:
@@ -20,9 +21,10 @@ def is_base(name: str) -> bool:
 def saved_parameters(cfg: TrainConfig, model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that a saved state contains, by name.
 
-    A frozen base is not saved, because `build` creates the same base again.
+    A frozen base is not saved, because `build` creates the same base again. In a sharded run, the parameters
+    are the parts that this process holds.
     """
-    parameters = dict(model.named_parameters())
+    parameters = trained_tensors(model)
     if not cfg.base_frozen:
         return parameters
     return {name: p for name, p in parameters.items() if not is_base(name)}

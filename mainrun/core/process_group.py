@@ -32,12 +32,21 @@ def read_rank() -> tuple[int, int]:
     return int(rank), int(world)
 
 
+def local_processes() -> int:
+    """Return the number of processes of this run on this machine."""
+    number = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if not PROCESS_NUMBER.fullmatch(number):
+        return 1
+    return max(1, int(number))
+
+
 class ProcessGroup:
     """The processes that train one run together. Only the leader, which is process 0, writes files."""
 
     def __init__(self) -> None:
         self.rank, self.world = read_rank()
         self.torch_device = torch.device("cpu")
+        self.sharded = False  # whether the processes divide the model among themselves
 
     def join(self) -> None:
         """Connect this process to the other processes of the run."""
@@ -51,6 +60,14 @@ class ProcessGroup:
     @property
     def leads(self) -> bool:
         return self.rank == 0
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether this process scores the model and collects its weights.
+
+        The leader does so alone, unless it holds only a part of the model. The leader alone writes results.
+        """
+        return self.leads or self.sharded
 
     @contextmanager
     def leader_first(self) -> Iterator[None]:

@@ -12,6 +12,13 @@ from mainrun.plan.plan import Plan
 BYTES = 4  # bytes per number in the optimizer state
 
 
+# what to do if a run needs more memory than its device has
+SAVE_MEMORY = (
+    "raise grad_accum, train only low-rank terms with base_frozen=true, or divide the model among several "
+    "processes with shard=true"
+)
+
+
 class Size(NamedTuple):
     """The size of the model that a config describes."""
 
@@ -89,6 +96,18 @@ def size(cfg: TrainConfig) -> Size:
         flops=round(3 * forward_flops(cfg)),
         moments=BYTES * _state_numbers(cfg, trained, hidden_matrices),
     )
+
+
+def state_bytes(plan: Plan, vocab_size: int, parts: int) -> int:
+    """Return the size in bytes of the weights, gradients and optimizer state of the largest model of a plan.
+
+    parts: the number of processes that the model is divided among.
+    """
+    largest = 0
+    for segment in plan.segments:
+        model = size(segment.cfg.model_copy(update={"vocab_size": vocab_size}))
+        largest = max(largest, BYTES * (model.params + model.trained) + model.moments)
+    return largest // parts
 
 
 def _router_params(cfg: TrainConfig, letter: str) -> int:

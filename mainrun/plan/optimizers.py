@@ -14,12 +14,15 @@ class OptimizerSpec(NamedTuple):
     # The optimizer that trains all parameters except the matrices inside blocks. If the name is empty, one
     # optimizer trains all parameters.
     others: str = ""
+    # Whether the optimizer updates each number of a tensor on its own. Otherwise, the optimizer needs whole
+    # tensors, and a sharded run cannot use it.
+    elementwise: bool = True
 
 
 OPTIMIZERS = {
     "sgd": OptimizerSpec({"momentum_buffer": 1}),
     "adamw": OptimizerSpec({"exp_avg": 1, "exp_avg_sq": 2}),
-    "muon": OptimizerSpec({"momentum_buffer": 1}, others="adamw"),
+    "muon": OptimizerSpec({"momentum_buffer": 1}, others="adamw", elementwise=False),
 }
 
 

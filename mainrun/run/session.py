@@ -23,11 +23,12 @@ from mainrun.data.batches import Batches
 from mainrun.errors import Diverged, Interrupted, MainrunError
 from mainrun.growth.make import make_controller
 from mainrun.growth.state import Controller
+from mainrun.plan.cost import SAVE_MEMORY, state_bytes
 from mainrun.plan.ops import ARCHITECTURE
 from mainrun.plan.plan import Plan
 from mainrun.run.accounts import Accounts
 from mainrun.run.log import NullLog, RunLog
-from mainrun.run.progress import QUIET, Progress
+from mainrun.run.progress import QUIET, Progress, short
 from mainrun.run.resume import check_spans, environment, follow_leader, resume
 from mainrun.run.sharing import NoSharing, Sharing
 from mainrun.run.slow_steps import SlowSteps
@@ -76,24 +77,40 @@ def train(
         accounts.add("data", data_seconds)
         if not setup.device.leads:
             progress = QUIET
+        warn_about_memory(setup, progress.note)
         state = setup.start()
         sharing: Sharing | NoSharing = NoSharing()
-        if store:
+        if store and setup.device.sharded:
+            progress.note("a sharded run neither reads from the store nor writes to it")
+        elif store:
             sharing = make_sharing(setup, store, accounts, progress.note, keep, until, fresh)
         session = start_session(setup, run_dir, state, accounts, progress, sharing, stop, until)
         earlier = sum(accounts.spent.values()) - data_seconds
         with ending(run_dir, session):
             session.train()
-        if not setup.device.leads:
+        if not setup.device.takes_part:
             return {}
         with state.average.applied(), accounts.clock("guards"):
-            summary = summarize(setup, session.plan, run_dir, state, accounts, session.env)
+            env = session.env if setup.device.leads else run_dir.env()
+            summary = summarize(setup, session.plan, run_dir, state, accounts, env)
+        if not setup.device.leads:
+            return {}
         unaccounted = earlier + time.perf_counter() - started - sum(accounts.spent.values())
         accounts.add("overhead", unaccounted)
         return finish(run_dir, state, session.plan, accounts, summary)
 
 
 # -- the parts of a session
+
+
+def warn_about_memory(setup: Setup, note: Callable[[str], None]) -> None:
+    """Tell the user if the device cannot hold the model. The activations need further memory."""
+    device = setup.device
+    parts = device.world if device.sharded else 1
+    needed = state_bytes(setup.plan, setup.data.tokenizer.vocab_size, parts)
+    if 0 < device.memory < needed:
+        got = f"the weights, gradients and optimizer state need {short(needed)}B"
+        note(f"{got}, but a process has only {short(device.memory)}B of memory; {SAVE_MEMORY}")
 
 
 def open_run_directory(setup: Setup, out: Path, fresh: bool) -> RunDir:
@@ -353,8 +370,8 @@ class Session:
             self.run_log.eval(row, self.plan.steps)
 
     def _score(self) -> list[Row]:
-        """Score the current weights if this process is the leader. Otherwise, return an empty list."""
-        if not self.device.leads:
+        """Score the current weights if this process takes part. Otherwise, return an empty list."""
+        if not self.device.takes_part:
             return []
         with self.accounts.clock("evaluation"):
             figures = self.growth.figures(self.state.step)
@@ -401,16 +418,17 @@ class Session:
     # -- checkpoints
 
     def save(self) -> None:
-        if self.device.leads and self.state.step > self.accounts.saved:
+        if self.device.takes_part and self.state.step > self.accounts.saved:
             with self.accounts.clock("checkpoints"):
                 tensors = self.state.tensors()
-                checkpoint.save(
-                    self.run_dir.checkpoints,
-                    self.state.step,
-                    tensors,
-                    self._checkpoint_meta(),
-                    self.run_dir.check,
-                )
+                if self.device.leads:
+                    checkpoint.save(
+                        self.run_dir.checkpoints,
+                        self.state.step,
+                        tensors,
+                        self._checkpoint_meta(),
+                        self.run_dir.check,
+                    )
         # all processes wait for the leader, because torchrun stops all processes when one of them ends
         self.device.any_process(False)
         self.accounts.saved = self.state.step

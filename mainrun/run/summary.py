@@ -10,6 +10,7 @@ from torch import nn
 
 from mainrun.checks.guards import Evidence, guards
 from mainrun.core.hardware import peak_memory
+from mainrun.core.sharding import shards_of
 from mainrun.data import scoring
 from mainrun.plan.cost import forward_flops, segment_costs
 from mainrun.plan.plan import Plan
@@ -63,7 +64,7 @@ def summarize(
         "versions": env["versions"],
         "all_versions": env["all_versions"],
         "peak_memory": peak(),
-        "weights": checkpoint.sha256_tensors(iter(state.model.named_parameters())),
+        "weights": hash_weights(state.model),
         "resumed": accounts.resumed,
     }
     if state.cfg.routed_layers:
@@ -89,6 +90,14 @@ def describe_start(setup: Setup) -> dict[str, str] | None:
     if not setup.cfg.start:
         return None
     return {"source": setup.cfg.start, "digest": setup.start_digest}
+
+
+def hash_weights(model: GPT) -> str:
+    """Return a hash of the weights. All processes of a sharded run must call this function together."""
+    shards = shards_of(model)
+    if shards:
+        return checkpoint.sha256_sorted_tensors(shards.whole_weights())
+    return checkpoint.sha256_tensors(iter(model.named_parameters()))
 
 
 def summarize_routing(setup: Setup, plan: Plan, state: State, evals: list[dict[str, Any]]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -233,8 +233,13 @@ def fit_errors(source: object) -> Iterator[None]:
 
 def sha256_tensors(named: Iterator[tuple[str, torch.Tensor]]) -> str:
     """Return a hash of the names, shapes, data types and values of the tensors."""
+    return sha256_sorted_tensors(sorted(named))
+
+
+def sha256_sorted_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Return the same hash as `sha256_tensors`. The tensors must be in the order of their names."""
     sha256 = hashlib.sha256()
-    for name, tensor in sorted(named):
+    for name, tensor in named:
         sha256.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
         sha256.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
     return sha256.hexdigest()

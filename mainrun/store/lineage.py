@@ -34,7 +34,7 @@ IN_TOKENS = {
     "vocab_size",
 }
 # Static fields that affect only the machine class, which is part of the first key.
-IN_MACHINE = {"device", "dtype", "threads", "compile", "attention"}
+IN_MACHINE = {"device", "dtype", "threads", "compile", "attention", "shard"}
 # The start counts by the content of its weights, not by its path.
 IN_START = {"start"}
 

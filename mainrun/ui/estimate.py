@@ -63,7 +63,8 @@ def estimate(cfg: TrainConfig, probe: bool = False, store: bool = False) -> dict
         "start": describe_start(setup),
         "params": segments[-1]["params"],
         "flops": flops,
-        "memory": estimate_memory(plan, device, vocab_size, store),
+        "memory": estimate_memory(plan, device, vocab_size, store and not device.sharded),
+        "device_memory": device.memory,
     }
     last = plan.segments[-1].cfg
     if last.routed_layers:
@@ -106,7 +107,7 @@ class StepProbe:
     def __init__(self, cfg: TrainConfig, device: Device, plan: Plan, vocab_size: int) -> None:
         self.device = device
         self.plan = plan
-        self.state = State(cfg, build(cfg, vocab_size).to(device.torch_device))
+        self.state = State(cfg, device.place(build(cfg, vocab_size)))
         self.train_step = TrainStep(self.state, device)
 
     def step(self, x: Tensor, y: Tensor, count: int = 1) -> float:
@@ -300,6 +301,8 @@ def _process_memory(device: Device, peak: int, persistent: int) -> int:
     if device.torch_device.type == "cuda":
         return peak
     temporary = peak - persistent
+    if device.sharded:  # freed memory is returned to the system, see `Device`
+        return PROCESS + peak
     if device.compile:
         return PROCESS + persistent + temporary + COMPILER
     return PROCESS + persistent + int(FRAGMENTATION * temporary)
@@ -331,9 +334,25 @@ def _segment_memory(cfg: TrainConfig, device: Device, vocab_size: int, store: bo
         peak += saved
         persistent += saved
     gradients = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if device.sharded:
+        temporary = peak - min(persistent + gradients, peak)
+        persistent = (persistent + gradients) // device.world
+        return _process_memory(device, persistent + _gathered_bytes(model) + temporary, persistent)
     if device.world > 1:
         peak += gradients  # add the buffers for exchanging gradients between processes
     return _process_memory(device, peak, min(persistent + gradients, peak))
+
+
+def _gathered_bytes(model: GPT) -> int:
+    """Return the largest size of the whole weights and gradients that a process of a sharded run holds.
+
+    The parameters outside of the blocks are gathered during the whole backward pass, and so are their
+    gradients. A process also holds the weights of one block, their gradients, a buffer that exchanges these
+    gradients, and the weights of the next block.
+    """
+    blocks = [_bytes(block.parameters()) for block in model.blocks]
+    outside = _bytes(model.parameters()) - sum(blocks)
+    return 2 * outside + 4 * max(blocks)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

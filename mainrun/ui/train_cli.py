@@ -118,6 +118,7 @@ def train(
         raise UsageError("got --probe without --dry-run; add --dry-run, or remove --probe to train")
     _refuse_conflicts(dry_run=dry_run, plan=plan, until=until, fresh=fresh, no_store=no_store, place=place)
     configs = load(preset, sets or [])
+    _refuse_store_of_shards(configs, place)
     store = None if no_store else open_store(place, out, size)
     if plan:
         with process_group():
@@ -150,6 +151,19 @@ def _refuse_conflicts(
         raise UsageError("got --plan and --fresh, which does not use the store; leave one of them out")
     if no_store and place is not None:
         raise UsageError(f"got --no-store and --store {place}; leave one of them out")
+
+
+def _refuse_store_of_shards(configs: list[TrainConfig], place: str | None) -> None:
+    """Raise UsageError if --store names a store for a sharded run. The default store is left unused."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if place is None or processes == "1":
+        return
+    for cfg in configs:
+        if cfg.shard:
+            raise UsageError(
+                f"got --store {place} and shard=true with {processes} processes; a sharded run does not use "
+                "a store, so leave --store out, or set shard=false"
+            )
 
 
 # -- training
@@ -368,7 +382,7 @@ def _show_estimates(configs: list[TrainConfig], probe: bool, store: bool, as_jso
 
 def _estimate_rows(cost: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield the rows of a table that shows the estimated cost and the resolved plan of a run."""
-    from mainrun.run.progress import clock, short
+    from mainrun.run.progress import clock
 
     yield "parameters", f"{cost['params']:,}"
     if cost["start"]:
@@ -377,7 +391,7 @@ def _estimate_rows(cost: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if "routing" in cost:
         yield "layers", cost["routing"]["letters"]
         yield "forward pass", forward_cost_text(cost["routing"])
-    yield "memory", f"about {short(cost['memory'])}B"
+    yield "memory", _memory_text(cost["memory"], cost["device_memory"], cost["machine_class"]["processes"])
     yield "ETA", f"about {clock(cost['eta_seconds'])} {_eta_basis(cost)}"
     plan = cost["plan"]
     for key, value in plan.items():
@@ -391,6 +405,19 @@ def _estimate_rows(cost: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield key, f"{field_value(first)} at the first step, {field_value(last)} at the last step"
     for key, value in cost["machine_class"].items():
         yield key, field_value(value)
+
+
+def _memory_text(needed: int, available: int, processes: int) -> str:
+    """Describe the memory of a run. If the device has too little memory, say how to need less."""
+    from mainrun.plan.cost import SAVE_MEMORY
+    from mainrun.run.progress import short
+
+    text = f"about {short(needed)}B"
+    if processes > 1:
+        text += " per process"
+    if 0 < available < needed:
+        text += f", but a process has only {short(available)}B; {SAVE_MEMORY}"
+    return text
 
 
 def _eta_basis(cost: dict[str, Any]) -> str:
