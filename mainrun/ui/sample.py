@@ -25,6 +25,12 @@ MIN_TEMPERATURE = 1e-30
 
 def load_model(run: RunDir) -> tuple[GPT, Tokenizer]:
     """Load the model from a run's newest checkpoint, with the weights that evaluations use."""
+    state, tokenizer = load_scored_state(run)
+    return state.model, tokenizer
+
+
+def load_scored_state(run: RunDir) -> tuple[State, Tokenizer]:
+    """Load the state of a run's newest checkpoint. The model has the weights that evaluations use."""
     cfg = run.config()
     tokenizer = Tokenizer.from_json(run.text("tokenizer.json"))
     if run.config_file().get("tokenizer", tokenizer.digest) != tokenizer.digest:
@@ -40,7 +46,7 @@ def load_model(run: RunDir) -> tuple[GPT, Tokenizer]:
             f"{run.path} has no usable checkpoint; to write one, repeat its `mainrun train` command"
         )
     for text in skipped:
-        warnings.warn(text, stacklevel=3)
+        warnings.warn(text, stacklevel=4)
     tensors, meta = loaded
     state = State(cfg, build(cfg, tokenizer.vocab_size))
     with checkpoint.fit_errors(f"the checkpoint of step {meta['step']} in {run.checkpoints}"):
@@ -53,7 +59,8 @@ def load_model(run: RunDir) -> tuple[GPT, Tokenizer]:
         problem = "lacks the number of training tokens, which the routed blocks need"
         raise RunError(f"{run.path}/config.json {problem}; {run.fix}")
     state.average.swap()
-    return state.model.eval(), tokenizer
+    state.model.eval()
+    return state, tokenizer
 
 
 def _wrong_config(meta: dict[str, Any], cfg: TrainConfig) -> str:
