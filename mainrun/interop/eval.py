@@ -286,7 +286,7 @@ def weights_digest(model: GPT) -> str:
     pairs = []
     for name, p in sorted(model.named_parameters()):
         data = p.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        pairs.append([name, hashlib.sha256(memoryview(data.numpy())).hexdigest()])
+        pairs.append([name, hashlib.sha256(data.numpy().tobytes()).hexdigest()])
     return sha256_json(pairs)
 
 

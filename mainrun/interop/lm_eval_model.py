@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 # lm-eval and its libraries read these variables when they are imported
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # `datasets` would count each load of a local file
 os.environ.setdefault("DISABLE_MULTIPROC", "1")  # do not start one process per core for a bootstrap
 
 import numpy as np
