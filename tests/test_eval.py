@@ -210,6 +210,14 @@ def test_batches_hold_a_limited_number_of_logits(dense: Path, monkeypatch: pytes
         assert one.log_prob == pytest.approx(other.log_prob, abs=1e-5)
 
 
+def test_a_long_evaluation_reports_its_progress(
+    dense: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "REPORT_EVERY", -1.0)
+    result = invoke("eval", dense, "--choices", file, "--limit", 1, "--json")
+    assert result.stderr == "scored 3 of 3 texts\n" and json.loads(result.stdout)
+
+
 def test_the_prompt_and_the_choice_are_one_text_that_begins_like_a_title(dense: Path) -> None:
     scorer = scorer_of(dense)
     title = tuple(scorer.tokenizer.encode(["Show HN: a new app"]).tolist()[:-1])
@@ -318,9 +326,12 @@ def test_the_model_has_the_averaged_weights_and_the_inputs_of_the_last_step(
     digest = scored.facts["weights"]["sha256"]
     assert digest == load(RunDir(routed), "own").facts["weights"]["sha256"]
     assert digest != load(RunDir(dense), None).facts["weights"]["sha256"]
-    with torch.no_grad():
-        next(model.parameters()).view(-1)[0] += 1
-    assert evaluation.weights_digest(model) != digest
+    digests = {digest}
+    for p in model.parameters():
+        with torch.no_grad():
+            p.view(-1)[0] += 1
+        digests.add(evaluation.weights_digest(model))
+    assert len(digests) == 1 + len(list(model.parameters())), "each weight counts"
 
 
 def test_the_route_is_the_runs_own_unless_another_is_given(routed: Path, file: Path) -> None:
