@@ -63,10 +63,11 @@ def eval_run(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Evaluate the model of a run on multiple-choice questions or on tasks of lm-eval.
+    """Evaluate a run on multiple-choice questions or tasks.
 
-    The model has the weights and the routing that the run was scored with. The results are printed and
-    written to RUN/eval. Tasks need the package lm-eval.
+    The tasks are those of lm-eval or your own task files. The model has the weights and the
+    routing that the run was scored with. The results are printed and written to RUN/eval. Tasks need the
+    package lm-eval.
     """
     with stoppable():
         names = _check_request(choices, tasks, include, route)

@@ -268,9 +268,8 @@ def _task_errors(name: str) -> Iterator[None]:
     except Exception as e:  # a task is a small program, which may raise any exception
         if _any_cause(e, _is_network_error):
             raise UsageError(
-                f"task {name!r} needs data from the network, which cannot be reached ({_first_line(e)}); "
-                "download the data on a machine with a network, or use --include with a task whose data are "
-                "local files"
+                f"task {name!r} needs data from the network, which could not be loaded ({_first_line(e)}); "
+                "connect to the network, or use --include with a task whose data are local files"
             ) from e
         if _any_cause(e, lambda cause: isinstance(cause, FileNotFoundError)):
             raise UsageError(
