@@ -29,6 +29,7 @@ import typer
 from mainrun import __version__
 from mainrun.bench import cli as bench
 from mainrun.interop import cli as hub
+from mainrun.interop import eval_cli
 from mainrun.ui import growth_cli as grow
 from mainrun.ui import store_cli as store
 from mainrun.ui.console import (
@@ -240,6 +241,7 @@ app.command()(demo)
 app.command()(presets)
 app.command()(compare)
 app.command()(sample)
+app.command("eval")(eval_cli.eval_run)
 app.command()(doctor)
 app.command()(download)
 app.command()(reports.report)

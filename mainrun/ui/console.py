@@ -118,7 +118,19 @@ def _check_folder() -> None:
         ) from None
 
 
-PATH_OPTIONS = ("--figures", "--log", "--out", "--report", "--run", "--runs", "--store", "--svg", "--tables")
+PATH_OPTIONS = (
+    "--choices",
+    "--figures",
+    "--include",
+    "--log",
+    "--out",
+    "--report",
+    "--run",
+    "--runs",
+    "--store",
+    "--svg",
+    "--tables",
+)
 
 
 def _check_text(args: Sequence[str]) -> None:
