@@ -235,7 +235,8 @@ class Wandb:
     def _remove_unfinished(self, finished: dict[str, int]) -> None:
         """Remove the folders of killed sessions. Their steps are sent again."""
         current = Path(self.run.settings.sync_dir)
-        for folder in current.parent.glob(f"offline-run-*-{self.target.tracker_id}"):
+        # wandb adds a number to the name if two sessions start in the same second
+        for folder in current.parent.glob(f"offline-run-*-{self.target.tracker_id}*"):
             if folder.name in finished or folder.name == current.name:
                 continue
             for file in folder.glob("*.wandb"):

@@ -26,7 +26,9 @@ FILE = "trackers.json"
 SEND_SECONDS = 2.0  # the minimum time between two deliveries to the trackers
 PROJECT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_. -]{0,127}")
 NO_VALUES = ("step", "steps")  # numbers in a row that are not measured values
-ENTRIES = records.table_of({"id": records.text, "step": records.step, "folders?": records.table_of(records.step)})
+ENTRIES = records.table_of(
+    {"id": records.text, "step": records.step, "folders?": records.table_of(records.step)}
+)
 
 
 # -- the option --track
@@ -61,8 +63,12 @@ def parse_tracker(text: str) -> Tracker:
     if colon and name == "tensorboard":
         raise UsageError(f"got --track {text!r}, but tensorboard has no projects; use --track tensorboard")
     if colon and not PROJECT_NAME.fullmatch(project):
-        allowed = "at most 128 letters, digits, blanks and the characters . _ -, and start with no blank or sign"
-        raise UsageError(f"got --track {text!r}; a project must have {allowed}, or leave out {colon + project!r}")
+        allowed = (
+            "at most 128 letters, digits, blanks and the characters . _ -, and start with no blank or sign"
+        )
+        raise UsageError(
+            f"got --track {text!r}; a project must have {allowed}, or leave out {colon + project!r}"
+        )
     if find_spec(name) is None:
         fix = "install it with pip install 'mainrun[trackers]', or leave out --track"
         raise UsageError(f"got --track {text!r}, but the package {name} is not installed; {fix}")
