@@ -5,6 +5,7 @@ checkpoints and rewinds the log as a run does. A child process runs it and is ki
 """
 
 import functools
+import importlib
 import json
 import os
 import random
@@ -251,7 +252,7 @@ def test_a_missing_package_is_reported_before_training(
 
 def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
     (tmp_path / "trackers.json").write_text('{"tensorboard": {"id": "a", "step": -1}}')
-    with pytest.raises(RunError, match="trackers.json is damaged.*remove it"):
+    with pytest.raises(RunError, match=r"trackers\.json is damaged.*remove it"):
         Tracking(Progress(), [Tracker("tensorboard")], tmp_path)
     Tracking(Progress(), [Tracker("tensorboard")], tmp_path, fresh=True)
 
@@ -397,6 +398,12 @@ def in_child(action: Callable[[], None]) -> int:
         os._exit(code)
 
 
+def import_packages() -> None:
+    """Import the packages of all trackers, so that child processes need not import them again."""
+    for name in ("tensorboard.plugins.hparams.summary_v2", "trackio.sqlite_storage", "wandb"):
+        importlib.import_module(name)
+
+
 def exit_code(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
@@ -439,9 +446,7 @@ def read_all(path: Path, project: str) -> dict[str, Values]:
 def test_a_kill_at_any_point_loses_and_doubles_nothing(
     tmp_path: Path, owner: Any, method: str, count: int, after: bool
 ) -> None:
-    import tensorboard.plugins.hparams.summary_v2
-    import trackio.sqlite_storage  # noqa: F401 (children need not import it again)
-
+    import_packages()
     path = tmp_path / "run"
     project = f"{owner.__name__}{method}{count}{after}".lower()
     names = ["tensorboard", f"trackio:{project}"]
@@ -464,10 +469,7 @@ def test_a_kill_at_any_point_loses_and_doubles_nothing(
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_kills_at_random_times(tmp_path: Path, seed: int) -> None:
-    import tensorboard.plugins.hparams.summary_v2
-    import trackio.sqlite_storage
-    import wandb  # noqa: F401
-
+    import_packages()
     draw = random.Random(seed)
     path = tmp_path / "run"
     project = f"random{seed}"

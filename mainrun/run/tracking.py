@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -229,7 +230,7 @@ class Tracking(Progress):
             for channel in list(self.channels):
                 # a tracker may already have steps that are trained again after a kill
                 missing = [point for point in points if point.step > channel.memory["step"]]
-                self._attempt(channel, lambda to=channel, steps=missing: send(to, steps))
+                self._attempt(channel, partial(send, channel, missing))
             self._remember()
         self.last_delivery = time.perf_counter()
 
