@@ -42,6 +42,12 @@ class Progress:
     def eval(self, row: Row) -> None:
         """Show the scores of an evaluation, which an "eval" row of metrics.jsonl contains."""
 
+    def copied(self, rows: Sequence[Row]) -> None:
+        """Take note of rows of metrics.jsonl that were copied from the store during the run."""
+
+    def saved(self, step: int) -> None:
+        """Take note that the run has saved a step, which therefore gets no more rows."""
+
     def note(self, text: str) -> None:
         """Show a message, for example that a damaged checkpoint was skipped."""
 

@@ -392,6 +392,7 @@ class Session:
         moved = state.step != before
         if moved:
             self.growth.restore()
+            self.progress.copied([row for row in self.run_log.rows() if row["step"] > before])
         if unscored:
             self.evaluate()
         self.growth.observe_scores(self.run_log.rows() if self.cfg.growth.ops else [])
@@ -432,6 +433,7 @@ class Session:
         # all processes wait for the leader, because torchrun stops all processes when one of them ends
         self.device.any_process(False)
         self.accounts.saved = self.state.step
+        self.progress.saved(self.state.step)
 
     def _checkpoint_meta(self) -> Row:
         metrics = self.run_log.metrics

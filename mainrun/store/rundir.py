@@ -3,6 +3,8 @@
     config.json  env.json  status.json  metrics.jsonl  growth.jsonl  summary.json  tokenizer.json
     checkpoints/
 
+A run with trackers also contains trackers.json, and the folders tensorboard and wandb.
+
 JSON files are replaced atomically. metrics.jsonl and growth.jsonl are append-only logs. A run that resumes
 truncates both logs to the length that they had when its checkpoint was saved. This module does not import
 torch.
@@ -39,8 +41,10 @@ FILES = (
     "summary.json",
     "tokenizer.json",
 )
+TRACKING = ("trackers.json", ".trackers.json.tmp", "tensorboard", "wandb")
 # The files that a run writes into its directory. The option --fresh removes only these files.
-WRITTEN = {*FILES, *(f".{name}.tmp" for name in FILES), "checkpoints", "traceback.txt", ".lock"}
+TEMPORARY = tuple(f".{name}.tmp" for name in FILES)
+WRITTEN = {*FILES, *TEMPORARY, *TRACKING, "checkpoints", "traceback.txt", ".lock"}
 
 
 # -- rows of metrics.jsonl

@@ -33,6 +33,7 @@ from mainrun.ui.store_cli import StorePlace, open_store
 
 if TYPE_CHECKING:
     from mainrun.config import TrainConfig
+    from mainrun.run.tracking import Tracker
     from mainrun.store.nodes import Store
     from mainrun.store.rundir import RunDir
 
@@ -66,6 +67,14 @@ StoreSize = Annotated[
         "--store-size", metavar="SIZE", help="Evict the least recently used states above this store size."
     ),
 ]
+Track = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--track",
+        metavar="TRACKER",
+        help="Send the metrics to tensorboard, wandb[:PROJECT] or trackio[:PROJECT]. Repeat for several.",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show only errors.")]
 
 
@@ -78,6 +87,7 @@ class TrainOptions:
     quiet: bool
     until: int
     store: Store | None
+    trackers: list[Tracker]
 
 
 @dataclass
@@ -101,6 +111,7 @@ def train(
     no_store: NoStore = False,
     place: StorePlace = None,
     size: StoreSize = "20GB",
+    track: Track = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -113,10 +124,15 @@ def train(
     The default store is DIR/.store, or MAINRUN_STORE if that variable is set.
     """
     from mainrun.plan.recipes import load
+    from mainrun.run.tracking import parse_trackers
 
     if probe and not dry_run:
         raise UsageError("got --probe without --dry-run; add --dry-run, or remove --probe to train")
     _refuse_conflicts(dry_run=dry_run, plan=plan, until=until, fresh=fresh, no_store=no_store, place=place)
+    if track and (dry_run or plan):
+        other = "--dry-run" if dry_run else "--plan"
+        raise UsageError(f"got --track and {other}, which does not train anything; leave one of them out")
+    trackers = parse_trackers(track or [])
     configs = load(preset, sets or [])
     _refuse_store_of_shards(configs, place)
     store = None if no_store else open_store(place, out, size)
@@ -129,7 +145,7 @@ def train(
     else:
         quiet = quiet or not is_leader()
         with process_group():
-            results = _train_all(configs, TrainOptions(out, fresh, quiet, until, store))
+            results = _train_all(configs, TrainOptions(out, fresh, quiet, until, store, trackers))
         _report(configs, results, out, as_json, quiet)
 
 
@@ -228,6 +244,7 @@ def _shared_batch(
 def _train_one(cfg: TrainConfig, options: TrainOptions, label: str, keep: list[int]) -> Summary:
     """Train one run and return its summary. A finished run is not trained again."""
     from mainrun.run.progress import make_progress
+    from mainrun.run.tracking import Tracking
     from mainrun.store.rundir import RunDir, check_same_config
     from mainrun.ui import compare
 
@@ -236,8 +253,11 @@ def _train_one(cfg: TrainConfig, options: TrainOptions, label: str, keep: list[i
         check_same_config(run, cfg)
         _check_titles(run, cfg)
         _check_start(run, cfg)
+        _track_finished(cfg, options)
         return compare.load_summary(run)
     progress = make_progress(options.quiet)
+    if options.trackers:
+        progress = Tracking(progress, options.trackers, run.path, options.fresh)
     if label:
         progress.note(f"{label}{cfg.run_id}")
     with stoppable(), _keeping_traceback(run):
@@ -259,6 +279,23 @@ def _train_one(cfg: TrainConfig, options: TrainOptions, label: str, keep: list[i
             raise
         finally:
             progress.close()
+
+
+def _track_finished(cfg: TrainConfig, options: TrainOptions) -> None:
+    """Send the rows of a finished run that its trackers do not have yet."""
+    if not options.trackers or not is_leader():
+        return
+    from mainrun.run.progress import make_progress
+    from mainrun.run.tracking import Tracking
+    from mainrun.store.rundir import open_run
+
+    run = open_run(options.out, cfg)
+    try:
+        tracking = Tracking(make_progress(options.quiet), options.trackers, run.path)
+        tracking.open(cfg, run.metrics())
+        tracking.close()
+    finally:
+        run.release()
 
 
 @contextmanager

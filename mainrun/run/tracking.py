@@ -1,0 +1,267 @@
+"""Send the rows of metrics.jsonl to experiment trackers: `mainrun train --track tensorboard`.
+
+Tracking changes no bit of a run. A tracker that fails is reported once, and the run continues. The next start
+sends the rows that the tracker missed.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mainrun.config import TrainConfig
+from mainrun.errors import MainrunError, UsageError, nearest
+from mainrun.run.progress import Progress, Row
+from mainrun.run.trackers import WRITERS, Point, Target, Writer, default_project, message
+from mainrun.store import records
+from mainrun.store.rundir import write_json
+
+FILE = "trackers.json"
+SEND_SECONDS = 2.0  # the minimum time between two deliveries to the trackers
+PROJECT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_. -]{0,127}")
+NO_VALUES = ("step", "steps")  # numbers in a row that are not measured values
+ENTRIES = records.table_of(
+    {"id": records.text, "step": records.step, "folders?": records.table_of(records.step)}
+)
+
+
+# -- the option --track
+
+
+class Tracker(NamedTuple):
+    """A value of the option --track."""
+
+    name: str
+    project: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.project}" if self.project else self.name
+
+
+def parse_trackers(texts: Iterable[str]) -> list[Tracker]:
+    """Parse the values of --track. Raise UsageError if a tracker is unknown or not installed."""
+    trackers: list[Tracker] = []
+    for text in texts:
+        tracker = parse_tracker(text)
+        if tracker.name in [other.name for other in trackers]:
+            raise UsageError(f"got --track {tracker.name} twice; give each tracker once")
+        trackers.append(tracker)
+    return trackers
+
+
+def parse_tracker(text: str) -> Tracker:
+    name, colon, project = text.partition(":")
+    if name not in WRITERS:
+        allowed = "tensorboard, wandb[:PROJECT] or trackio[:PROJECT]"
+        raise UsageError(f"got --track {text!r}{nearest(name, WRITERS)}; allowed: {allowed}")
+    if colon and name == "tensorboard":
+        raise UsageError(f"got --track {text!r}, but tensorboard has no projects; use --track tensorboard")
+    if colon and not PROJECT_NAME.fullmatch(project):
+        allowed = (
+            "at most 128 letters, digits, blanks and the characters . _ -, and start with no blank or sign"
+        )
+        raise UsageError(
+            f"got --track {text!r}; a project must have {allowed}, or leave out {colon + project!r}"
+        )
+    if find_spec(name) is None:
+        fix = "install it with pip install 'mainrun[trackers]', or leave out --track"
+        raise UsageError(f"got --track {text!r}, but the package {name} is not installed; {fix}")
+    if name == "tensorboard":
+        return Tracker(name)
+    return Tracker(name, project or default_project(name))
+
+
+# -- names
+
+
+def values_of(row: Row) -> dict[str, float]:
+    """Return the values of a row of metrics.jsonl under the names that trackers show."""
+    group = row.get("split", "train")
+    values = numbers(group, row)
+    values |= numbers("aux", row.get("aux", {}))
+    for router in row.get("routers", []):
+        layer = f"layer_{router['layer']}"
+        path = f"router/{layer}" if group == "train" else f"{group}/router/{layer}"
+        statistics = {name: value for name, value in router.items() if name != "layer"}
+        values |= numbers(path, statistics)
+    return values
+
+
+def numbers(group: str, row: Row) -> dict[str, float]:
+    values = {}
+    for name, value in row.items():
+        if type(value) in (int, float) and name not in NO_VALUES:
+            values[f"{group}/{name}"] = float(value)
+    return values
+
+
+def points_of(rows: Iterable[Row]) -> list[Point]:
+    """Combine the rows of each step."""
+    points: list[Point] = []
+    for row in rows:
+        if not points or points[-1].step != row["step"]:
+            points.append(Point(row["step"], {}))
+        points[-1].values.update(values_of(row))
+    return points
+
+
+# -- tracking
+
+
+class Channel(NamedTuple):
+    """An open tracker."""
+
+    tracker: Tracker
+    writer: Writer
+    memory: dict[str, Any]  # the entry in trackers.json
+
+
+class Tracking(Progress):
+    """A progress display that also sends all rows to trackers. Only the leader process uses this class.
+
+    A step is sent after all of its rows have arrived, because most trackers cannot add values to a step
+    later. A step is complete when a row of a later step arrives, or when the run has saved the step.
+    """
+
+    def __init__(
+        self, display: Progress, trackers: Sequence[Tracker], path: Path, fresh: bool = False
+    ) -> None:
+        """path: the run directory.
+
+        fresh: whether the run starts over, so that the trackers start new runs.
+        """
+        self.display = display
+        self.trackers = list(trackers)
+        self.path = path
+        self.channels: list[Channel] = []
+        self.memory = {} if fresh else load_memory(path)
+        self.complete: list[Point] = []  # steps that are ready to be sent
+        self.pending: Point | None = None  # a step that may get more rows
+        self.last_delivery = 0.0
+        self.unwritable = False  # whether a failure to write trackers.json has been reported
+
+    # -- the methods of a progress display
+
+    def start(self, cfg: TrainConfig, table: dict[str, Any], earlier: Sequence[Row] = ()) -> None:
+        self.display.start(cfg, table, earlier)
+        self.open(cfg, earlier)
+
+    def open(self, cfg: TrainConfig, earlier: Sequence[Row]) -> None:
+        """Open all trackers, and send the earlier rows that the trackers do not have."""
+        points = points_of(earlier)
+        for tracker in self.trackers:
+            self._open(tracker, cfg, points)
+        self._remember()
+        self.last_delivery = time.perf_counter()
+
+    def step(self, row: Row) -> None:
+        self._add(row)
+        self.display.step(row)
+
+    def eval(self, row: Row) -> None:
+        self._add(row)
+        self.display.eval(row)
+
+    def copied(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self._add(row)
+        self.display.copied(rows)
+
+    def saved(self, step: int) -> None:
+        if self.pending and self.pending.step <= step:
+            self.complete.append(self.pending)
+            self.pending = None
+        self._deliver()
+        self.display.saved(step)
+
+    def note(self, text: str) -> None:
+        self.display.note(text)
+
+    def close(self) -> None:
+        self.display.close()
+        self._deliver()
+        for channel in self.channels:
+            self._attempt(channel, channel.writer.close)
+        if self.channels:
+            self._remember()
+        self.channels = []
+
+    # -- sending
+
+    def _open(self, tracker: Tracker, cfg: TrainConfig, points: Sequence[Point]) -> None:
+        """Open a tracker, and send the earlier steps that it does not have."""
+        name = cfg.run_id
+        entry = self.memory.setdefault(str(tracker), {"id": f"{name}-{uuid.uuid4().hex[:8]}", "step": 0})
+        self._remember()
+        target = Target(self.path, name, entry["id"], tracker.project, cfg.model_dump(mode="json"), entry)
+        channel = Channel(tracker, WRITERS[tracker.name](target), entry)
+        self.channels.append(channel)
+        last = points[-1].step if points else 0
+
+        def send_missing() -> None:
+            entry["step"] = channel.writer.open(last)
+            missing = [point for point in points if point.step > entry["step"]]
+            send(channel, missing)
+
+        self._attempt(channel, send_missing)
+
+    def _add(self, row: Row) -> None:
+        if self.pending and self.pending.step != row["step"]:
+            self.complete.append(self.pending)
+            self.pending = None
+        if self.pending is None:
+            self.pending = Point(row["step"], {})
+        self.pending.values.update(values_of(row))
+        if time.perf_counter() >= self.last_delivery + SEND_SECONDS:
+            self._deliver()
+
+    def _deliver(self) -> None:
+        """Send all complete steps."""
+        points = self.complete
+        self.complete = []
+        if points and self.channels:
+            for channel in list(self.channels):
+                # a tracker may already have steps that are trained again after a kill
+                missing = [point for point in points if point.step > channel.memory["step"]]
+                self._attempt(channel, partial(send, channel, missing))
+            self._remember()
+        self.last_delivery = time.perf_counter()
+
+    def _attempt(self, channel: Channel, action: Callable[[], None]) -> None:
+        """Run an action of a tracker. If the action fails, report the failure and stop using the tracker."""
+        try:
+            action()
+        except Exception as e:
+            self.channels = [other for other in self.channels if other is not channel]
+            with suppress(Exception):
+                channel.writer.abandon()
+            missed = "the run continues, and the next start sends the steps that are missing"
+            self.note(f"the tracker {channel.tracker} failed: {message(e)}; {missed}")
+
+    def _remember(self) -> None:
+        """Write trackers.json."""
+        try:
+            write_json(self.path / FILE, self.memory)
+        except MainrunError as e:
+            if not self.unwritable:
+                self.note(f"{e}; the run continues")
+            self.unwritable = True
+
+
+def send(channel: Channel, points: Sequence[Point]) -> None:
+    if points:
+        channel.writer.send(points)
+        channel.memory["step"] = points[-1].step
+
+
+def load_memory(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the content of trackers.json. Raise RunError if the file is damaged."""
+    fix = "remove it, and the trackers start new runs"
+    return dict(records.load(path / FILE, ENTRIES, fix) or {})
