@@ -80,10 +80,7 @@ def eval_run(
             results.append(_evaluate_choices(run_dir, scored, choices, questions, limit))
         if task_list is not None:
             results += _evaluate_tasks(run_dir, scored, task_list, limit)
-    if as_json:
-        emit({"evaluations": results})
-        return
-    _show(results)
+    _show(results, as_json)
 
 
 # -- the request
@@ -128,9 +125,11 @@ def _find_run(name: str, out: Path, route: str | None) -> RunDir:
 
 
 def _read_questions(path: Path | None) -> list[Question]:
+    if path is None:
+        return []
     from mainrun.interop.choice_files import read_questions
 
-    return [] if path is None else read_questions(path)
+    return read_questions(path)
 
 
 def _find_tasks(names: list[str], include: Path | None) -> Tasks | None:
@@ -203,7 +202,10 @@ def _evaluate_tasks(run: RunDir, scored: ScoredRun, tasks: Tasks, limit: int | N
 # -- output
 
 
-def _show(results: list[Result]) -> None:
+def _show(results: list[Result], as_json: bool) -> None:
+    if as_json:
+        emit({"evaluations": results})
+        return
     first = results[0]
     text = f"{first['run']}, step {first['step']:,}, weights {first['weights']['sha256'][:12]}"
     if first["route"]:

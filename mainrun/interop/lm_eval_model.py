@@ -109,7 +109,9 @@ class MainrunLM(TemplateLM):  # type: ignore[misc]
         return texts
 
     def generate(self, context: str, options: dict[str, Any]) -> str:
-        temperature = options["temperature"] if options["do_sample"] else 0.0
+        temperature = 0.0
+        if options["do_sample"]:
+            temperature = options["temperature"]
         for name in UNSUPPORTED:
             if temperature and options.get(name) not in (None, 1, 1.0):
                 raise UsageError(
