@@ -12,7 +12,6 @@ This module does not import torch, because importing torch would slow down the s
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -668,8 +667,9 @@ def from_dict(fields: dict[str, Any]) -> TrainConfig:
     if isinstance(growth, str):
         fields["growth"] = from_text(growth)
     tokenizer = fields.get("tokenizer")
-    if isinstance(tokenizer, str) and re.match("hf:.", tokenizer) and "vocab_size" not in fields:
-        fields["vocab_size"] = foreign.read_checkpoint(foreign.folder_of(tokenizer)).rows
+    if isinstance(tokenizer, str) and tokenizer.startswith(foreign.PREFIX) and "vocab_size" not in fields:
+        folder = foreign.folder_of(tokenizer)
+        fields["vocab_size"] = foreign.read_checkpoint(folder).rows
     try:
         return TrainConfig(**fields)
     except ValidationError as e:

@@ -395,7 +395,7 @@ PAIRS += [
 TOKENIZERS = "use bpe, unigram or hf:DIR, where DIR contains a tokenizer.json"
 PAIRS += [
     ({"tokenizer": text}, f"tokenizer={text!r} is not a tokenizer; {TOKENIZERS}", {"tokenizer": good})
-    for text, good in [("wordpiece", "bpe"), ("hf:", "unigram"), ("hf", "bpe"), ("bpe:x", "bpe"), ("", "bpe")]
+    for text, good in [("wordpiece", "bpe"), ("hf", "unigram"), ("bpe:x", "bpe"), ("", "bpe")]
 ]
 TITLES_ONLY = "set documents=false, or use a corpus of the form file:, hub: or mix:"
 PAIRS += [

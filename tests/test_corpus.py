@@ -461,14 +461,13 @@ def test_every_prefix_of_a_mix_by_characters_has_its_ratios(tmp_path: Path) -> N
 
 
 def test_the_ratios_of_a_mix_by_characters_are_exact(tmp_path: Path) -> None:
-    """With floats, 0.1 and 0.3 would break ties in favour of the wrong source."""
-    write(tmp_path / "a.txt", "\n".join(f"a{i:02}" for i in range(60)))
-    write(tmp_path / "b.txt", "\n".join(f"b{i:02}" for i in range(60)))
-    text = (
-        'by = "characters"\n[[source]]\npath = "a.txt"\nratio = 0.3\n[[source]]\npath = "b.txt"\nratio = 0.1'
-    )
+    """With floats, 21 / 0.7 is above 3 / 0.1, so the wrong source would come first."""
+    assert 21 / 0.7 > 3 / 0.1
+    write(tmp_path / "a.txt", "\n".join(f"a{i:02}" for i in range(80)))
+    write(tmp_path / "b.txt", "\n".join(f"b{i:02}" for i in range(80)))
+    text = BY_CHARACTERS.replace("ratio = 3", "ratio = 0.7").replace("ratio = 1", "ratio = 0.1")
     order = "".join(title[0] for title in titles_of(load(mix(tmp_path, text), 80)))
-    assert order == "abaa" * 20
+    assert order == "abaaaaaa" * 10
 
 
 def test_a_mix_by_characters_shuffles_skips_and_repeats_like_a_mix_by_texts(tmp_path: Path) -> None:

@@ -438,6 +438,13 @@ def test_the_config_takes_the_number_of_rows_from_the_folder(tmp_path: Path) -> 
     )
 
 
+def test_a_tokenizer_without_a_folder_is_refused() -> None:
+    with pytest.raises(ConfigError, match="tokenizer=hf: names no folder; set tokenizer=hf:DIR"):
+        from_dict({"tokenizer": "hf:"})
+    with pytest.raises(ConfigError, match="tokenizer='hf:' is not a tokenizer"):
+        from_dict({"tokenizer": "hf:", "vocab_size": 400})
+
+
 def write_texts(folder: Path) -> str:
     """Write a corpus of documents, and return its name."""
     lines = []

@@ -191,6 +191,12 @@ def test_a_glob_selects_files(hub: Hub, glob: str, numbers: range) -> None:
     assert len(hub.downloaded()) == len(numbers) // 20
 
 
+def test_two_globs_of_a_dataset_share_their_files(hub: Hub) -> None:
+    assert texts_of(load(f"hub:{REPO}@{COMMIT}/data/*#text", 40)) == [text(i) for i in range(40)]
+    assert texts_of(load()) == [text(i) for i in range(60)]
+    assert sorted(hub.downloaded()) == sorted(name for name in FILES if name != "README.md")
+
+
 def test_a_dataset_can_be_part_of_a_mix(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("".join(f"mine {i}\n" for i in range(30)))
     (tmp_path / "mix.toml").write_text(

@@ -72,7 +72,10 @@ def permutation(ids: Ids, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 def folder_of(tokenizer: str) -> Path:
     """Return the folder that a value of the config field `tokenizer` names."""
-    return inputs.expanded(tokenizer.removeprefix(PREFIX), "tokenizer")
+    folder = tokenizer.removeprefix(PREFIX)
+    if not folder:
+        raise ConfigError(f"tokenizer={tokenizer} names no folder; set tokenizer=hf:DIR")
+    return inputs.expanded(folder, "tokenizer")
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
