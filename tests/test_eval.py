@@ -671,11 +671,11 @@ def test_choices_equal_the_model_class_of_lm_eval(hf: Any, dense: Path, tmp_path
 def test_choices_equal_the_model_class_of_lm_eval_on_an_export(
     cache: None, tmp_path: Path, vocabulary: str
 ) -> None:
-    export = pytest.importorskip("mainrun.interop.export")
-    exporting = pytest.importorskip("exporting")
+    import exporting
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
 
+    from mainrun.interop import export
     from mainrun.interop.lm_eval_model import Tasks
 
     changes = {}
