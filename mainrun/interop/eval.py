@@ -6,7 +6,6 @@ the sharpness and the capacity of its last step, and routers that look back only
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 import sys
@@ -28,6 +27,7 @@ from mainrun.data.tokenizer import EOS, PAD, Tokenizer
 from mainrun.errors import RunError, UsageError
 from mainrun.files.hashing import sha256_file, sha256_json
 from mainrun.interop.choice_files import Question
+from mainrun.store.checkpoint import sha256_tensors
 from mainrun.store.rundir import RunDir, disk_errors, write_json
 from mainrun.train import GPT
 from mainrun.ui.sample import load_scored_state
@@ -239,7 +239,7 @@ def load(run: RunDir, route: str | None) -> ScoredRun:
     cfg = model.cfg
     if route is not None:
         set_route(model, route)
-    weights = weights_digest(model)
+    weights = sha256_tensors(iter(model.named_parameters()))
     threads = cfg.threads or cores()
     make_deterministic(threads)
     device = "cpu"
@@ -279,15 +279,6 @@ def routes(model: GPT) -> dict[str, str]:
         if block.router is not None:
             names[str(layer)] = "student" if block.router.by_student else "own"
     return names
-
-
-def weights_digest(model: GPT) -> str:
-    """Return the sha256 of all weights: a hash of the sorted pairs of a name and the sha256 of its bytes."""
-    pairs = []
-    for name, p in sorted(model.named_parameters()):
-        data = p.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        pairs.append([name, hashlib.sha256(data.numpy().tobytes()).hexdigest()])
-    return sha256_json(pairs)
 
 
 # -- results
