@@ -339,12 +339,14 @@ TEXT: dict[str, Draw] = {
     "--address": choice("auto", "127.0.0.1:9", "x:y", ":"),
     "--storage": storage,
     "--as": word,
+    "--pattern": choice("D", "DM", "DS", "MD", "DQ"),
     "--save": word,
     "--studies": choice("1", "1,2", "5", "1,", "1,1,1"),
     "name": choice("baseline", "demo", "hn-2024", "done", "small.toml"),
     "runs": run,
     "run": run,
     "places": run,
+    "source": lambda rng: rng.choice((path, choice("owner/name", "owner/name@main", "a/b@", "a/b/c")))(rng),
     "key": choice("0", "a", "f" * 64, "zz"),
     "place": study,
     "file": lambda rng: rng.choice((path, nested, schedule, word, _growth_name))(rng),
@@ -381,6 +383,7 @@ BASE: dict[str, list[str]] = {
     "bench gpu": ["--set", "no_such_field=1"],
     "grow plan": [],
     "grow verify": [],
+    "hub import": [],
 }
 # For these commands, the arguments in BASE come last, because the last --set takes effect.
 LAST = {"demo", "bench step", "bench lineage", "bench gpu"}
@@ -398,7 +401,7 @@ WEIGHT = {
 }
 VALID = {
     "name": "done", "runs": "RUN", "run": "RUN", "places": "runs", "key": "0", "place": "study.toml",
-    "file": "growth.json", "folder": "new", "path": "bundle.zip",
+    "source": "folder", "file": "growth.json", "folder": "new", "path": "bundle.zip",
 }  # fmt: skip
 # These options set the amount of work, such as the number of samples.
 WORK_SIZES = {

@@ -61,6 +61,7 @@ def list_faults(space: dict[str, dict[str, Any]], **fields: Any) -> list[str]:
         ("dev_frac", "the data is fixed by the task"),
         ("documents", "the data is fixed by the task"),
         ("tokenizer_fit", "the data is fixed by the task"),
+        ("start", "runs from trained weights are not compared with runs from random weights"),
         ("official_geometry", "the geometry of the evaluation is fixed by the task"),
         ("device", "the machine is the same for all trials; set it under [set] or with threads"),
         ("threads", "the machine is the same for all trials; set it under [set] or with threads"),
