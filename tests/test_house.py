@@ -57,6 +57,7 @@ LIGHT = (
     "mainrun.plan.recipes",
     "mainrun.plan.simulate",
     "mainrun.run.progress",
+    "mainrun.run.tracking",
     "mainrun.stats",
     "mainrun.store.rundir",
     "mainrun.ui.console",

@@ -338,6 +338,7 @@ def test_a_run_that_was_started_without_trackers_is_sent_completely(tmp_path: Pa
     options = ["--track", "tensorboard", "--track", "trackio:later", "--until", "5", "--fresh"]
     assert invoke(tmp_path, *options).exit_code == 75
     assert tensorboard_steps(path) == [1, 2, 3, 4, 5]
+    assert len(list((path / "tensorboard").iterdir())) == 1
     assert [len(trackio_values("later", number)) for number in (0, 1)] in ([5, len(before)], [len(before), 5])
 
 
@@ -513,6 +514,20 @@ def test_a_kill_at_any_point_of_an_offline_wandb_session(
     assert first == list(range(1, 7)), "the session that ended properly is kept"
     ids = {record.run.run_id for file in files for record in wandb_records(file) if record.HasField("run")}
     assert len(ids) == 1 and CONFIG.run_id in ids.pop()
+
+
+def test_a_killed_wandb_session_whose_folder_has_a_number_is_sent_again(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+
+    def killed() -> None:
+        kill_at(trackers.Wandb, "close", 1, True)
+        simulate(path, ["wandb"])
+
+    assert exit_code(in_child(killed)) == -signal.SIGKILL
+    (folder,) = path.glob("wandb/offline-run-*")
+    folder.rename(f"{folder}-1")  # the name if two sessions start in the same second
+    assert exit_code(in_child(lambda: simulate(path, ["wandb"]))) == 0
+    assert wandb_values(path) == expected(path)
 
 
 def test_steps_that_are_trained_again_replace_those_in_tensorboard(tmp_path: Path) -> None:
