@@ -205,7 +205,11 @@ def test_an_identity_layer_ends_in_zeros_and_gets_gradients() -> None:
     model = shaken(config(bias=True, attn_lora_rank=2, mlp_lora_rank=2))
     new, _ = grown(model, op("stack_layers", (0, 1, 1), init="identity"))
     old, new_weights = weights(model), weights(new)
-    ends = {f"blocks.2.{branch}.{kind}" for branch in ("attn.o", "mlp.down") for kind in ("weight", "bias", "lora_b")}
+    ends = {
+        f"blocks.2.{branch}.{kind}"
+        for branch in ("attn.o", "mlp.down")
+        for kind in ("weight", "bias", "lora_b")
+    }
     assert ends <= new_weights.keys() and not any(new_weights[n].any() for n in ends)
     assert all(
         torch.equal(w, old[n.replace("blocks.2", "blocks.1")])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
@@ -27,6 +26,7 @@ from mainrun.checks.repeat import repeat_ops
 from mainrun.config import TrainConfig, from_dict
 from mainrun.core import kernels
 from mainrun.core.average import Average
+from mainrun.core.device import Device
 from mainrun.core.optimizers import Optimizers
 from mainrun.core.parameters import is_base, is_low_rank
 from mainrun.errors import ConfigError
@@ -34,6 +34,7 @@ from mainrun.growth.moments import transfer
 from mainrun.growth.verify import logit_change
 from mainrun.plan.cost import size
 from mainrun.plan.ops import OPERATIONS, walk
+from mainrun.plan.optimizers import OPTIMIZERS
 from mainrun.plan.plan import Plan
 from mainrun.plan.recipes import load
 from mainrun.replay import replay_steps, run_guards
@@ -43,6 +44,8 @@ from mainrun.store.lineage import chain
 from mainrun.store.nodes import Store
 from mainrun.store.rundir import RunDir
 from mainrun.train import GPT, State, TrainStep, build, set_up
+from mainrun.ui import estimate
+from mainrun.ui.estimate import estimate_memory
 from mainrun.ui.sample import load_model
 
 ROOT = Path(__file__).parents[1]
@@ -127,7 +130,10 @@ def test_attention_computes_q_k_and_v_in_one_product(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"mlp_lora_rank": 4, "experts": 8}, "mlp_lora_rank=4 cannot be combined with experts=8.*one of them"),
+        (
+            {"mlp_lora_rank": 4, "experts": 8},
+            "mlp_lora_rank=4 cannot be combined with experts=8.*one of them",
+        ),
         ({"base_frozen": True}, r"base_frozen=true with frozen=\[\] leaves nothing to train; set attn_lora"),
         ({"base_frozen": True, "attn_lora_rank": 2, "frozen": [0, 1]}, r"frozen=\[0, 1\] leaves nothing"),
         ({"base_frozen": True, "mlp_lora_rank": 2, "frozen": [0, 1]}, "unfreeze a layer"),
@@ -155,11 +161,20 @@ def test_a_frozen_base_needs_one_part_that_trains(fields: dict[str, Any]) -> Non
     model = build(cfg, 29)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained and not any(is_base(name) for name in trained)
+    for optimizer in OPTIMIZERS:
+        names = set(Optimizers(cfg.changed(optimizer=optimizer), model).names.values())
+        assert names == trained
     assert size(cfg.changed(vocab_size=300)).trained > 0
 
 
 # Ops that a model with a frozen base allows, apart from ops that set a value of the training.
-ALLOWED = ("set_attn_lora_rank", "set_mlp_lora_rank", "set_embedding_lora_rank", "freeze_layer", "unfreeze_layer")
+ALLOWED = (
+    "set_attn_lora_rank",
+    "set_mlp_lora_rank",
+    "set_embedding_lora_rank",
+    "freeze_layer",
+    "unfreeze_layer",
+)
 VALUES: dict[str, Any] = {
     "stack_layers": [0, 1, 1], "widen_mlp": 20, "widen_model": {"factor": 2}, "add_heads": 4,
     "upcycle_moe": {"experts": 4}, "merge_lora_weights": None, "resize_vocabulary": 420,
@@ -188,7 +203,12 @@ def test_ops_of_the_training_are_allowed() -> None:
 @pytest.mark.parametrize(
     ("fields", "name", "value", "message"),
     [
-        ({"mlp_lora_rank": 3}, "upcycle_moe", {"experts": 4}, "mlp_lora_rank is 3.*put merge_lora_weights bef"),
+        (
+            {"mlp_lora_rank": 3},
+            "upcycle_moe",
+            {"experts": 4},
+            "mlp_lora_rank is 3.*put merge_lora_weights bef",
+        ),
         ({"experts": 4}, "set_mlp_lora_rank", 2, "the MLPs are experts, and experts have no low-rank terms"),
         ({}, "set_mlp_lora_rank", 0, "value=0 is not allowed; give a rank of at least 1"),
         ({"base_frozen": True, "attn_lora_rank": 2}, "freeze_layer", [0, 1], "leaves nothing to train"),
@@ -292,7 +312,7 @@ def test_an_op_on_a_frozen_base_moves_only_low_rank_terms() -> None:
     gradients(model, 1)
     optimizers.step(at(cfg))
     new, moved = grown(model, op("set_mlp_lora_rank", 4))
-    assert {name for name in moved.new} == {name for name in weights(new) if is_low_rank(name)}
+    assert set(moved.new) == {name for name in weights(new) if is_low_rank(name)}
     state, coverage = transfer(optimizers.state(), moved)
     assert coverage == 0.5 and not any(is_base(name.split("/")[1]) for name in state)
     for name, value in weights(model).items():
@@ -418,7 +438,9 @@ def test_a_frozen_gain_has_no_gradient() -> None:
     gain = torch.randn(8, dtype=torch.float64)
     grads = []
     for trained in (True, False):
-        x = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        x = torch.randn(
+            3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+        ).requires_grad_()
         kernels.rms_norm(x, gain.clone().requires_grad_(trained)).square().sum().backward()
         grads.append(x.grad)
     assert torch.equal(grads[0], grads[1])  # type: ignore[arg-type]
@@ -456,6 +478,23 @@ def test_a_frozen_base_takes_memory_for_its_weights_alone(tiny: Any) -> None:
     assert base < frozen < all_trained - 2.9 * base, "a frozen base has no gradients and no moments"
     average = tensor_bytes(tiny(**fields, base_frozen=True, ema=0.9))
     assert average - frozen < 0.2 * base
+
+
+def test_the_weights_of_a_frozen_base_do_not_fragment_the_heap(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {"d_model": 2048, "n_layer": 12, "attn_lora_rank": 2, "batch_size": 1, "base_frozen": True}
+    cfg = tiny(**fields, compile="off", optimizer="adamw")
+    base = 4 * (size(cfg).params - size(cfg).trained)
+    total = []
+    for factor in (1.0, 2.0):
+        monkeypatch.setattr(estimate, "FRAGMENTATION", factor)
+        total.append(estimate_memory(Plan(cfg, 10**9), Device(cfg), 400))
+    temporary = total[1] - total[0]
+    assert temporary < 0.5 * base
+    monkeypatch.setattr(estimate, "FRAGMENTATION", 1.0)
+    with_store = estimate_memory(Plan(cfg, 10**9), Device(cfg), 400, store=True)
+    assert 0 < with_store - total[0] < 0.2 * base, "the store copies only what trains"
 
 
 # -- complete runs
@@ -658,7 +697,7 @@ def test_the_recipe_in_the_guide_has_rank_16_on_all_seven_matrices(tmp_path: Pat
     guide = (ROOT / "docs/guide.md").read_text()
     (block,) = re.findall(r"```toml\n(# lora\.toml\n.*?)```", guide, re.DOTALL)
     (tmp_path / "lora.toml").write_text(re.sub(r"qwen\.toml", "optimized", block))
-    (cfg,) = load(str(tmp_path / "lora.toml"))
+    (cfg,) = load(str(tmp_path / "lora.toml"), ["mlp=swiglu"])
     assert (cfg.attn_lora_rank, cfg.mlp_lora_rank, cfg.embed_lora_rank) == (16, 16, 0)
     assert (cfg.lora_alpha, cfg.base_frozen, cfg.mlp) == (32.0, True, "swiglu")
     with torch.device("meta"):
