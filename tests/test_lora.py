@@ -385,7 +385,9 @@ def test_the_average_of_a_frozen_base_leaves_the_base_alone() -> None:
 @pytest.mark.parametrize("letters", ["D", "DSMT"])
 @pytest.mark.parametrize("frozen", [True, False])
 def test_the_size_and_the_moments_of_a_frozen_base(letters: str, frozen: bool) -> None:
-    cfg = config(block_pattern=letters, base_frozen=frozen, optimizer="muon", frozen=[0], embed_lora_rank=2)
+    cfg = config(
+        block_pattern=letters, base_frozen=frozen, optimizer="muon", frozen=[0, 2], embed_lora_rank=2
+    )
     state = State(cfg, build(cfg, cfg.vocab_size))
     for p in state.model.parameters():
         p.grad = torch.ones_like(p)
@@ -483,17 +485,17 @@ def test_a_frozen_base_takes_memory_for_its_weights_alone(tiny: Any) -> None:
 def test_the_weights_of_a_frozen_base_do_not_fragment_the_heap(
     tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fields = {"d_model": 2048, "n_layer": 12, "attn_lora_rank": 2, "batch_size": 1, "base_frozen": True}
-    cfg = tiny(**fields, compile="off", optimizer="adamw")
+    fields = {"d_model": 2048, "n_layer": 12, "attn_lora_rank": 2, "base_frozen": True}
+    cfg = tiny(**fields, vocab_size=100_000, batch_size=1, compile="off", optimizer="adamw")
     base = 4 * (size(cfg).params - size(cfg).trained)
     total = []
     for factor in (1.0, 2.0):
         monkeypatch.setattr(estimate, "FRAGMENTATION", factor)
-        total.append(estimate_memory(Plan(cfg, 10**9), Device(cfg), 400))
+        total.append(estimate_memory(Plan(cfg, 10**9), Device(cfg), cfg.vocab_size))
     temporary = total[1] - total[0]
     assert temporary < 0.5 * base
     monkeypatch.setattr(estimate, "FRAGMENTATION", 1.0)
-    with_store = estimate_memory(Plan(cfg, 10**9), Device(cfg), 400, store=True)
+    with_store = estimate_memory(Plan(cfg, 10**9), Device(cfg), cfg.vocab_size, store=True)
     assert 0 < with_store - total[0] < 0.2 * base, "the store copies only what trains"
 
 
