@@ -30,8 +30,8 @@ from mainrun.config import TrainConfig
 from mainrun.core.average import Average, copy_tensors
 from mainrun.core.device import Device
 from mainrun.core.dropout import Masks, dropout_sites
-from mainrun.core.kernels import attend, cross_entropy, gelu, linear
-from mainrun.core.layers import Context, Linear, RMSNorm, cast, make_norm, rope_table, rotate
+from mainrun.core.kernels import attend, cross_entropy, gelu, linear, rdrop
+from mainrun.core.layers import Context, Linear, RMSNorm, bias_of, cast, make_norm, rope_table, rotate
 from mainrun.core.optimizers import Optimizers
 from mainrun.core.parameters import is_base, saved_parameters
 from mainrun.core.pending_losses import PendingLosses, StepRow
@@ -291,10 +291,9 @@ class GPT(nn.Module):
             block.attn.fused = attention == "sdpa"
 
     def attention_bias(self, idx: Tensor) -> Tensor | None:
-        """Return the attention bias: 0 where a token may attend, and -inf elsewhere.
-
-        Return None if the fused kernel applies the causal mask itself.
-        """
+        """Return the attention bias, or None if the fused kernel applies the causal mask itself."""
+        if self.blocks[0].attn.fused and not self.cfg.title_mask:
+            return None
         T = idx.size(1)
         visible = self.causal[:T, :T]  # (T, T)
         if self.cfg.title_mask:
@@ -302,12 +301,7 @@ class GPT(nn.Module):
             title = (idx == EOS).cumsum(1)  # (B, T)
             same_title = title.unsqueeze(2) == title.unsqueeze(1)  # (B, T, T)
             visible = (visible & same_title).unsqueeze(1)  # (B, 1, T, T)
-        elif self.blocks[0].attn.fused:
-            return None
-        dtype = self.embed.weight.dtype
-        if torch.is_autocast_enabled(idx.device.type):
-            dtype = torch.bfloat16
-        return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
+        return bias_of(visible, self.embed.weight.dtype)
 
     def output_weight(self) -> Tensor:
         """Return the weight of the output head. A tied head uses the weight of the embedding."""
@@ -403,7 +397,7 @@ def compute_loss(
         logits = model(x, pool)
     logits = logits.flatten(0, 1)  # (BT, V), with R-Drop (2BT, V)
     if inputs.rdrop:
-        loss, plain = rdrop(logits, y, inputs)
+        loss, plain = rdrop(logits, y, inputs.rdrop, inputs.label_smoothing)
     else:
         loss, plain = cross_entropy(logits, y.flatten(), inputs.label_smoothing, native)
     if routing is not None:
@@ -412,21 +406,6 @@ def compute_loss(
             # a loss with a weight of 0 is added too, so that every parameter of a router has a gradient
             loss = loss + weight * routing_loss
     return Loss(loss, plain, routing)
-
-
-def rdrop(logits: Tensor, y: Tensor, inputs: StepInputs) -> tuple[Tensor, Tensor]:
-    """Return the R-Drop loss of two passes with different dropout masks, and the plain cross entropy.
-
-    R-Drop penalizes differences between the outputs of the two passes.
-    """
-    logp = F.log_softmax(logits.float(), dim=-1)
-    loss = F.nll_loss(logp, torch.cat([y, y]).flatten())
-    plain = loss.detach()
-    if inputs.label_smoothing:
-        loss = torch.lerp(loss, -logp.mean(), inputs.label_smoothing)
-    a, b = logp.chunk(2)
-    symmetric_kl = ((a.exp() - b.exp()) * (a - b)).sum(-1).mean() / 2  # (KL(a|b) + KL(b|a)) / 2
-    return loss + inputs.rdrop * symmetric_kl, plain
 
 
 # ------------------------------------------------------------------------------------------------------------

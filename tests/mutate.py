@@ -66,7 +66,7 @@ MIRRORS = {
     "mainrun/core/frozen_torch.py": "test_plain_run test_train",
     "mainrun/core/hardware.py": "test_device test_kernels",
     "mainrun/core/layers.py": "test_model test_train_rows test_routing",
-    "mainrun/core/lora.py": "test_layers test_layers_rows",
+    "mainrun/core/lora.py": "test_layers test_layers_rows test_lora",
     "mainrun/core/machine_class.py": "test_device test_lineage",
     "mainrun/core/moe.py": "test_layers test_layers_rows",
     "mainrun/core/native/cpu.py": "test_kernels",

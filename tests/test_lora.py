@@ -26,6 +26,7 @@ from mainrun.checks.repeat import repeat_ops
 from mainrun.config import TrainConfig, from_dict
 from mainrun.core import kernels
 from mainrun.core.average import Average
+from mainrun.core.device import Device
 from mainrun.core.optimizers import Optimizers
 from mainrun.core.parameters import is_base, is_low_rank
 from mainrun.errors import ConfigError
@@ -33,6 +34,7 @@ from mainrun.growth.moments import transfer
 from mainrun.growth.verify import logit_change
 from mainrun.plan.cost import size
 from mainrun.plan.ops import OPERATIONS, walk
+from mainrun.plan.optimizers import OPTIMIZERS
 from mainrun.plan.plan import Plan
 from mainrun.plan.recipes import load
 from mainrun.replay import replay_steps, run_guards
@@ -42,6 +44,8 @@ from mainrun.store.lineage import chain
 from mainrun.store.nodes import Store
 from mainrun.store.rundir import RunDir
 from mainrun.train import GPT, State, TrainStep, build, set_up
+from mainrun.ui import estimate
+from mainrun.ui.estimate import estimate_memory
 from mainrun.ui.sample import load_model
 
 ROOT = Path(__file__).parents[1]
@@ -157,6 +161,9 @@ def test_a_frozen_base_needs_one_part_that_trains(fields: dict[str, Any]) -> Non
     model = build(cfg, 29)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained and not any(is_base(name) for name in trained)
+    for optimizer in OPTIMIZERS:
+        names = set(Optimizers(cfg.changed(optimizer=optimizer), model).names.values())
+        assert names == trained
     assert size(cfg.changed(vocab_size=300)).trained > 0
 
 
@@ -305,7 +312,7 @@ def test_an_op_on_a_frozen_base_moves_only_low_rank_terms() -> None:
     gradients(model, 1)
     optimizers.step(at(cfg))
     new, moved = grown(model, op("set_mlp_lora_rank", 4))
-    assert {name for name in moved.new} == {name for name in weights(new) if is_low_rank(name)}
+    assert set(moved.new) == {name for name in weights(new) if is_low_rank(name)}
     state, coverage = transfer(optimizers.state(), moved)
     assert coverage == 0.5 and not any(is_base(name.split("/")[1]) for name in state)
     for name, value in weights(model).items():
@@ -378,7 +385,9 @@ def test_the_average_of_a_frozen_base_leaves_the_base_alone() -> None:
 @pytest.mark.parametrize("letters", ["D", "DSMT"])
 @pytest.mark.parametrize("frozen", [True, False])
 def test_the_size_and_the_moments_of_a_frozen_base(letters: str, frozen: bool) -> None:
-    cfg = config(block_pattern=letters, base_frozen=frozen, optimizer="muon", frozen=[0], embed_lora_rank=2)
+    cfg = config(
+        block_pattern=letters, base_frozen=frozen, optimizer="muon", frozen=[0, 2], embed_lora_rank=2
+    )
     state = State(cfg, build(cfg, cfg.vocab_size))
     for p in state.model.parameters():
         p.grad = torch.ones_like(p)
@@ -471,6 +480,23 @@ def test_a_frozen_base_takes_memory_for_its_weights_alone(tiny: Any) -> None:
     assert base < frozen < all_trained - 2.9 * base, "a frozen base has no gradients and no moments"
     average = tensor_bytes(tiny(**fields, base_frozen=True, ema=0.9))
     assert average - frozen < 0.2 * base
+
+
+def test_the_weights_of_a_frozen_base_do_not_fragment_the_heap(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {"d_model": 2048, "n_layer": 12, "attn_lora_rank": 2, "base_frozen": True}
+    cfg = tiny(**fields, vocab_size=100_000, batch_size=1, compile="off", optimizer="adamw")
+    base = 4 * (size(cfg).params - size(cfg).trained)
+    total = []
+    for factor in (1.0, 2.0):
+        monkeypatch.setattr(estimate, "FRAGMENTATION", factor)
+        total.append(estimate_memory(Plan(cfg, 10**9), Device(cfg), cfg.vocab_size))
+    temporary = total[1] - total[0]
+    assert temporary < 0.5 * base
+    monkeypatch.setattr(estimate, "FRAGMENTATION", 1.0)
+    with_store = estimate_memory(Plan(cfg, 10**9), Device(cfg), cfg.vocab_size, store=True)
+    assert 0 < with_store - total[0] < 0.2 * base, "the store copies only what trains"
 
 
 # -- complete runs
@@ -673,7 +699,7 @@ def test_the_recipe_in_the_guide_has_rank_16_on_all_seven_matrices(tmp_path: Pat
     guide = (ROOT / "docs/guide.md").read_text()
     (block,) = re.findall(r"```toml\n(# lora\.toml\n.*?)```", guide, re.DOTALL)
     (tmp_path / "lora.toml").write_text(re.sub(r"qwen\.toml", "optimized", block))
-    (cfg,) = load(str(tmp_path / "lora.toml"))
+    (cfg,) = load(str(tmp_path / "lora.toml"), ["mlp=swiglu"])
     assert (cfg.attn_lora_rank, cfg.mlp_lora_rank, cfg.embed_lora_rank) == (16, 16, 0)
     assert (cfg.lora_alpha, cfg.base_frozen, cfg.mlp) == (32.0, True, "swiglu")
     with torch.device("meta"):

@@ -373,3 +373,19 @@ def cross_entropy(
     if use_native and logits.is_cuda and logits.size(-1) <= TRITON_MAX_VOCAB:
         return CrossEntropyOnGpu.apply(logits, target)
     return CrossEntropy.apply(logits, target, smoothing, use_native and not logits.is_cuda)
+
+
+def rdrop(logits: Tensor, y: Tensor, weight: float, smoothing: float) -> tuple[Tensor, Tensor]:
+    """Return the R-Drop loss of two passes with different dropout masks, and the plain cross entropy.
+
+    R-Drop penalizes differences between the outputs of the two passes. `logits` contains the logits of the
+    first pass, followed by those of the second pass.
+    """
+    logp = F.log_softmax(logits.float(), dim=-1)
+    loss = F.nll_loss(logp, torch.cat([y, y]).flatten())
+    plain = loss.detach()
+    if smoothing:
+        loss = torch.lerp(loss, -logp.mean(), smoothing)
+    a, b = logp.chunk(2)
+    symmetric_kl = ((a.exp() - b.exp()) * (a - b)).sum(-1).mean() / 2  # (KL(a|b) + KL(b|a)) / 2
+    return loss + weight * symmetric_kl, plain

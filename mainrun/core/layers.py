@@ -47,6 +47,16 @@ class Context(NamedTuple):
         return Context(bias, rope, v_first, self.masks)
 
 
+def bias_of(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return an attention bias: 0 where a token may attend, and -inf elsewhere.
+
+    visible: a mask that is true where a token may attend.
+    """
+    if torch.is_autocast_enabled(visible.device.type):
+        dtype = torch.bfloat16
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
+
+
 def rope_table(length: int, width: int, theta: float) -> tuple[Tensor, Tensor]:
     """Return the cosine and the sine of each position * frequency, as two tensors of shape (T, h/2)."""
     frequency = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)

@@ -25,8 +25,8 @@ from mainrun.train import GPT
 # Each letter names a space: D = model width, V = vocabulary, T = positions, H = heads, F = hidden units,
 # h = channels of one head, Q = channels of all query heads, K = channels of all key or all value heads,
 # E = experts, R = rank of low-rank terms in attention, L = rank of low-rank terms in MLPs, S = rank of the
-# low-rank term of the embedding, P = hidden units of a predictor of surprise, Z = the single output of a linear
-# score.
+# low-rank term of the embedding, P = hidden units of a predictor of surprise, Z = the single output of a
+# linear score.
 SPACES = {
     "embed.weight": "VD", "embed.lora_a": "SD", "embed.lora_b": "VS",
     "positions.weight": "TD", "head.weight": "VD",
