@@ -67,6 +67,7 @@ MIRRORS = {
     "mainrun/core/hardware.py": "test_device test_kernels",
     "mainrun/core/layers.py": "test_model test_train_rows test_routing",
     "mainrun/core/lora.py": "test_layers test_layers_rows test_lora",
+    "mainrun/core/sharding.py": "test_shard",
     "mainrun/core/machine_class.py": "test_device test_lineage",
     "mainrun/core/moe.py": "test_layers test_layers_rows",
     "mainrun/core/native/cpu.py": "test_kernels",

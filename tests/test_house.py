@@ -91,7 +91,7 @@ NOT_HASHED = {
 }
 
 MOST_FILES_AT_THE_TOP = 8  # files directly in mainrun/
-MOST_LINES = {"mainrun/train.py": 800}
+MOST_LINES = {"mainrun/train.py": 790}
 # These limits per 1,000 lines apply to all files together and to train.py alone.
 MOST_PER_1000 = {"conditional expressions": 15, "comprehensions": 30}
 MOST_IN_TRAIN = {"conditional expressions": 20}

@@ -18,6 +18,7 @@ from conftest import TINY, tiny_sets
 
 from mainrun.config import TrainConfig, from_dict
 from mainrun.core.device import Device
+from mainrun.core.hardware import tune_allocator
 from mainrun.core.machine_class import versions
 from mainrun.data.corpus import load_corpus
 from mainrun.data.token_cache import prepare
@@ -208,6 +209,7 @@ def test_a_store_for_a_sharded_run_is_refused(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_the_estimate_divides_the_state_among_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "FRAGMENTATION", 1.0)
     changes = {"d_model": 128, "n_layer": 8, "vocab_size": 500}
     memory = {}
     for shard in (False, True):
@@ -218,9 +220,10 @@ def test_the_estimate_divides_the_state_among_the_processes(monkeypatch: pytest.
     weights = 4 * sum(p.numel() for p in model.parameters())
     block = 4 * sum(p.numel() for p in model.blocks[0].parameters())
     outside = weights - 8 * block
-    # weights, gradients and two moments are divided by two; DDP also has a buffer for the gradients
-    assert memory[True] > 2 * weights + 2 * outside + 4 * block
-    assert memory[False] - memory[True] > 3 * weights - 2 * outside - 4 * block
+    # Weights, gradients and two moments are divided by two, but some of the weights are gathered. DDP has a
+    # buffer for the gradients.
+    gathered = 2 * outside + 4 * block
+    assert memory[False] - memory[True] == pytest.approx(weights + 4 * weights / 2 - gathered, abs=4)
 
 
 def test_a_model_that_does_not_fit_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,6 +249,35 @@ def test_the_dry_run_compares_the_estimate_with_the_memory() -> None:
     text = train_cli._memory_text(3 * 10**9, 2 * 10**9, 1)
     assert text.startswith("about 3.0GB, but a process has only 2.0GB; raise grad_accum")
     assert "base_frozen=true" in text and "shard=true" in text
+
+
+# Free one of two tensors of 64 MB, which is not at the end of the heap.
+FREED = """
+from mainrun.core.hardware import tune_allocator
+import sys
+tune_allocator()
+said = tune_allocator(keep_freed=sys.argv[1] == "keep")
+import torch
+torch.set_num_threads(1)
+freed, kept = torch.ones(16_000_000), torch.ones(16_000_000)
+def resident(): return int(open("/proc/self/statm").read().split()[1]) * 4096
+before = resident()
+del freed
+print(said, before - resident(), sep="|")
+"""
+
+
+@pytest.mark.skipif("tuned" not in tune_allocator(), reason="the C library here is not glibc")
+def test_a_sharded_run_returns_freed_memory() -> None:
+    returned = {}
+    for mode in ("keep", "return"):
+        command = [sys.executable, "-c", FREED, mode]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=60)
+        assert done.returncode == 0, done.stderr
+        said, freed = done.stdout.split("|")
+        returned[mode] = int(freed)
+        assert said.endswith("tuned" if mode == "keep" else "tuned to return freed memory")
+    assert returned["keep"] < 1_000_000 and returned["return"] > 60_000_000
 
 
 def test_processes_on_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +308,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     jobs.append([routed, folder / "interrupted", UNTIL])
     jobs.append([routed, folder / "interrupted", 0])
     jobs.append([config(shard=True, ema=0.9), folder / "two, one, three", 4])
-    jobs.append([config(shard=True, **QWEN, block_pattern="DSTM"), folder / "measured", -1])
+    # in S, rounding may change which tokens are selected
+    jobs.append([config(shard=True, **QWEN, block_pattern="DTM"), folder / "measured", -1])
     torchrun(folder, 2, jobs)
     return folder
 

@@ -983,10 +983,13 @@ def test_how_the_model_is_run(
 
     monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(nn.parallel, "DistributedDataParallel", ddp)
-    machine: Any = SimpleNamespace(compile=compiled, world=world)
+    machine: Any = SimpleNamespace(compile=compiled, world=world, sharded=False)
     model = nn.Linear(1, 1)
     assert Device.runner(machine, model) is model
     assert done == calls
+    machine.sharded = True
+    assert Device.runner(machine, model) is model
+    assert done == calls, "a sharded model is neither compiled nor wrapped"
 
 
 # -- the loop
