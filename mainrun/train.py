@@ -33,7 +33,7 @@ from mainrun.core.dropout import Masks, dropout_sites
 from mainrun.core.kernels import attend, cross_entropy, gelu, linear, rdrop
 from mainrun.core.layers import Context, Linear, RMSNorm, bias_of, cast, make_norm, rope_table, rotate
 from mainrun.core.optimizers import Optimizers
-from mainrun.core.parameters import is_base, saved_parameters
+from mainrun.core.parameters import freeze, saved_parameters
 from mainrun.core.pending_losses import PendingLosses, StepRow
 from mainrun.core.routing import Router, RoutingInfo, combine, count_numbers, numbers_of, selected_shares
 from mainrun.core.sharding import clear_gradients, clip_gradients, parts_of, whole_tensors
@@ -235,7 +235,7 @@ class GPT(nn.Module):
             add_low_rank(self, cfg)
         self.init_weights()
         self.add_routers()
-        self.freeze()
+        freeze(cfg, self)
 
     def init_weights(self) -> None:
         """Set the initial values of all weights."""
@@ -260,15 +260,6 @@ class GPT(nn.Module):
         for layer in self.cfg.routed_layers:
             self.blocks[layer].router = Router(self.cfg, self.cfg.letters[layer])
         self.register_buffer("sharpness", torch.tensor(self.cfg.sharpness), persistent=False)
-
-    def freeze(self) -> None:
-        """Turn off the gradients of all parameters that the config freezes."""
-        for layer in self.cfg.frozen:
-            self.blocks[layer].requires_grad_(False)
-        if self.cfg.base_frozen:
-            for name, p in self.named_parameters():
-                if is_base(name):
-                    p.requires_grad_(False)
 
     def set_inputs(self, inputs: StepInputs, attention: str) -> None:
         """Set all values of a step that the model depends on."""

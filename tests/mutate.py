@@ -73,6 +73,7 @@ MIRRORS = {
     "mainrun/core/moe.py": "test_layers test_layers_rows",
     "mainrun/core/native/cpu.py": "test_kernels",
     "mainrun/core/optimizers.py": "test_model test_kernels test_train_rows test_routed_steps",
+    "mainrun/core/parameters.py": "test_lora",
     "mainrun/core/pending_losses.py": "test_train test_train_rows",
     "mainrun/core/process_group.py": "test_device test_train_rows",
     "mainrun/core/routing.py": "test_routing test_routed_steps",

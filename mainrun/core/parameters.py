@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from mainrun.config import TrainConfig
@@ -16,6 +18,16 @@ def is_low_rank(name: str) -> bool:
 def is_base(name: str) -> bool:
     """Return whether a parameter belongs to the base, which `base_frozen` keeps unchanged."""
     return not is_low_rank(name) and ".router." not in name
+
+
+def freeze(cfg: TrainConfig, model: Any) -> None:
+    """Turn off the gradients of all parameters that the config freezes."""
+    for layer in cfg.frozen:
+        model.blocks[layer].requires_grad_(False)
+    if cfg.base_frozen:
+        for name, p in model.named_parameters():
+            if is_base(name):
+                p.requires_grad_(False)
 
 
 def saved_parameters(cfg: TrainConfig, model: nn.Module) -> dict[str, nn.Parameter]:
