@@ -118,7 +118,7 @@ CASES: dict[str, Case] = {
     "dtype": Case("bfloat16"),
     "threads": Case(2),
     "compile": Case("on"),
-    "shard": Case(True, needs={"growth": {"ops": []}, "compile": "off"}),
+    "shard": Case(True, needs={"growth": {"ops": []}, "optimizer": "adamw"}),
     "attention": Case("sdpa"),
     "corpus": Case("OTHER"),
     "num_titles": Case(83),
