@@ -44,6 +44,7 @@ from mainrun.data.token_cache import TokenData
 from mainrun.data.tokenizer import EOS, PAD, UNK
 from mainrun.plan.plan import Plan
 
+GUARD_LOGITS = 128_000_000  # the guard `causality` computes at most about this many logits at once
 LONGEST_WORD = 20  # a token with more characters is treated as a phrase
 TARGET_NAMES = ("target", "targets", "labels", "y")  # the names that a target argument of `forward` may have
 
@@ -394,32 +395,64 @@ def _causality(e: Evidence, all: bool) -> Verdict:
         for future in futures:
             changed.append(torch.cat([idx[:, : cut + 1], future[:, cut + 1 :]], dim=1))
             kept.append(cut + 1)
-    batch = _forward(e.model, torch.cat([idx, *changed]))
-    allowed = _tolerance(e, batch)
-    for row, n in enumerate(kept, 1):
-        gap = _gap(batch[row, :n], batch[0, :n])
-        if gap > allowed:
-            return fail(
-                f"tokens after position {n - 1} changed logits up to that position by {gap:.3g} "
-                f"(allowed {allowed:.1g})"
-            )
-    other_rows = _forward(e.model, torch.cat([idx, *(row.roll(1, 1) for row in changed)]))
-    gap = _gap(other_rows[0], batch[0])
-    if gap > allowed:
-        return fail(f"other rows of the batch changed a row's logits by {gap:.3g} (allowed {allowed:.1g})")
-    allowed = _tolerance(e, batch, same_shape=False)
-    for length in (*(cut + 1 for cut in cuts), T):
-        logits = _forward(e.model, idx[:, :length])
-        gap = _gap(logits[0], batch[0, :length])
-        if gap > allowed:
-            return fail(
-                f"cutting a row to {length} of {T} tokens changed logits by {gap:.3g} (allowed {allowed:.1g})"
-            )
+    # a batch of all rows would take too much memory with a large vocabulary
+    most = max(1, GUARD_LOGITS // (T * e.data.tokenizer.vocab_size) - 1)
+    for first in range(0, len(changed), most):
+        rows = changed[first : first + most]
+        batch = _forward(e.model, torch.cat([idx, *rows]))
+        problem = _leak_of_later_tokens(e, batch, kept[first : first + most])
+        problem = problem or _leak_of_other_rows(e, batch, idx, rows)
+        if problem:
+            return fail(problem)
+    problem = _leak_of_length(e, batch, idx, [*(cut + 1 for cut in cuts), T])
+    if problem:
+        return fail(problem)
     positions = ", ".join(map(str, cuts))
     return passed(
         f"the logits do not depend on later tokens (checked after positions {positions}), "
         "on the length of the row, or on other rows in the batch"
     )
+
+
+def _leak_of_later_tokens(e: Evidence, batch: Tensor, kept: list[int]) -> str:
+    """Return how later tokens change earlier logits, or "".
+
+    batch: the logits of a row, followed by those of rows with the same first tokens.
+    kept: for each changed row, the number of leading tokens that were not changed.
+    """
+    allowed = _tolerance(e, batch)
+    for row, n in enumerate(kept, 1):
+        gap = _gap(batch[row, :n], batch[0, :n])
+        if gap > allowed:
+            return (
+                f"tokens after position {n - 1} changed logits up to that position by {gap:.3g} "
+                f"(allowed {allowed:.1g})"
+            )
+    return ""
+
+
+def _leak_of_other_rows(e: Evidence, batch: Tensor, idx: Tensor, rows: list[Tensor]) -> str:
+    """Return how other rows of a batch change the logits of the row `idx`, or ""."""
+    other_rows = _forward(e.model, torch.cat([idx, *(row.roll(1, 1) for row in rows)]))
+    allowed = _tolerance(e, batch)
+    gap = _gap(other_rows[0], batch[0])
+    if gap <= allowed:
+        return ""
+    return f"other rows of the batch changed a row's logits by {gap:.3g} (allowed {allowed:.1g})"
+
+
+def _leak_of_length(e: Evidence, batch: Tensor, idx: Tensor, lengths: list[int]) -> str:
+    """Return how the length of the row `idx` changes its logits, or "". `batch` begins with this row."""
+    T = idx.shape[1]
+    allowed = _tolerance(e, batch, same_shape=False)
+    for length in lengths:
+        logits = _forward(e.model, idx[:, :length])
+        gap = _gap(logits[0], batch[0, :length])
+        if gap > allowed:
+            return (
+                f"cutting a row to {length} of {T} tokens changed logits by {gap:.3g} (allowed {allowed:.1g})"
+            )
+    return ""
 
 
 def _cuts(T: int, all: bool) -> list[int]:
