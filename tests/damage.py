@@ -105,9 +105,20 @@ def make(folder: Path) -> None:
         names["weights"] = json.loads(
             (Path(uninterrupted) / name / "summary.json").read_text(encoding="utf-8")
         )["weights"]
-    (folder / "names.json").write_text(json.dumps(names), encoding="utf-8")
     _search(folder)
+    names["confirmation"] = _confirmation(folder)
+    (folder / "names.json").write_text(json.dumps(names), encoding="utf-8")
     _bundle(folder, runs / names["whole"])
+
+
+def _confirmation(folder: Path) -> str:
+    """Return a run of the study that trains a config again with another seed."""
+    from mainrun.config import TASK
+
+    for config in sorted(folder.glob("studies/tiny/runs/*/config.json")):
+        if json.loads(config.read_text(encoding="utf-8"))["config"]["seed"] != TASK["seed"]:
+            return config.parent.name
+    raise LookupError("the study has no confirmation run")
 
 
 def _train(out: Path, fields: dict[str, Any], until: int = 0) -> str:
@@ -735,14 +746,14 @@ ROWS = (
         "sweep export tiny x --out studies",
     ),
     Row(
-        "a trial's log is a number",
-        "studies/tiny/runs/*/metrics.jsonl",
+        "the log of a confirmation run is a number",
+        "studies/tiny/runs/{confirmation}/metrics.jsonl",
         last_line("0"),
         "sweep run tiny.toml --out studies",
     ),
     Row(
-        "a trial's summary is empty",
-        "studies/tiny/runs/*/summary.json",
+        "the summary of a confirmation run is empty",
+        "studies/tiny/runs/{confirmation}/summary.json",
         content("{}"),
         "sweep run tiny.toml --out studies",
     ),

@@ -149,6 +149,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             grow("merge_lora_weights", trigger={"step": 15}),
         ),
     ),
+    "grow adapters of a frozen base": (
+        "baseline",
+        growing(
+            grow("set_mlp_lora_rank", 4),
+            attn_lora_rank=2,
+            mlp_lora_rank=2,
+            base_frozen=True,
+            lr_lora=0.01,
+            ema=0.9,
+        ),
+    ),
     "grow freeze_layer and unfreeze_layer": (
         "baseline",
         growing(grow("freeze_layer", [0]), grow("unfreeze_layer", [0], trigger={"step": 12})),

@@ -65,7 +65,6 @@ MIRRORS = {
     "mainrun/core/dropout.py": "test_model test_kernels test_train_rows test_routed_steps",
     "mainrun/core/frozen_torch.py": "test_plain_run test_train",
     "mainrun/core/hardware.py": "test_device test_kernels",
-    "mainrun/core/parameters.py": "test_lora",
     "mainrun/core/layers.py": "test_model test_train_rows test_routing",
     "mainrun/core/lora.py": "test_layers test_layers_rows test_lora",
     "mainrun/core/sharding.py": "test_shard",

@@ -340,6 +340,9 @@ TEXT: dict[str, Draw] = {
     "--storage": storage,
     "--as": word,
     "--pattern": choice("D", "DM", "DS", "MD", "DQ"),
+    "--dtype": choice("float32", "bfloat16", "float16", ""),
+    "--track": choice("tensorboard", "wandb:", "mlflow", "trackio:a/b", ""),
+    "repo": choice("owner/name", "owner", "a/b/c", "../x", "owner/na me", ""),
     "--save": word,
     "--studies": choice("1", "1,2", "5", "1,", "1,1,1"),
     "name": choice("baseline", "demo", "hn-2024", "done", "small.toml"),
@@ -384,6 +387,8 @@ BASE: dict[str, list[str]] = {
     "grow plan": [],
     "grow verify": [],
     "hub import": [],
+    "hub export": [],
+    "hub push": [],
 }
 # For these commands, the arguments in BASE come last, because the last --set takes effect.
 LAST = {"demo", "bench step", "bench lineage", "bench gpu"}
@@ -402,6 +407,7 @@ WEIGHT = {
 VALID = {
     "name": "done", "runs": "RUN", "run": "RUN", "places": "runs", "key": "0", "place": "study.toml",
     "source": "folder", "file": "growth.json", "folder": "new", "path": "bundle.zip",
+    "repo": "owner/name",
 }  # fmt: skip
 # These options set the amount of work, such as the number of samples.
 WORK_SIZES = {

@@ -1041,6 +1041,21 @@ def test_the_future_may_move_logits_by_rounding_only(
     assert check(leaking(dtype, largest, leak(within)), "causality")[0] == "pass"
 
 
+def test_a_large_vocabulary_is_checked_in_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The leak is in one of the last changed rows, and each forward pass computes few logits."""
+    sizes = []
+
+    def leak(idx: Tensor) -> Tensor:
+        sizes.append(idx.numel())
+        return future(idx, lambda later: later == PAD, 14, 1.0)
+
+    e = leaking("float32", 1.0, leak)
+    monkeypatch.setattr(guards_module, "GUARD_LOGITS", 4 * 16 * e.data.tokenizer.vocab_size)
+    status, detail = check(e, "causality")
+    assert status == "fail" and "tokens after position 14 " in detail
+    assert max(sizes) == 2 * 16
+
+
 @pytest.mark.parametrize(("dtype", "largest", "beyond", "within"), SAME_SHAPE)
 def test_other_rows_may_move_logits_by_rounding_only(
     dtype: str, largest: float, beyond: float, within: float

@@ -29,7 +29,7 @@ from mainrun.run.session import train, warn_about_memory
 from mainrun.store import checkpoint, lineage
 from mainrun.store.nodes import Store
 from mainrun.store.rundir import RunDir
-from mainrun.train import Setup, set_up
+from mainrun.train import set_up
 from mainrun.ui import estimate, train_cli
 
 ROOT = Path(__file__).parents[1]
@@ -234,7 +234,7 @@ def test_a_model_that_does_not_fit_is_reported(monkeypatch: pytest.MonkeyPatch) 
     warn_about_memory(setup, notes.append)
     assert len(notes) == 1 and "grad_accum" in notes[0]
     assert "base_frozen=true" in notes[0] and "shard=true" in notes[0]
-    shared = Setup(setup.cfg, pair(config(shard=True), monkeypatch), setup.corpus, setup.data, setup.plan)
+    shared = setup._replace(device=pair(config(shard=True), monkeypatch))
     for memory in (16 * params, 0):  # 0: unknown
         monkeypatch.setattr(Device, "memory", memory)
         warn_about_memory(setup, notes.append)

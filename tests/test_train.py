@@ -857,6 +857,7 @@ def test_the_summary_says_what_it_must(undisturbed: Callable[[TrainConfig], Path
         "spent",
         "ledger",
         "peak_memory",
+        "start",
     }
     plan = RunDir(run).plan()
     assert (summary["run"], summary["preset"], summary["status"], summary["resumed"]) == (

@@ -44,7 +44,7 @@ from mainrun.data.token_cache import TokenData
 from mainrun.data.tokenizer import EOS, PAD, UNK
 from mainrun.plan.plan import Plan
 
-GUARD_LOGITS = 128_000_000  # the guard `causality` computes at most about this many logits at once
+GUARD_LOGITS = 128_000_000  # the guard `causality` computes fewer logits at once
 LONGEST_WORD = 20  # a token with more characters is treated as a phrase
 TARGET_NAMES = ("target", "targets", "labels", "y")  # the names that a target argument of `forward` may have
 
@@ -302,7 +302,7 @@ def no_learning(e: Evidence, all: bool) -> Verdict:
         first = _evaluate(e, tokens)
         if _rng_state() != rng:
             return fail("evaluate changed the state of a random generator")
-        changed = _changed(before, _tensors(e.model))
+        changed = _changed(before, _tensors(e.model))  # without copies, because the model may be large
         if changed:
             return fail(f"evaluate changed {len(changed)} parameters or buffers, such as {min(changed)}")
         if modes != [module.training for module in e.model.modules()]:
@@ -382,7 +382,9 @@ def _exact_copy(model: Any) -> Any:
 
 
 def _causality(e: Evidence, all: bool) -> Verdict:
-    idx = _windows(e, 1, None if all else 512)  # (1, T)
+    vocabulary = e.data.tokenizer.vocab_size
+    # the logits of a long row would take too much memory with a large vocabulary
+    idx = _windows(e, 1, None if all else min(512, max(16, GUARD_LOGITS // (4 * vocabulary))))  # (1, T)
     T = idx.shape[1]
     cuts = _cuts(T, all)
     shuffled = idx[:, torch.from_numpy(np.random.default_rng(0).permutation(T))]
@@ -395,8 +397,7 @@ def _causality(e: Evidence, all: bool) -> Verdict:
         for future in futures:
             changed.append(torch.cat([idx[:, : cut + 1], future[:, cut + 1 :]], dim=1))
             kept.append(cut + 1)
-    # a batch of all rows would take too much memory with a large vocabulary
-    most = max(1, GUARD_LOGITS // (T * e.data.tokenizer.vocab_size) - 1)
+    most = max(1, GUARD_LOGITS // (2 * T * vocabulary) - 1)  # changed rows in a batch
     for first in range(0, len(changed), most):
         rows = changed[first : first + most]
         batch = _forward(e.model, torch.cat([idx, *rows]))
@@ -733,14 +734,14 @@ def _restored(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
     The context manager yields copies of the tensors, which are made before the block runs.
     """
-    before = _tensors(model)
+    before = {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}
     modes = [(module, module.training) for module in model.modules()]
     try:
         with torch.random.fork_rng():
             yield before
     finally:
         with torch.no_grad():
-            for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            for name, tensor in _tensors(model).items():
                 if name in before and not _same(tensor, before[name]):
                     tensor.copy_(before[name])
         for module, mode in modes:
@@ -748,11 +749,8 @@ def _restored(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies of all parameters and buffers, including non-persistent buffers."""
-    tensors = {}
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        tensors[name] = tensor.detach().clone()
-    return tensors
+    """Return all parameters and buffers, including non-persistent buffers."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
