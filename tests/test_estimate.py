@@ -15,6 +15,7 @@ from mainrun.core.cuda_graph import WARM, CudaGraph
 from mainrun.core.device import Device
 from mainrun.data.corpus import load_corpus
 from mainrun.data.token_cache import prepare
+from mainrun.plan.cost import size
 from mainrun.plan.plan import Plan
 from mainrun.train import State, build
 from mainrun.ui import estimate
@@ -242,3 +243,14 @@ def test_the_estimate_contains_a_probe_only_if_requested(tiny: Any) -> None:
     measured = estimate.estimate(cfg, probe=True)
     assert "probe" not in rough and 0 < measured["eta_seconds"] < 600
     assert rough["memory"] == measured["memory"] and rough["flops"] == measured["flops"]
+
+
+def test_the_estimate_of_a_frozen_base_includes_the_guards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frozen base has no gradients and no moments, so the copy that the guards make is the peak."""
+    cfg = TrainConfig(
+        vocab_size=100_000, n_layer=1, n_head=2, d_model=1024, block_size=16, batch_size=2, threads=1,
+        attn_lora_rank=2, base_frozen=True, optimizer="adamw", device="cpu", compile="off",
+    )  # fmt: skip
+    memory = tensor_bytes(cfg)
+    monkeypatch.setattr(estimate, "_guards_bytes", lambda *args: 0)
+    assert memory - tensor_bytes(cfg) > 2 * size(cfg).params, "at least half of the weights"

@@ -329,7 +329,7 @@ def _segment_memory(cfg: TrainConfig, device: Device, vocab_size: int, store: bo
         persistent = saved
         if cfg.base_frozen:
             persistent += _bytes(p for name, p in model.named_parameters() if is_base(name))
-    peak = live.peak
+    peak = max(live.peak, persistent + _guards_bytes(model, cfg, vocab_size))
     if store and device.torch_device.type == "cpu":
         peak += saved
         persistent += saved
@@ -341,6 +341,11 @@ def _segment_memory(cfg: TrainConfig, device: Device, vocab_size: int, store: bo
     if device.world > 1:
         peak += gradients  # add the buffers for exchanging gradients between processes
     return _process_memory(device, peak, min(persistent + gradients, peak))
+
+
+def _guards_bytes(model: GPT, cfg: TrainConfig, vocab_size: int) -> int:
+    """Return the size of the tensors that the guards need: a copy of the weights, and two rows of logits."""
+    return _bytes(model.parameters()) + 2 * 4 * cfg.block_size * vocab_size
 
 
 def _gathered_bytes(model: GPT) -> int:
