@@ -33,15 +33,6 @@ def execute(language: str, text: str, folder: Path) -> str:
     return done.stdout + done.stderr
 
 
-def lora_run(folder: Path) -> str:
-    (name,) = [
-        path.parent.name
-        for path in folder.glob("runs/*/config.json")
-        if '"base_frozen": true' in path.read_text(encoding="utf-8")
-    ]
-    return name
-
-
 @pytest.mark.slow
 def test_the_page_works_as_written(tmp_path: Path) -> None:
     program = tmp_path / "bin" / "mainrun"
@@ -50,8 +41,6 @@ def test_the_page_works_as_written(tmp_path: Path) -> None:
     program.chmod(0o755)
     outputs = []
     for language, text in tutorial():
-        if "LORA_RUN" in text:
-            text = text.replace("LORA_RUN", lora_run(tmp_path))
         outputs.append(execute(language, text, tmp_path))
     assert len(outputs) == 8
     assert (tmp_path / "exported" / "routing.safetensors").is_file()
