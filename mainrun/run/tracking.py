@@ -6,6 +6,7 @@ sends the rows that the tracker missed.
 
 from __future__ import annotations
 
+import os
 import re
 import time
 import uuid
@@ -18,8 +19,9 @@ from typing import Any, NamedTuple
 
 from mainrun.config import TrainConfig
 from mainrun.errors import MainrunError, UsageError, nearest
+from mainrun.files.inputs import shown
 from mainrun.run.progress import Progress, Row
-from mainrun.run.trackers import WRITERS, Point, Target, Writer, default_project, message
+from mainrun.run.trackers import WANDB_MODES, WRITERS, Point, Target, Writer, default_project, message
 from mainrun.store import records
 from mainrun.store.rundir import write_json
 
@@ -28,7 +30,12 @@ SEND_SECONDS = 2.0  # the minimum time between two deliveries to the trackers
 PROJECT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_. -]{0,127}")
 NO_VALUES = ("step", "steps")  # numbers in a row that are not measured values
 ENTRIES = records.table_of(
-    {"id": records.text, "step": records.step, "folders?": records.table_of(records.step)}
+    {
+        "id": records.text,
+        "step": records.step,
+        "folders?": records.table_of(records.step),
+        "uploaded?": records.step,
+    }
 )
 
 
@@ -58,24 +65,43 @@ def parse_trackers(texts: Iterable[str]) -> list[Tracker]:
 
 def parse_tracker(text: str) -> Tracker:
     name, colon, project = text.partition(":")
+    got = f"got --track {shown(text, 80)}"
     if name not in WRITERS:
         allowed = "tensorboard, wandb[:PROJECT] or trackio[:PROJECT]"
-        raise UsageError(f"got --track {text!r}{nearest(name, WRITERS)}; allowed: {allowed}")
+        raise UsageError(f"{got}{nearest(name, WRITERS)}; allowed: {allowed}")
     if colon and name == "tensorboard":
-        raise UsageError(f"got --track {text!r}, but tensorboard has no projects; use --track tensorboard")
-    if colon and not PROJECT_NAME.fullmatch(project):
-        allowed = (
-            "at most 128 letters, digits, blanks and the characters . _ -, and start with no blank or sign"
-        )
-        raise UsageError(
-            f"got --track {text!r}; a project must have {allowed}, or leave out {colon + project!r}"
-        )
+        raise UsageError(f"{got}, but tensorboard has no projects; use --track tensorboard")
+    if colon:
+        check_project(project, got, "leave out the colon and the project")
     if find_spec(name) is None:
         fix = "install it with pip install 'mainrun[trackers]', or leave out --track"
-        raise UsageError(f"got --track {text!r}, but the package {name} is not installed; {fix}")
+        raise UsageError(f"{got}, but the package {name} is not installed; {fix}")
+    if name == "wandb":
+        check_wandb_mode()
     if name == "tensorboard":
         return Tracker(name)
-    return Tracker(name, project or default_project(name))
+    if not colon:
+        project = default_project(name)
+        check_project(project, f"got WANDB_PROJECT={shown(project, 80)}", "use --track wandb:PROJECT")
+    return Tracker(name, project)
+
+
+def check_project(project: str, got: str, other_fix: str) -> None:
+    """Raise UsageError if the name of a project is invalid."""
+    if PROJECT_NAME.fullmatch(project):
+        return
+    allowed = "at most 128 letters, digits, blanks and the characters . _ -, and start with no blank or sign"
+    raise UsageError(f"{got}; a project must have {allowed}, or {other_fix}")
+
+
+def check_wandb_mode() -> None:
+    """Raise UsageError if WANDB_MODE is set to an unknown mode."""
+    mode = os.environ.get("WANDB_MODE")
+    if mode is not None and mode not in WANDB_MODES:
+        allowed = ", ".join(WANDB_MODES)
+        raise UsageError(
+            f"got WANDB_MODE={shown(mode, 80)}; allowed: {allowed}; set one of them, or unset WANDB_MODE"
+        )
 
 
 # -- names
@@ -146,6 +172,7 @@ class Tracking(Progress):
         self.pending: Point | None = None  # a step that may get more rows
         self.last_delivery = 0.0
         self.unwritable = False  # whether a failure to write trackers.json has been reported
+        self.ended = False  # whether the run trains no more steps in this process
 
     # -- the methods of a progress display
 
@@ -154,12 +181,21 @@ class Tracking(Progress):
         self.open(cfg, earlier)
 
     def open(self, cfg: TrainConfig, earlier: Sequence[Row]) -> None:
-        """Open all trackers, and send the earlier rows that the trackers do not have."""
+        """Open all trackers, and send the earlier rows that the trackers do not have.
+
+        If the run has ended, a tracker that has all rows is not opened.
+        """
         points = points_of(earlier)
         for tracker in self.trackers:
             self._open(tracker, cfg, points)
         self._remember()
         self.last_delivery = time.perf_counter()
+
+    def send_finished(self, cfg: TrainConfig, rows: Sequence[Row]) -> None:
+        """Send the rows of a finished run that the trackers do not have."""
+        self.ended = True
+        self.open(cfg, rows)
+        self.close()
 
     def step(self, row: Row) -> None:
         self._add(row)
@@ -186,6 +222,7 @@ class Tracking(Progress):
 
     def close(self) -> None:
         self.display.close()
+        self.ended = True
         self._deliver()
         for channel in self.channels:
             self._attempt(channel, channel.writer.close)
@@ -206,6 +243,9 @@ class Tracking(Progress):
         last = points[-1].step if points else 0
 
         def send_missing() -> None:
+            if self.ended and channel.writer.last_step(last) >= last:
+                entry["step"] = last
+                return
             entry["step"] = channel.writer.open(last)
             missing = [point for point in points if point.step > entry["step"]]
             send(channel, missing)
@@ -243,6 +283,10 @@ class Tracking(Progress):
             with suppress(Exception):
                 channel.writer.abandon()
             missed = "the run continues, and the next start sends the steps that are missing"
+            if self.ended:
+                missed = (
+                    "the run is not affected; repeat the command without --fresh to send the missing steps"
+                )
             self.note(f"the tracker {channel.tracker} failed: {message(e)}; {missed}")
 
     def _remember(self) -> None:
@@ -251,7 +295,8 @@ class Tracking(Progress):
             write_json(self.path / FILE, self.memory)
         except MainrunError as e:
             if not self.unwritable:
-                self.note(f"{e}; the run continues")
+                effect = "the run is not affected" if self.ended else "the run continues"
+                self.note(f"{e}; {effect}")
             self.unwritable = True
 
 
