@@ -792,6 +792,20 @@ def test_a_failure_on_a_finished_run_does_not_say_that_the_run_continues(
     assert "the run continues" in note
 
 
+@pytest.mark.parametrize("quiet", [[], ["--quiet"]])
+def test_a_failure_is_shown_once_even_if_the_run_is_quiet(tmp_path: Path, quiet: list[str]) -> None:
+    assert invoke(tmp_path, "--until", "5").exit_code == 75
+    (path,) = [file.parent for file in tmp_path.glob("*/config.json")]
+    (path / "tensorboard").write_text("not a folder")
+    for effect in ("the run continues", "the run is not affected"):  # unfinished, and finished
+        result = invoke(tmp_path, "--track", "tensorboard", *quiet)
+        assert result.exit_code == 0
+        (note,) = [line for line in result.stderr.splitlines() if "tracker" in line]
+        assert "the tracker tensorboard failed: " in note and effect in note
+        if quiet:
+            assert result.stderr == f"{note}\n" and result.stdout == ""
+
+
 # -- secrets
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 from mainrun.config import TrainConfig
 from mainrun.errors import MainrunError, UsageError, nearest
 from mainrun.files.inputs import shown
-from mainrun.run.progress import Progress, Row
+from mainrun.run.progress import QUIET, Progress, Row
 from mainrun.run.trackers import WANDB_MODES, WRITERS, Point, Target, Writer, default_project, message
 from mainrun.store import records
 from mainrun.store.rundir import write_json
@@ -287,7 +288,7 @@ class Tracking(Progress):
                 missed = (
                     "the run is not affected; repeat the command without --fresh to send the missing steps"
                 )
-            self.note(f"the tracker {channel.tracker} failed: {message(e)}; {missed}")
+            self._report(f"the tracker {channel.tracker} failed: {message(e)}; {missed}")
 
     def _remember(self) -> None:
         """Write trackers.json."""
@@ -296,8 +297,16 @@ class Tracking(Progress):
         except MainrunError as e:
             if not self.unwritable:
                 effect = "the run is not affected" if self.ended else "the run continues"
-                self.note(f"{e}; {effect}")
+                self._report(f"{e}; {effect}")
             self.unwritable = True
+
+    def _report(self, text: str) -> None:
+        """Show a failure, even if the display is quiet."""
+        if self.display is not QUIET:
+            self.note(text)
+            return
+        with suppress(OSError):  # training continues even if stderr was closed
+            print(text, file=sys.stderr, flush=True)
 
 
 def send(channel: Channel, points: Sequence[Point]) -> None:
