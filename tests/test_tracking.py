@@ -657,7 +657,7 @@ def test_a_tracker_that_fails_during_the_run_is_reported_once_and_catches_up(
     class ClosesFile(LineProgress):
         def step(self, row: dict[str, Any]) -> None:
             if row["step"] == 6:
-                writer = tracked.channels[0].writer
+                writer = tracked.open_trackers[0].writer
                 assert isinstance(writer, trackers.TensorBoard) and writer.file is not None
                 writer.file.close()
 
@@ -783,7 +783,7 @@ def test_a_failure_on_a_finished_run_does_not_say_that_the_run_continues(
     (tmp_path / "tensorboard").unlink()
     tracked = Tracking(LineProgress(), [Tracker("tensorboard")], tmp_path)
     tracked.start(CONFIG, TABLE, rows)
-    writer = tracked.channels[0].writer
+    writer = tracked.open_trackers[0].writer
     assert isinstance(writer, trackers.TensorBoard) and writer.file is not None
     writer.file.close()
     tracked.step({"event": "step", "step": 2, "loss": 1.0})

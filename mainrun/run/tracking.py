@@ -29,7 +29,7 @@ from mainrun.store.rundir import write_json
 FILE = "trackers.json"
 SEND_SECONDS = 2.0  # the minimum time between two deliveries to the trackers
 PROJECT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_. -]{0,127}")
-NO_VALUES = ("step", "steps")  # numbers in a row that are not measured values
+NOT_MEASURED = ("step", "steps")  # numbers in a row that are not measured values
 ENTRIES = records.table_of(
     {
         "id": records.text,
@@ -124,7 +124,7 @@ def values_of(row: Row) -> dict[str, float]:
 def numbers(group: str, row: Row) -> dict[str, float]:
     values = {}
     for name, value in row.items():
-        if type(value) in (int, float) and name not in NO_VALUES:
+        if type(value) in (int, float) and name not in NOT_MEASURED:
             values[f"{group}/{name}"] = float(value)
     return values
 
@@ -142,7 +142,7 @@ def points_of(rows: Iterable[Row]) -> list[Point]:
 # -- tracking
 
 
-class Channel(NamedTuple):
+class OpenTracker(NamedTuple):
     """An open tracker."""
 
     tracker: Tracker
@@ -167,7 +167,7 @@ class Tracking(Progress):
         self.display = display
         self.trackers = list(trackers)
         self.path = path
-        self.channels: list[Channel] = []
+        self.open_trackers: list[OpenTracker] = []
         self.memory = {} if fresh else load_memory(path)
         self.complete: list[Point] = []  # steps that are ready to be sent
         self.pending: Point | None = None  # a step that may get more rows
@@ -225,11 +225,11 @@ class Tracking(Progress):
         self.display.close()
         self.ended = True
         self._deliver()
-        for channel in self.channels:
-            self._attempt(channel, channel.writer.close)
-        if self.channels:
+        for open_tracker in self.open_trackers:
+            self._attempt(open_tracker, open_tracker.writer.close)
+        if self.open_trackers:
             self._remember()
-        self.channels = []
+        self.open_trackers = []
 
     # -- sending
 
@@ -239,19 +239,19 @@ class Tracking(Progress):
         entry = self.memory.setdefault(str(tracker), {"id": f"{name}-{uuid.uuid4().hex[:8]}", "step": 0})
         self._remember()
         target = Target(self.path, name, entry["id"], tracker.project, cfg.model_dump(mode="json"), entry)
-        channel = Channel(tracker, WRITERS[tracker.name](target), entry)
-        self.channels.append(channel)
+        open_tracker = OpenTracker(tracker, WRITERS[tracker.name](target), entry)
+        self.open_trackers.append(open_tracker)
         last = points[-1].step if points else 0
 
         def send_missing() -> None:
-            if self.ended and channel.writer.last_step(last) >= last:
+            if self.ended and open_tracker.writer.last_step(last) >= last:
                 entry["step"] = last
                 return
-            entry["step"] = channel.writer.open(last)
+            entry["step"] = open_tracker.writer.open(last)
             missing = [point for point in points if point.step > entry["step"]]
-            send(channel, missing)
+            send(open_tracker, missing)
 
-        self._attempt(channel, send_missing)
+        self._attempt(open_tracker, send_missing)
 
     def _add(self, row: Row) -> None:
         if self.pending and self.pending.step != row["step"]:
@@ -267,28 +267,28 @@ class Tracking(Progress):
         """Send all complete steps."""
         points = self.complete
         self.complete = []
-        if points and self.channels:
-            for channel in list(self.channels):
+        if points and self.open_trackers:
+            for open_tracker in list(self.open_trackers):
                 # a tracker may already have steps that are trained again after a kill
-                missing = [point for point in points if point.step > channel.memory["step"]]
-                self._attempt(channel, partial(send, channel, missing))
+                missing = [point for point in points if point.step > open_tracker.memory["step"]]
+                self._attempt(open_tracker, partial(send, open_tracker, missing))
             self._remember()
         self.last_delivery = time.perf_counter()
 
-    def _attempt(self, channel: Channel, action: Callable[[], None]) -> None:
+    def _attempt(self, open_tracker: OpenTracker, action: Callable[[], None]) -> None:
         """Run an action of a tracker. If the action fails, report the failure and stop using the tracker."""
         try:
             action()
         except Exception as e:
-            self.channels = [other for other in self.channels if other is not channel]
+            self.open_trackers = [other for other in self.open_trackers if other is not open_tracker]
             with suppress(Exception):
-                channel.writer.abandon()
+                open_tracker.writer.abandon()
             missed = "the run continues, and the next start sends the steps that are missing"
             if self.ended:
                 missed = (
                     "the run is not affected; repeat the command without --fresh to send the missing steps"
                 )
-            self._report(f"the tracker {channel.tracker} failed: {message(e)}; {missed}")
+            self._report(f"the tracker {open_tracker.tracker} failed: {message(e)}; {missed}")
 
     def _remember(self) -> None:
         """Write trackers.json."""
@@ -309,10 +309,10 @@ class Tracking(Progress):
             print(text, file=sys.stderr, flush=True)
 
 
-def send(channel: Channel, points: Sequence[Point]) -> None:
+def send(open_tracker: OpenTracker, points: Sequence[Point]) -> None:
     if points:
-        channel.writer.send(points)
-        channel.memory["step"] = points[-1].step
+        open_tracker.writer.send(points)
+        open_tracker.memory["step"] = points[-1].step
 
 
 def load_memory(path: Path) -> dict[str, dict[str, Any]]:
