@@ -462,6 +462,22 @@ def test_runs_from_weights_are_not_compared_with_runs_from_random_weights(run: P
         compare.rows(summaries)
 
 
+def test_runs_from_different_weights_are_compared_with_a_note(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "sources" / run.name))
+    other = trained(from_dict(SMALL | {"lr": 0.02}), tmp_path / "sources")
+    configs = [from_run(run), from_run(run, lr=0.02), from_run(copy), from_run(other)]
+    for cfg in configs:
+        train(cfg, tmp_path)
+    same, same_lr, same_copy, different = [cfg.run_id for cfg in configs]
+    note = "The runs start from different weights, so their difference is not only due to training."
+    assert note not in invoke("compare", same, same_lr, same_copy, "--out", tmp_path).stdout
+    assert invoke("compare", same, different, same_lr, "--out", tmp_path).stdout.count(note) == 1
+    rows = json.loads(invoke("compare", same, different, "--out", tmp_path, "--json").stdout)
+    assert [row["start_digest"] for row in rows] == [start_digest(configs[0]), start_digest(configs[3])]
+    summary = compare.load_summary(RunDir(run))
+    assert compare.rows([summary])[0]["start_digest"] is None
+
+
 def test_a_report_does_not_mix_them() -> None:
     from reports.evidence.load import _kind_of_start, _unequal
 

@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import random
+import shutil
 import signal
 import struct
 import subprocess
@@ -213,6 +214,9 @@ def invoke(out: Path, *arguments: str, **changes: object) -> Result:
         (["trackio:a/b"], ["a project must have"]),
         (["trackio: a"], ["a project must have"]),
         (["wandb:" + "a" * 129], ["at most 128"]),
+        (["tensorboard:" + "x" * 500], ["characters ...] ", "tensorboard has no projects"]),
+        (["x" * 500], ["characters ...] "]),
+        (["trackio:" + "x" * 500], ["characters ...] ", "leave out the colon and the project"]),
         (["tensorboard:x"], ["tensorboard has no projects"]),
         (["wandb:a", "wandb:b"], ["got --track wandb twice"]),
     ],
@@ -227,7 +231,36 @@ def test_a_wrong_tracker_is_refused_before_anything_is_written(
     assert result.exit_code == 2 and result.stderr.startswith("error: ")
     for word in words:
         assert word in result.stderr
+    assert len(result.stderr) < 400
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("WANDB_MODE", "foo", "got WANDB_MODE='foo'; allowed: online, offline, disabled, shared"),
+        ("WANDB_MODE", "", "got WANDB_MODE=''"),
+        ("WANDB_MODE", "x" * 500, "characters ...]"),
+        ("WANDB_PROJECT", "a/b", "got WANDB_PROJECT='a/b'; a project must have at most 128 letters"),
+        ("WANDB_PROJECT", "x" * 500, "use --track wandb:PROJECT"),
+    ],
+)
+def test_a_wrong_variable_of_wandb_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, words: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    result = invoke(tmp_path / "runs", "--track", "wandb")
+    assert result.exit_code == 2 and result.stderr.startswith("error: ")
+    assert words in result.stderr and len(result.stderr) < 400
+    assert list(tmp_path.iterdir()) == []
+    parse_trackers(["tensorboard", "trackio"])
+
+
+@pytest.mark.parametrize("mode", ["online", "offline", "disabled", "shared"])
+def test_the_modes_of_wandb(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    monkeypatch.setenv("WANDB_MODE", mode)
+    monkeypatch.setenv("WANDB_PROJECT", "a/b")
+    assert parse_trackers(["wandb:ours"]) == [Tracker("wandb", "ours")]
 
 
 @pytest.mark.parametrize("other", ["--dry-run", "--plan"])
@@ -624,7 +657,7 @@ def test_a_tracker_that_fails_during_the_run_is_reported_once_and_catches_up(
     class ClosesFile(LineProgress):
         def step(self, row: dict[str, Any]) -> None:
             if row["step"] == 6:
-                writer = tracked.channels[0].writer
+                writer = tracked.open_trackers[0].writer
                 assert isinstance(writer, trackers.TensorBoard) and writer.file is not None
                 writer.file.close()
 
@@ -691,6 +724,86 @@ def test_a_disabled_wandb_is_reported(
     (note,) = notes_of(capsys)
     assert "WANDB_MODE is 'disabled'" in note
     assert json.loads((tmp_path / "trackers.json").read_text())["wandb:mainrun"]["step"] == 0
+
+
+def finished_run(path: Path) -> list[dict[str, Any]]:
+    """Write and track a finished run, and return its rows."""
+    simulate(path, ["tensorboard", "wandb", "trackio:finished"])
+    return RunDir(path).metrics()
+
+
+def send_finished(path: Path, rows: list[dict[str, Any]], names: list[str]) -> None:
+    Tracking(LineProgress(), parse_trackers(names), path).send_finished(CONFIG, rows)
+
+
+def test_a_finished_run_is_sent_again_only_if_steps_are_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["tensorboard", "wandb", "trackio:finished"]
+    rows = finished_run(tmp_path)
+    want = expected(tmp_path)
+    before = {file for file in tmp_path.rglob("*") if "logs" not in file.parts}
+    memory = json.loads((tmp_path / "trackers.json").read_text())
+    for _ in range(2):
+        send_finished(tmp_path, rows, names)
+    assert {file for file in tmp_path.rglob("*") if "logs" not in file.parts} == before
+    assert json.loads((tmp_path / "trackers.json").read_text()) == memory
+    shutil.rmtree(tmp_path / "tensorboard")
+    (folder,) = memory["wandb:mainrun"]["folders"]
+    shutil.rmtree(tmp_path / "wandb" / folder)
+    memory["wandb:mainrun"]["folders"] = {}
+    (tmp_path / "trackers.json").write_text(json.dumps(memory))
+    send_finished(tmp_path, rows, names)
+    near(tensorboard_values(tmp_path), want)
+    assert wandb_values(tmp_path) == want and trackio_values("finished") == want
+    assert notes_of(capsys) == []
+    # the server may still lack the steps of offline runs
+    monkeypatch.setattr(trackers, "LOGIN_SECONDS", 1.0)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    send_finished(tmp_path, rows, ["wandb"])
+    assert len(notes_of(capsys)) == 1
+    memory["wandb:mainrun"]["uploaded"] = STEPS
+    (tmp_path / "trackers.json").write_text(json.dumps(memory))
+    send_finished(tmp_path, rows, ["wandb"])
+    assert notes_of(capsys) == []
+
+
+def test_a_failure_on_a_finished_run_does_not_say_that_the_run_continues(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tensorboard").write_text("not a folder")
+    rows = [{"event": "step", "step": 1, "loss": 1.0}]
+    send_finished(tmp_path, rows, ["tensorboard"])
+    (note,) = notes_of(capsys)
+    assert "the tracker tensorboard failed: " in note and "continues" not in note
+    assert note.endswith(
+        "the run is not affected; repeat the command without --fresh to send the missing steps"
+    )
+    (tmp_path / "tensorboard").unlink()
+    tracked = Tracking(LineProgress(), [Tracker("tensorboard")], tmp_path)
+    tracked.start(CONFIG, TABLE, rows)
+    writer = tracked.open_trackers[0].writer
+    assert isinstance(writer, trackers.TensorBoard) and writer.file is not None
+    writer.file.close()
+    tracked.step({"event": "step", "step": 2, "loss": 1.0})
+    tracked.saved(2)
+    (note,) = notes_of(capsys)
+    assert "the run continues" in note
+
+
+@pytest.mark.parametrize("quiet", [[], ["--quiet"]])
+def test_a_failure_is_shown_once_even_if_the_run_is_quiet(tmp_path: Path, quiet: list[str]) -> None:
+    assert invoke(tmp_path, "--until", "5").exit_code == 75
+    (path,) = [file.parent for file in tmp_path.glob("*/config.json")]
+    (path / "tensorboard").write_text("not a folder")
+    for effect in ("the run continues", "the run is not affected"):  # unfinished, and finished
+        result = invoke(tmp_path, "--track", "tensorboard", *quiet)
+        assert result.exit_code == 0
+        (note,) = [line for line in result.stderr.splitlines() if "tracker" in line]
+        assert "the tracker tensorboard failed: " in note and effect in note
+        if quiet:
+            assert result.stderr == f"{note}\n" and result.stdout == ""
 
 
 # -- secrets

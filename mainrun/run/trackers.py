@@ -19,6 +19,7 @@ from typing import IO, Any, NamedTuple, Protocol
 
 from mainrun.errors import MainrunError
 
+WANDB_MODES = ("online", "offline", "disabled", "shared")
 PROJECT = "mainrun"  # the project of runs whose option --track names no project
 LOGIN_SECONDS = 15.0  # the maximum time that a run waits for the W&B server when it starts
 UPLOAD_SECONDS = 60.0  # the maximum time that a run waits for uploads to W&B when it ends
@@ -53,11 +54,17 @@ class Writer(Protocol):
         last: the last step in metrics.jsonl. A tracker may contain later steps of a killed process.
         """
 
+    def last_step(self, last: int) -> int:
+        """Return the last step that the tracker contains, without opening the tracker.
+
+        last: as in `open`.
+        """
+
     def send(self, points: Sequence[Point]) -> None:
         """Send the values of steps in ascending order."""
 
     def close(self) -> None:
-        """Wait until everything is written, and close the tracker."""
+        """Wait until everything is written, and close the tracker, which may not have been opened."""
 
     def abandon(self) -> None:
         """Release all resources after a failure, without waiting."""
@@ -88,11 +95,8 @@ class TensorBoard:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self.folder.mkdir(exist_ok=True)
-        earlier = sorted(self.folder.glob(EVENT_FILES.format("*")))
-        sent = 0
-        for path in earlier:
-            sent = max(sent, cut_events(path, last))
-        self.file = self._path(len(earlier) + 1).open("xb")
+        sent = self.last_step(last)
+        self.file = self._path(len(self._files()) + 1).open("xb")
         self.records = RecordWriter(self.file)
         self._write(Event(file_version="brain.Event:2"))
         # A TensorBoard that is running has already read the events that were cut. This event removes them.
@@ -101,6 +105,16 @@ class TensorBoard:
         self._write(Event(summary=hparams_pb(config, trial_id=self.target.tracker_id)))
         self.file.flush()
         return sent
+
+    def last_step(self, last: int) -> int:
+        sent = 0
+        for path in self._files():
+            sent = max(sent, cut_events(path, last))
+        return sent
+
+    def _files(self) -> list[Path]:
+        """Return the event files of earlier sessions."""
+        return sorted(self.folder.glob(EVENT_FILES.format("*")))
 
     def _path(self, session: int) -> Path:
         return self.folder / EVENT_FILES.format(f"{session:06}")
@@ -183,7 +197,7 @@ class Wandb:
 
     Online, the server knows the last step. Offline, each session writes one folder below `wandb`. Another
     process writes the folder and loses its last values if it is killed, so only the folders of sessions that
-    ended properly are kept. trackers.json lists these folders.
+    ended properly are kept. trackers.json lists these folders, and the last step that was uploaded.
     """
 
     def __init__(self, target: Target) -> None:
@@ -194,9 +208,7 @@ class Wandb:
     def open(self, last: int) -> int:
         import wandb
 
-        # without `silent`, wandb would ask for a key on a terminal, and print to stderr
-        quiet = wandb.Settings(silent=True)
-        wandb.setup(settings=quiet)
+        self._set_up()
         settings = wandb.Settings(
             silent=True,
             console="off",
@@ -232,6 +244,22 @@ class Wandb:
             self.sent = max(self.run.starting_step - 1, 0)
         return self.sent
 
+    def last_step(self, last: int) -> int:
+        mode = self._set_up().settings.mode
+        if mode == "offline":
+            return max(self.target.memory.get("folders", {}).values(), default=0)
+        if mode == "disabled":
+            return 0
+        return int(self.target.memory.get("uploaded", 0))
+
+    def _set_up(self) -> Any:
+        """Load the settings of wandb, and start the process that uploads the metrics."""
+        import wandb
+
+        # without `silent`, wandb would ask for a key on a terminal, and print to stderr
+        quiet = wandb.Settings(silent=True)
+        return wandb.setup(settings=quiet)
+
     def _remove_unfinished(self, finished: dict[str, int]) -> None:
         """Remove the folders of killed sessions. Their steps are sent again."""
         current = Path(self.run.settings.sync_dir)
@@ -252,11 +280,19 @@ class Wandb:
     def close(self) -> None:
         import wandb
 
-        self.run.finish()
-        if self.run.offline:
-            folder = Path(self.run.settings.sync_dir).name
-            self.target.memory["folders"][folder] = self.sent
+        if self.run:
+            self.run.finish()
+            self._remember_sent()
         wandb.teardown()
+
+    def _remember_sent(self) -> None:
+        """Record in trackers.json what a session has sent that ended properly."""
+        memory = self.target.memory
+        if not self.run.offline:
+            memory["uploaded"] = self.sent
+            return
+        folder = Path(self.run.settings.sync_dir).name
+        memory["folders"][folder] = self.sent
 
     def abandon(self) -> None:
         import wandb
@@ -281,8 +317,13 @@ class Trackio:
     def open(self, last: int) -> int:
         from trackio.sqlite_storage import SQLiteStorage
 
+        SQLiteStorage.init_db(self.target.project)
+        return self.last_step(last)
+
+    def last_step(self, last: int) -> int:
+        from trackio.sqlite_storage import SQLiteStorage
+
         target = self.target
-        SQLiteStorage.init_db(target.project)
         sent = SQLiteStorage.get_max_step_for_run(target.project, target.name, run_id=target.tracker_id)
         return sent or 0
 

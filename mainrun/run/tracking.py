@@ -6,7 +6,9 @@ sends the rows that the tracker missed.
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -18,17 +20,23 @@ from typing import Any, NamedTuple
 
 from mainrun.config import TrainConfig
 from mainrun.errors import MainrunError, UsageError, nearest
-from mainrun.run.progress import Progress, Row
-from mainrun.run.trackers import WRITERS, Point, Target, Writer, default_project, message
+from mainrun.files.inputs import shown
+from mainrun.run.progress import QUIET, Progress, Row
+from mainrun.run.trackers import WANDB_MODES, WRITERS, Point, Target, Writer, default_project, message
 from mainrun.store import records
 from mainrun.store.rundir import write_json
 
 FILE = "trackers.json"
 SEND_SECONDS = 2.0  # the minimum time between two deliveries to the trackers
 PROJECT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_. -]{0,127}")
-NO_VALUES = ("step", "steps")  # numbers in a row that are not measured values
+NOT_MEASURED = ("step", "steps")  # numbers in a row that are not measured values
 ENTRIES = records.table_of(
-    {"id": records.text, "step": records.step, "folders?": records.table_of(records.step)}
+    {
+        "id": records.text,
+        "step": records.step,
+        "folders?": records.table_of(records.step),
+        "uploaded?": records.step,
+    }
 )
 
 
@@ -58,24 +66,43 @@ def parse_trackers(texts: Iterable[str]) -> list[Tracker]:
 
 def parse_tracker(text: str) -> Tracker:
     name, colon, project = text.partition(":")
+    got = f"got --track {shown(text, 80)}"
     if name not in WRITERS:
         allowed = "tensorboard, wandb[:PROJECT] or trackio[:PROJECT]"
-        raise UsageError(f"got --track {text!r}{nearest(name, WRITERS)}; allowed: {allowed}")
+        raise UsageError(f"{got}{nearest(name, WRITERS)}; allowed: {allowed}")
     if colon and name == "tensorboard":
-        raise UsageError(f"got --track {text!r}, but tensorboard has no projects; use --track tensorboard")
-    if colon and not PROJECT_NAME.fullmatch(project):
-        allowed = (
-            "at most 128 letters, digits, blanks and the characters . _ -, and start with no blank or sign"
-        )
-        raise UsageError(
-            f"got --track {text!r}; a project must have {allowed}, or leave out {colon + project!r}"
-        )
+        raise UsageError(f"{got}, but tensorboard has no projects; use --track tensorboard")
+    if colon:
+        check_project(project, got, "leave out the colon and the project")
     if find_spec(name) is None:
         fix = "install it with pip install 'mainrun[trackers]', or leave out --track"
-        raise UsageError(f"got --track {text!r}, but the package {name} is not installed; {fix}")
+        raise UsageError(f"{got}, but the package {name} is not installed; {fix}")
+    if name == "wandb":
+        check_wandb_mode()
     if name == "tensorboard":
         return Tracker(name)
-    return Tracker(name, project or default_project(name))
+    if not colon:
+        project = default_project(name)
+        check_project(project, f"got WANDB_PROJECT={shown(project, 80)}", "use --track wandb:PROJECT")
+    return Tracker(name, project)
+
+
+def check_project(project: str, got: str, other_fix: str) -> None:
+    """Raise UsageError if the name of a project is invalid."""
+    if PROJECT_NAME.fullmatch(project):
+        return
+    allowed = "at most 128 letters, digits, blanks and the characters . _ -, and start with no blank or sign"
+    raise UsageError(f"{got}; a project must have {allowed}, or {other_fix}")
+
+
+def check_wandb_mode() -> None:
+    """Raise UsageError if WANDB_MODE is set to an unknown mode."""
+    mode = os.environ.get("WANDB_MODE")
+    if mode is not None and mode not in WANDB_MODES:
+        allowed = ", ".join(WANDB_MODES)
+        raise UsageError(
+            f"got WANDB_MODE={shown(mode, 80)}; allowed: {allowed}; set one of them, or unset WANDB_MODE"
+        )
 
 
 # -- names
@@ -97,7 +124,7 @@ def values_of(row: Row) -> dict[str, float]:
 def numbers(group: str, row: Row) -> dict[str, float]:
     values = {}
     for name, value in row.items():
-        if type(value) in (int, float) and name not in NO_VALUES:
+        if type(value) in (int, float) and name not in NOT_MEASURED:
             values[f"{group}/{name}"] = float(value)
     return values
 
@@ -115,7 +142,7 @@ def points_of(rows: Iterable[Row]) -> list[Point]:
 # -- tracking
 
 
-class Channel(NamedTuple):
+class OpenTracker(NamedTuple):
     """An open tracker."""
 
     tracker: Tracker
@@ -140,12 +167,13 @@ class Tracking(Progress):
         self.display = display
         self.trackers = list(trackers)
         self.path = path
-        self.channels: list[Channel] = []
+        self.open_trackers: list[OpenTracker] = []
         self.memory = {} if fresh else load_memory(path)
         self.complete: list[Point] = []  # steps that are ready to be sent
         self.pending: Point | None = None  # a step that may get more rows
         self.last_delivery = 0.0
         self.unwritable = False  # whether a failure to write trackers.json has been reported
+        self.ended = False  # whether the run trains no more steps in this process
 
     # -- the methods of a progress display
 
@@ -154,12 +182,21 @@ class Tracking(Progress):
         self.open(cfg, earlier)
 
     def open(self, cfg: TrainConfig, earlier: Sequence[Row]) -> None:
-        """Open all trackers, and send the earlier rows that the trackers do not have."""
+        """Open all trackers, and send the earlier rows that the trackers do not have.
+
+        If the run has ended, a tracker that has all rows is not opened.
+        """
         points = points_of(earlier)
         for tracker in self.trackers:
             self._open(tracker, cfg, points)
         self._remember()
         self.last_delivery = time.perf_counter()
+
+    def send_finished(self, cfg: TrainConfig, rows: Sequence[Row]) -> None:
+        """Send the rows of a finished run that the trackers do not have."""
+        self.ended = True
+        self.open(cfg, rows)
+        self.close()
 
     def step(self, row: Row) -> None:
         self._add(row)
@@ -186,12 +223,13 @@ class Tracking(Progress):
 
     def close(self) -> None:
         self.display.close()
+        self.ended = True
         self._deliver()
-        for channel in self.channels:
-            self._attempt(channel, channel.writer.close)
-        if self.channels:
+        for open_tracker in self.open_trackers:
+            self._attempt(open_tracker, open_tracker.writer.close)
+        if self.open_trackers:
             self._remember()
-        self.channels = []
+        self.open_trackers = []
 
     # -- sending
 
@@ -201,16 +239,19 @@ class Tracking(Progress):
         entry = self.memory.setdefault(str(tracker), {"id": f"{name}-{uuid.uuid4().hex[:8]}", "step": 0})
         self._remember()
         target = Target(self.path, name, entry["id"], tracker.project, cfg.model_dump(mode="json"), entry)
-        channel = Channel(tracker, WRITERS[tracker.name](target), entry)
-        self.channels.append(channel)
+        open_tracker = OpenTracker(tracker, WRITERS[tracker.name](target), entry)
+        self.open_trackers.append(open_tracker)
         last = points[-1].step if points else 0
 
         def send_missing() -> None:
-            entry["step"] = channel.writer.open(last)
+            if self.ended and open_tracker.writer.last_step(last) >= last:
+                entry["step"] = last
+                return
+            entry["step"] = open_tracker.writer.open(last)
             missing = [point for point in points if point.step > entry["step"]]
-            send(channel, missing)
+            send(open_tracker, missing)
 
-        self._attempt(channel, send_missing)
+        self._attempt(open_tracker, send_missing)
 
     def _add(self, row: Row) -> None:
         if self.pending and self.pending.step != row["step"]:
@@ -226,24 +267,28 @@ class Tracking(Progress):
         """Send all complete steps."""
         points = self.complete
         self.complete = []
-        if points and self.channels:
-            for channel in list(self.channels):
+        if points and self.open_trackers:
+            for open_tracker in list(self.open_trackers):
                 # a tracker may already have steps that are trained again after a kill
-                missing = [point for point in points if point.step > channel.memory["step"]]
-                self._attempt(channel, partial(send, channel, missing))
+                missing = [point for point in points if point.step > open_tracker.memory["step"]]
+                self._attempt(open_tracker, partial(send, open_tracker, missing))
             self._remember()
         self.last_delivery = time.perf_counter()
 
-    def _attempt(self, channel: Channel, action: Callable[[], None]) -> None:
+    def _attempt(self, open_tracker: OpenTracker, action: Callable[[], None]) -> None:
         """Run an action of a tracker. If the action fails, report the failure and stop using the tracker."""
         try:
             action()
         except Exception as e:
-            self.channels = [other for other in self.channels if other is not channel]
+            self.open_trackers = [other for other in self.open_trackers if other is not open_tracker]
             with suppress(Exception):
-                channel.writer.abandon()
+                open_tracker.writer.abandon()
             missed = "the run continues, and the next start sends the steps that are missing"
-            self.note(f"the tracker {channel.tracker} failed: {message(e)}; {missed}")
+            if self.ended:
+                missed = (
+                    "the run is not affected; repeat the command without --fresh to send the missing steps"
+                )
+            self._report(f"the tracker {open_tracker.tracker} failed: {message(e)}; {missed}")
 
     def _remember(self) -> None:
         """Write trackers.json."""
@@ -251,14 +296,23 @@ class Tracking(Progress):
             write_json(self.path / FILE, self.memory)
         except MainrunError as e:
             if not self.unwritable:
-                self.note(f"{e}; the run continues")
+                effect = "the run is not affected" if self.ended else "the run continues"
+                self._report(f"{e}; {effect}")
             self.unwritable = True
 
+    def _report(self, text: str) -> None:
+        """Show a failure, even if the display is quiet."""
+        if self.display is not QUIET:
+            self.note(text)
+            return
+        with suppress(OSError):  # training continues even if stderr was closed
+            print(text, file=sys.stderr, flush=True)
 
-def send(channel: Channel, points: Sequence[Point]) -> None:
+
+def send(open_tracker: OpenTracker, points: Sequence[Point]) -> None:
     if points:
-        channel.writer.send(points)
-        channel.memory["step"] = points[-1].step
+        open_tracker.writer.send(points)
+        open_tracker.memory["step"] = points[-1].step
 
 
 def load_memory(path: Path) -> dict[str, dict[str, Any]]:

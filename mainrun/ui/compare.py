@@ -130,6 +130,12 @@ def _start_of(summary: dict[str, Any]) -> str:
     return start["source"] if start else "random weights"
 
 
+def _start_digest_of(summary: dict[str, Any]) -> str | None:
+    """Return the hash of the weights that a run started from, or None if they were random."""
+    start = summary.get("start")
+    return start["digest"] if start else None
+
+
 def _data_of(summary: dict[str, Any]) -> dict[str, str]:
     """Return the values that identify the titles on which a run was scored."""
     data = {f"{name} fingerprint": summary["fingerprints"][name][:12] for name in SAME}
@@ -151,6 +157,7 @@ def _row(summary: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
             guards[guard["status"]].append(guard["name"])
     return {
         "run": summary["run"],
+        "start_digest": _start_digest_of(summary),
         "full_last": last["full"],
         "full_best": summary["best"]["full"],
         "delta_full": last["full"] - first["last"]["full"],
@@ -252,6 +259,10 @@ def _notes(table: list[dict[str, Any]]) -> list[str]:
         notes.append(
             f"(!) This official score covers less than {MIN_COVERAGE:.0%} of val, so it is not comparable. "
             "The score `full` covers all of val."
+        )
+    if len({row["start_digest"] for row in table}) > 1:
+        notes.append(
+            "The runs start from different weights, so their difference is not only due to training."
         )
     for row in table:
         if row["reused"]:

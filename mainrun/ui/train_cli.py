@@ -292,8 +292,7 @@ def _track_finished(cfg: TrainConfig, options: TrainOptions) -> None:
     run = open_run(options.out, cfg)
     try:
         tracking = Tracking(make_progress(options.quiet), options.trackers, run.path)
-        tracking.open(cfg, run.metrics())
-        tracking.close()
+        tracking.send_finished(cfg, run.metrics())
     finally:
         run.release()
 
