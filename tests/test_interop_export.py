@@ -509,6 +509,62 @@ def test_a_base_from_the_hub_has_its_name_there() -> None:
     assert text == f"hf:Qwen/Qwen2.5-0.5B@{commit} file:base"
 
 
+# -- the start of the run
+
+
+def change_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def commands_on(run: RunDir, folder: Path) -> dict[str, list[object]]:
+    """Return the command lines that load the model of a run."""
+    questions = folder / "questions.jsonl"
+    questions.write_text('{"prompt": "a", "choices": ["b", "c"], "answer": 0}\n')
+    return {
+        "export": ["hub", "export", run.path, folder / "x"],
+        "adapter": ["hub", "export", run.path, folder / "y", "--adapter"],
+        "eval": ["eval", run.path, "--choices", questions],
+        "sample": ["sample", run.path, "--prompt", "a"],
+    }
+
+
+def test_a_changed_or_missing_base_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    base = copy_of(bases["tied"], tmp_path / "base")
+    run = trained(tmp_path / "runs", **from_base(base, **FROZEN))
+    change_a_bit(base / "model.safetensors")
+    for name, command in commands_on(run, tmp_path).items():
+        done = mainrun(*command)
+        assert done.exit_code == 2, name
+        assert f"the weights of start=hf:{base} have changed since {run.path} began" in done.stderr, name
+        assert "restore them" in done.stderr, name
+    base.rename(tmp_path / "moved")
+    for name, command in commands_on(run, tmp_path).items():
+        done = mainrun(*command)
+        assert done.exit_code == 2, name
+        assert f"{run.path} has a frozen base" in done.stderr and str(base) in done.stderr, name
+        assert "restore the start" in done.stderr, name
+    assert not (tmp_path / "x").exists() and not (tmp_path / "y").exists()
+
+
+@pytest.mark.parametrize("changes", [{}, {"attn_lora_rank": 2}], ids=["plain", "lora"])
+def test_a_run_without_a_frozen_base_needs_no_start(
+    bases: dict[str, Path], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    base = copy_of(bases["tied"], tmp_path / "base")
+    run = trained(tmp_path / "runs", **from_base(base, **changes))
+    export_run(run, tmp_path / "before")
+    base.rename(tmp_path / "moved")
+    commands = commands_on(run, tmp_path)
+    del commands["adapter"]
+    for name, command in commands.items():
+        done = mainrun(*command)
+        assert done.exit_code == 0, (name, done.stderr)
+    for file in (tmp_path / "before").iterdir():
+        assert (tmp_path / "x" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
 # -- refusals
 
 WRONG: dict[str, Any] = {
