@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -37,6 +38,7 @@ from mainrun.interop.names import checkpoint_name
 from mainrun.interop.routing_files import FIELDS, read_routing_fields
 from mainrun.interop.source import inexpressible
 from mainrun.plan.plan import Plan
+from mainrun.store import checkpoint
 from mainrun.store.rundir import RunDir
 from mainrun.train import build
 from mainrun.ui.sample import load_model
@@ -684,15 +686,42 @@ def test_the_readme_names_no_folder(tmp_path: Path) -> None:
     assert "| corpus | file:titles.txt |" in (tmp_path / "x" / "README.md").read_text()
 
 
+def changed_weights(run: RunDir) -> None:
+    """Change one weight of the newest checkpoint, which stays valid."""
+    folder = max((run.path / "checkpoints").iterdir())
+    tensors = load_file(folder / "state.safetensors")
+    tensors["model/norm.weight"] += 1
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["meta_sha256"], meta["state_sha256"]
+    checkpoint.save(folder.parent, meta["step"], tensors, meta)
+
+
 def test_the_scores_of_other_weights_are_not_shown(tmp_path: Path) -> None:
-    run = trained(tmp_path / "runs", checkpoint_every=1, eval_interval=2)
-    newest = max((run.path / "checkpoints").iterdir())
-    (newest / "state.safetensors").write_bytes(b"damaged")
-    with pytest.warns(UserWarning, match="is skipped"):
-        export_run(run, tmp_path / "x")
+    run = trained(tmp_path / "runs", checkpoint_every=1, eval_interval=1)
+    changed_weights(run)
+    export_run(run, tmp_path / "x")
     readme = (tmp_path / "x" / "README.md").read_text()
-    assert "The weights of step 3 were not scored" in readme
-    assert "The guards have not checked these weights" in readme
+    summary = run.summary()
+    assert summary is not None and summary["weights"] not in readme
+    reason = "because these weights differ from those that were scored."
+    assert f"There are no scores for the weights of step 4, {reason}" in readme
+    assert f"The guards have not checked these weights, {reason}" in readme
+    assert "| val |" not in readme and "not finished" not in readme
+    # an older checkpoint
+    shutil.rmtree(max((run.path / "checkpoints").iterdir()))
+    export_run(run, tmp_path / "y")
+    readme = (tmp_path / "y" / "README.md").read_text()
+    assert f"There are no scores for the weights of step 3, {reason}" in readme and "| val |" not in readme
+
+
+def test_the_readme_of_a_run_that_is_not_finished_says_so(tmp_path: Path) -> None:
+    run = trained(tmp_path / "runs", eval_interval=1)
+    (run.path / "summary.json").unlink()
+    export_run(run, tmp_path / "x")
+    readme = (tmp_path / "x" / "README.md").read_text()
+    reason = "because the run is not finished."
+    assert f"There are no scores for the weights of step 4, {reason}" in readme and "| val |" not in readme
+    assert f"The guards have not checked these weights, {reason}" in readme
 
 
 # -- the command

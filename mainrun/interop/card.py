@@ -130,7 +130,7 @@ def _results(source: Source) -> Iterator[str]:
             f"{_about_dtype(source)}"
         )
     else:
-        yield f"The weights of step {source.step:,} were not scored."
+        yield f"There are no scores for the weights of step {source.step:,}, because {_no_summary(source)}."
     yield from ["", "## Guards", ""]
     if source.summary and source.summary.get("guards"):
         guards = source.summary["guards"]
@@ -139,10 +139,19 @@ def _results(source: Source) -> Iterator[str]:
             detail = without_folders(guard["detail"], source.run_cfg)
             rows_of_guards.append([guard["name"], guard["status"], detail])
         yield from _table(("guard", "status", "detail"), rows_of_guards)
+    elif source.summary:
+        yield "The run has no guards."
     else:
-        yield "The guards have not checked these weights, because the run is not finished."
+        yield f"The guards have not checked these weights, because {_no_summary(source)}."
     yield from ["", "## Fingerprints", ""]
     yield from _table(("of", "value"), list(_fingerprints(source)))
+
+
+def _no_summary(source: Source) -> str:
+    """Return the reason why the summary of the run says nothing about the weights."""
+    if source.finished:
+        return "these weights differ from those that were scored"
+    return "the run is not finished"
 
 
 def _about_dtype(source: Source) -> str:
@@ -153,15 +162,14 @@ def _about_dtype(source: Source) -> str:
 
 
 def scores(source: Source) -> list[dict[str, Any]]:
-    """Return the scores of the exported weights, one row per split."""
-    if source.summary:
-        splits = source.summary["scores"]
-        return [splits[split]["last"] for split in ("val", "dev") if split in splits]
-    rows = {}
-    for row in source.run.intact_rows():
-        if row["event"] == "eval" and row["step"] == source.step:
-            rows[row["split"]] = dict(row)
-    return list(rows.values())
+    """Return the scores of the exported weights, one row per split.
+
+    Only summary.json tells by a hash which weights were scored.
+    """
+    if source.summary is None:
+        return []
+    splits = source.summary["scores"]
+    return [splits[split]["last"] for split in ("val", "dev") if split in splits]
 
 
 def _fingerprints(source: Source) -> Iterator[list[str]]:
