@@ -413,6 +413,16 @@ def test_a_model_that_qwen2_cannot_express_is_not_sent(push: Push, hub: Hub, tmp
     assert hub.requests == []
 
 
+def test_an_adapter_whose_base_is_a_folder_is_not_sent(push: Push, hub: Hub, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    run = trained(tmp_path / "runs", **adapter_on(base))
+    done = push(hub.url, run.path, REPO, "--adapter")
+    assert done.returncode == 2 and f"its base is the folder {base}, which other" in done.stderr
+    assert "push the base first" in done.stderr and "mainrun hub import OWNER/NAME" in done.stderr
+    assert hub.requests == []
+    export_run(run, tmp_path / "x", adapter=True)  # an export for oneself is allowed
+
+
 # -- errors of the hub
 
 

@@ -50,7 +50,7 @@ class Term(NamedTuple):
 def check_adapter(source: Source, published: bool) -> Base:
     """Return the base of an adapter. Raise UsageError with all reasons if there can be no adapter.
 
-    published: whether to name only the last part of a folder, because other people will read the name.
+    published: whether other people will load the adapter, so that its base must be on the hub.
     """
     reasons = inexpressible(source.cfg)
     names = [name for name, _ in source.model.named_parameters() if name.endswith(".lora_a")]
@@ -67,6 +67,11 @@ def check_adapter(source: Source, published: bool) -> Base:
         reasons.append(
             f"start={source.run_cfg.start or '(empty)'} is no checkpoint that peft can load (only runs with "
             "start=hf:DIR have a base)"
+        )
+    elif published and find_base(folder, published).revision is None:
+        reasons.append(
+            f"its base is the folder {folder}, which other people cannot load (push the base first, import it "
+            "with `mainrun hub import OWNER/NAME`, and train the run again from the imported base)"
         )
     if not reasons:
         reasons += base_differences(source, folder)
