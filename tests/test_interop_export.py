@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 import warnings
 from collections.abc import Callable
@@ -619,9 +620,51 @@ def test_a_folder_with_files_is_refused(run_with: Trained, tmp_path: Path) -> No
 
 
 def test_an_empty_folder_is_used(run_with: Trained, tmp_path: Path) -> None:
-    (tmp_path / "x").mkdir()
-    export_run(run_with(**GQA), tmp_path / "x")
-    assert (tmp_path / "x" / "config.json").is_file() and [tmp_path / "x"] == list(tmp_path.iterdir())
+    folder = tmp_path / "x"
+    folder.mkdir(mode=0o750)
+    before = folder.stat()
+    export_run(run_with(**GQA), folder)
+    after = folder.stat()
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode), "it is the same folder"
+    assert (folder / "config.json").is_file() and [folder] == list(tmp_path.iterdir())
+
+
+def test_an_error_while_files_are_moved_leaves_an_empty_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "x"
+    folder.mkdir()
+    move = shutil.move
+
+    def move_some(file: Path, target: Path) -> None:
+        if file.name == "config.json":
+            raise OSError(5, "Input/output error")
+        move(file, target)
+
+    def export_two_files() -> None:
+        with exporting.new_folder(folder) as temp:
+            (temp / "config.json").write_text("{}")
+            (temp / "model.safetensors").write_text("x")
+
+    monkeypatch.setattr(shutil, "move", move_some)
+    with pytest.raises(RunError, match="Input/output error"):
+        export_two_files()
+    assert list(tmp_path.rglob("*")) == [folder]
+
+
+def test_the_folders_of_killed_exports_are_removed_after_a_day(tmp_path: Path) -> None:
+    old = tmp_path / ".mainrun-export-old"
+    young = tmp_path / ".mainrun-export-young"
+    mine = tmp_path / "mine"
+    for folder in (old, young, mine):
+        folder.mkdir()
+        (folder / "model.safetensors").write_text("x")
+    yesterday = time.time() - 86_500
+    for folder in (old, mine):
+        os.utime(folder, (yesterday, yesterday))
+    with exporting.new_folder(tmp_path / "x") as temp:
+        (temp / "config.json").write_text("{}")
+    assert {path.name for path in tmp_path.iterdir()} == {young.name, "mine", "x"}
 
 
 def test_an_export_that_fails_leaves_nothing(
