@@ -568,6 +568,16 @@ def test_a_run_without_a_frozen_base_needs_no_start(
         assert (tmp_path / "x" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
+def test_only_paths_are_shortened() -> None:
+    dataset = f"hub:owner/data@{'a' * 40}#text"
+    assert without_folders(dataset, config(corpus=dataset)) == dataset
+    for kind, name in (("file", "a.csv#title"), ("mix", "a.toml")):
+        cfg = config(corpus=f"{kind}:/secret/{name}")
+        assert without_folders(cfg.corpus, cfg) == f"{kind}:{name}"
+    cfg = config(start="run:/secret/runs/a-run")
+    assert without_folders(cfg.start, cfg) == "run:a-run"
+
+
 # -- refusals
 
 WRONG: dict[str, Any] = {

@@ -16,6 +16,7 @@ from mainrun.interop.source import Source
 
 SCORES = ("split", "full", "official", "loss", "bits_per_byte", "coverage", "tokens")
 PATH_FIELDS = ("corpus", "start", "tokenizer")  # fields whose values may contain a path
+PATH_KINDS = ("file", "mix", "hf", "run")  # what precedes the colon before a path
 
 
 def checkpoint_card(source: Source) -> str:
@@ -195,8 +196,8 @@ def _fingerprints(source: Source) -> Iterator[list[str]]:
 def without_folders(text: str, cfg: TrainConfig) -> str:
     """Shorten the paths of the config to the names of files, or of checkpoints on the hub."""
     for name in PATH_FIELDS:
-        path = getattr(cfg, name).partition(":")[2]
-        if "/" not in path:
+        kind, _, path = getattr(cfg, name).partition(":")
+        if kind not in PATH_KINDS or "/" not in path:
             continue
         base = find_base(Path(path), published=True)
         short = f"{base.name}@{base.revision}" if base.revision else base.name
