@@ -773,6 +773,21 @@ def test_wrong_tasks_are_refused(cache: None, dense: Path, file: Path, tmp_path:
     assert not (dense / "eval").exists() or not list((dense / "eval").glob("*no_*"))
 
 
+@pytest.mark.slow
+def test_a_target_that_is_no_choice_is_refused(cache: None, dense: Path, file: Path, tmp_path: Path) -> None:
+    # lm-eval itself checks the first question only, and takes -1 for the last choice
+    late = "\"{{answer if prompt == 'Show HN:' else 3}}\""
+    for target, number in ((late, 4), ("-1", 1)):
+        folder = write_tasks(tmp_path / "tasks", file)
+        task = TASK.format(file=file).replace("local_hn", "no_target")
+        task = task.replace("doc_to_target: answer", f"doc_to_target: {target}")
+        (folder / "target.yaml").write_text(task)
+        result = invoke("eval", dense, "--include", folder, "--tasks", "no_target")
+        assert (result.exit_code, result.stdout) == (2, ""), result.output
+        error = f"error: task 'no_target': question {number} has 3 choices, but doc_to_target gives"
+        assert error in result.stderr, result.stderr
+
+
 # This program refuses and prints every use of the network.
 OFFLINE = """\
 import sys

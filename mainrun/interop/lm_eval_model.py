@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import numbers
 import os
 import random
 import sys
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 from lm_eval import evaluator, utils
 from lm_eval.api.model import TemplateLM
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
@@ -194,6 +197,8 @@ class Tasks:
         np.random.seed(OTHER_SEED)
         torch.manual_seed(OTHER_SEED)
         with _task_errors(name), redirect_stdout(sys.stderr):
+            for task_name, task in loaded["tasks"].items():
+                check_targets(task_name, task, limit)
             answer: Any = evaluator.evaluate(
                 lm, loaded, limit=limit, bootstrap_iters=BOOTSTRAP_ITERS, log_samples=False
             )
@@ -212,6 +217,34 @@ class Tasks:
         if path is None:
             return {"task": name}
         return {"task": name, "file": path.name, "sha256": sha256_file(path)}
+
+
+def check_targets(name: str, task: Any, limit: int | None) -> None:
+    """Raise UsageError if the right choice of a question is none of its choices.
+
+    lm-eval only logs a warning, and counts each answer as wrong.
+    """
+    own_metrics = callable(task.config.process_results)
+    if own_metrics or type(task).process_results is not ConfigurableTask.process_results:
+        return  # the task computes its metrics itself, and may not use the target
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return
+    for number, doc in enumerate(itertools.islice(task.eval_docs, limit), 1):
+        choices = task.doc_to_choice(doc)
+        target = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+        targets = target if isinstance(target, list) else [target]
+        for one in targets:
+            if not _is_choice(one, choices):
+                raise UsageError(
+                    f"task {name!r}: question {number:,} has {len(choices)} choices, but doc_to_target gives "
+                    f"{shown(one, 80)}, which is the index or the text of none of them; repair the task file"
+                )
+
+
+def _is_choice(target: Any, choices: Sequence[str]) -> bool:
+    if isinstance(target, str):
+        return target in choices
+    return isinstance(target, numbers.Real) and 0 <= target < len(choices)
 
 
 def versions() -> dict[str, str]:
