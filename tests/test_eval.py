@@ -301,7 +301,8 @@ def test_weights_without_valid_probabilities_are_refused(dense: Path) -> None:
 def test_a_choice_that_is_longer_than_a_block_is_refused(dense: Path, tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"prompt": "a", "choices": ["b", "word " * 40], "answer": 0}))
-    refused(invoke("eval", dense, "--choices", path), "line 1, choice 1", "a block of the model has only 16")
+    result = invoke("eval", dense, "--choices", path)
+    refused(result, f"{path}, line 1, choice 1: ", "a block of the model has only 16")
     scorer = scorer_of(dense)
     with pytest.raises(UsageError, match="a text to score has 17 tokens"):
         scorer.score([Request((EOS,), (5,) * 17)])

@@ -28,7 +28,7 @@ from mainrun.cli import app
 from mainrun.config import from_dict
 from mainrun.data.corpus import load_corpus
 from mainrun.data.foreign import permutation
-from mainrun.errors import RunError, UsageError
+from mainrun.errors import DiskFull, RunError, UsageError
 from mainrun.interop import export as exporting
 from mainrun.interop import qwen2_export
 from mainrun.interop.adapter import Term, adapter_config
@@ -616,6 +616,20 @@ def test_the_model_that_grew_is_exported(run_with: Trained, tmp_path: Path) -> N
     assert (transformers_logits(tmp_path / "x", idx) - our_logits(run, idx)).abs().max() <= 1e-5
 
 
+def test_the_reasons_against_each_checkpoint_are_given(tmp_path: Path) -> None:
+    run = trained(tmp_path / "runs")
+    places = list((run.path / "checkpoints").iterdir())
+    for place in places:
+        (place / "state.safetensors").write_bytes(b"damaged")
+    with pytest.raises(RunError) as error:
+        export_run(run, tmp_path / "x")
+    for place in places:
+        assert f"checkpoint {place} is skipped: state.safetensors is " in str(error.value)
+    shutil.rmtree(run.path / "checkpoints")
+    with pytest.raises(RunError, match=r"no usable checkpoint \(it has none\)"):
+        export_run(run, tmp_path / "x")
+
+
 # -- the folder
 
 
@@ -684,7 +698,7 @@ def test_an_export_that_fails_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(qwen2_export, "write_routing", full)
-    with pytest.raises(Exception, match="no space left"):
+    with pytest.raises(DiskFull, match="no space left .*; free some space and run the same command again$"):
         export_run(run_with(**GQA), tmp_path / "x")
     assert not list(tmp_path.iterdir())
 

@@ -170,19 +170,21 @@ def _at_targets(logits: Tensor, targets: Tensor) -> tuple[list[float], list[bool
 
 
 def evaluate_questions(
-    scorer: Scorer, questions: Sequence[Question]
+    scorer: Scorer, questions: Sequence[Question], file: str = "the questions"
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the metrics of the model on questions, and one row per question.
 
     acc chooses the largest score, and acc_norm the largest score per character. Of equal choices, both choose
     the first.
+
+    file: the name of the file with the questions, for an error message.
     """
     requests = []
     for question in questions:
         for number, choice in enumerate(question.choices):
             request = scorer.encode(question.prompt, f" {choice}")
             if len(request.continuation) > scorer.block_size:
-                where = f"line {question.line}, choice {number}"
+                where = f"{file}, line {question.line}, choice {number}"
                 raise UsageError(f"{where}: {scorer.too_long(len(request.continuation))}")
             requests.append(request)
     scores = iter(scorer.score(requests))

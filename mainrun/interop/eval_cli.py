@@ -166,7 +166,7 @@ def _evaluate_choices(
 
     sha256 = sha256_file(path)
     selected = questions[:limit]
-    metrics, items = evaluate_questions(scored.scorer, selected)
+    metrics, items = evaluate_questions(scored.scorer, selected, str(path))
     result: Result = {
         "kind": "choices",
         "source": {"file": path.name, "sha256": sha256, "questions": len(questions)},

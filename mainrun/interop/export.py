@@ -19,6 +19,7 @@ from mainrun.store.checkpoint import safetensors_errors
 from mainrun.store.rundir import RunDir, disk_errors, fsync_folder
 
 TEMPORARY = ".mainrun-export-"  # the beginning of the names of temporary folders
+FULL = "free some space and run the same command again"  # an export begins from the start
 
 
 def export_run(
@@ -62,12 +63,12 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """
     folder = folder.resolve()
     temp = folder.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
-    with disk_errors(folder, "DIR"):
+    with disk_errors(folder, "DIR", FULL):
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(folder.parent)
         temp.mkdir()
     try:
-        with disk_errors(folder, "DIR"):
+        with disk_errors(folder, "DIR", FULL):
             yield temp
             for file in temp.iterdir():
                 with file.open("rb") as f:

@@ -42,8 +42,9 @@ def load_scored_state(run: RunDir) -> tuple[State, Tokenizer]:
     skipped: list[str] = []
     loaded = checkpoint.load_newest(run.checkpoints, fault, skipped.append)
     if loaded is None:
+        reasons = "; ".join(skipped) or "it has none"
         raise RunError(
-            f"{run.path} has no usable checkpoint; to write one, repeat its `mainrun train` command"
+            f"{run.path} has no usable checkpoint ({reasons}); to write one, repeat its `mainrun train` command"
         )
     for text in skipped:
         warnings.warn(text, stacklevel=4)
