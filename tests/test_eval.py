@@ -324,11 +324,11 @@ def test_the_model_has_the_averaged_weights_and_the_inputs_of_the_last_step(
         assert torch.equal(p, tensors[f"average/{name}"])
         assert not torch.equal(p, tensors[f"model/{name}"]) or "router" in name
     assert float(model.sharpness) == 5.0 and not model.training
-    assert scored.facts["step"] == meta["step"]
-    assert scored.facts["weights"]["averaged"] is True
-    digest = scored.facts["weights"]["sha256"]
-    assert digest == load(RunDir(routed), "own").facts["weights"]["sha256"]
-    assert digest != load(RunDir(dense), None).facts["weights"]["sha256"]
+    assert scored.run_info["step"] == meta["step"]
+    assert scored.run_info["weights"]["averaged"] is True
+    digest = scored.run_info["weights"]["sha256"]
+    assert digest == load(RunDir(routed), "own").run_info["weights"]["sha256"]
+    assert digest != load(RunDir(dense), None).run_info["weights"]["sha256"]
     assert digest == json.loads((routed / "summary.json").read_text())["weights"]
 
 
@@ -340,7 +340,7 @@ def test_the_route_is_the_runs_own_unless_another_is_given(routed: Path, file: P
         expected = {"1": route, "2": route, "3": route}
         if route is None:
             expected = {"1": "own", "2": "own", "3": "student"}
-        assert scored.facts["route"] == expected
+        assert scored.run_info["route"] == expected
     assert len({json.dumps(items) for items in scores.values()}) == 3
     assert config(**ROUTED, route="own").run_id != config(**ROUTED).run_id
 

@@ -698,7 +698,7 @@ def test_an_export_that_fails_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(qwen2_export, "write_routing", full)
-    with pytest.raises(DiskFull, match="no space left .*; free some space and run the same command again$"):
+    with pytest.raises(DiskFull, match=r"no space left .*; free some space and run the same command again$"):
         export_run(run_with(**GQA), tmp_path / "x")
     assert not list(tmp_path.iterdir())
 

@@ -12,14 +12,14 @@ from typing import Any
 from mainrun import __version__
 from mainrun.config import TrainConfig
 from mainrun.interop.bases import Base, find_base
-from mainrun.interop.source import Source
+from mainrun.interop.source import ExportedModel
 
 SCORES = ("split", "full", "official", "loss", "bits_per_byte", "coverage", "tokens")
 PATH_FIELDS = ("corpus", "start", "tokenizer")  # fields whose values may contain a path
 PATH_KINDS = ("file", "mix", "hf", "run")  # what precedes the colon before a path
 
 
-def checkpoint_card(source: Source) -> str:
+def checkpoint_card(source: ExportedModel) -> str:
     """Return the README of a Qwen2 checkpoint."""
     lines = [
         *_front_matter({"library_name": "transformers", "pipeline_tag": "text-generation"}),
@@ -42,7 +42,7 @@ def checkpoint_card(source: Source) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def adapter_card(source: Source, base: Base) -> str:
+def adapter_card(source: ExportedModel, base: Base) -> str:
     """Return the README of an adapter. base: the checkpoint that the adapter belongs to."""
     name = base.name if base.revision else Path(base.name).name
     matter = {"library_name": "peft", "pipeline_tag": "text-generation"}
@@ -75,14 +75,14 @@ def _front_matter(fields: dict[str, str]) -> list[str]:
     return ["---", *lines, "tags:", "- mainrun", "---", ""]
 
 
-def _count(source: Source) -> str:
+def _count(source: ExportedModel) -> str:
     return f"{sum(p.numel() for p in source.model.parameters()):,}"
 
 
 # -- sections
 
 
-def _about_tokens(source: Source) -> list[str]:
+def _about_tokens(source: ExportedModel) -> list[str]:
     """Describe what the model expects before a text, and which texts transformers encodes differently."""
     if source.tokenizer.kind == "hf":
         return ["tokenizer.json is the file of the checkpoint that the run took its tokenizer from.", ""]
@@ -101,7 +101,7 @@ def _about_tokens(source: Source) -> list[str]:
     return [" ".join(lines), ""]
 
 
-def _about_routing(source: Source) -> list[str]:
+def _about_routing(source: ExportedModel) -> list[str]:
     cfg = source.cfg
     if not cfg.routed_layers:
         return []
@@ -118,7 +118,7 @@ def _about_routing(source: Source) -> list[str]:
     ]
 
 
-def _results(source: Source) -> Iterator[str]:
+def _results(source: ExportedModel) -> Iterator[str]:
     """Yield the sections about scores, guards and fingerprints."""
     yield from ["## Scores", ""]
     rows = scores(source)
@@ -148,21 +148,21 @@ def _results(source: Source) -> Iterator[str]:
     yield from _table(("of", "value"), list(_fingerprints(source)))
 
 
-def _no_summary(source: Source) -> str:
+def _no_summary(source: ExportedModel) -> str:
     """Return the reason why the summary of the run says nothing about the weights."""
     if source.finished:
         return "these weights differ from those that were scored"
     return "the run is not finished"
 
 
-def _about_dtype(source: Source) -> str:
+def _about_dtype(source: ExportedModel) -> str:
     name = str(source.dtype).removeprefix("torch.")
     if name == "float32":
         return "The exported weights are the scored weights, in float32."
     return f"The exported weights are rounded to {name}, so their scores differ slightly."
 
 
-def scores(source: Source) -> list[dict[str, Any]]:
+def scores(source: ExportedModel) -> list[dict[str, Any]]:
     """Return the scores of the exported weights, one row per split.
 
     Only summary.json tells by a hash which weights were scored.
@@ -173,7 +173,7 @@ def scores(source: Source) -> list[dict[str, Any]]:
     return [splits[split]["last"] for split in ("val", "dev") if split in splits]
 
 
-def _fingerprints(source: Source) -> Iterator[list[str]]:
+def _fingerprints(source: ExportedModel) -> Iterator[list[str]]:
     cfg = source.run_cfg
     file = source.run.config_file()
     yield ["config", cfg.digest]

@@ -228,7 +228,7 @@ class ScoredRun:
 
     scorer: Scorer
     finished: bool
-    facts: dict[str, Any]  # what every result records about the run
+    run_info: dict[str, Any]  # what every result records about the run
 
 
 def load(run: RunDir, route: str | None) -> ScoredRun:
@@ -253,7 +253,7 @@ def load(run: RunDir, route: str | None) -> ScoredRun:
     for block in model.blocks:
         block.attn.fused = attention == "sdpa"
     finished = run.summary() is not None
-    facts = {
+    run_info = {
         "run": run.config().run_id,
         "config": run.config().digest,
         "step": state.step,
@@ -264,7 +264,7 @@ def load(run: RunDir, route: str | None) -> ScoredRun:
         "machine": {"device": device, "threads": threads, "dtype": cfg.dtype, "attention": attention},
         "versions": machine_class.versions() | {"eval": sha256_file(Path(__file__))},
     }
-    return ScoredRun(Scorer(model.to(device), tokenizer), finished, facts)
+    return ScoredRun(Scorer(model.to(device), tokenizer), finished, run_info)
 
 
 def set_route(model: GPT, route: str) -> None:

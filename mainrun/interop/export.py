@@ -14,7 +14,7 @@ from mainrun.data.token_cache import ABANDONED
 from mainrun.errors import UsageError
 from mainrun.interop.adapter import check_adapter, write_adapter
 from mainrun.interop.qwen2_export import write_checkpoint
-from mainrun.interop.source import Source, check_expressible, load_source
+from mainrun.interop.source import ExportedModel, check_expressible, load_source
 from mainrun.store.checkpoint import safetensors_errors
 from mainrun.store.rundir import RunDir, disk_errors, fsync_folder
 
@@ -24,7 +24,7 @@ FULL = "free some space and run the same command again"  # an export begins from
 
 def export_run(
     run: RunDir, folder: Path, *, dtype: str = "float32", adapter: bool = False, published: bool = False
-) -> Source:
+) -> ExportedModel:
     """Write the model of a run's newest checkpoint to a new folder.
 
     adapter: write only the low-rank terms, as an adapter for peft.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import numbers
 import os
 import random
 import sys
@@ -62,7 +61,7 @@ class MainrunLM(TemplateLM):  # type: ignore[misc]
 
     # -- log-probabilities
 
-    def answers(self, requests: list[Request]) -> list[tuple[float, bool]]:
+    def score_requests(self, requests: list[Request]) -> list[tuple[float, bool]]:
         return [(likelihood.log_prob, likelihood.greedy) for likelihood in self.scorer.score(requests)]
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -75,7 +74,7 @@ class MainrunLM(TemplateLM):  # type: ignore[misc]
                     f"a text to score after the prompt {shown(context, 80)} is empty; repair the task"
                 )
             encoded.append(self.scorer.encode(context, continuation))
-        return self.answers(encoded)
+        return self.score_requests(encoded)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, **_: Any
@@ -83,7 +82,7 @@ class MainrunLM(TemplateLM):  # type: ignore[misc]
         encoded = []
         for _texts, context, continuation in requests:
             encoded.append(Request(tuple(context), tuple(continuation)))
-        return self.answers(encoded)
+        return self.score_requests(encoded)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-probability of each whole text. A long text is divided into blocks."""
@@ -244,7 +243,7 @@ def check_targets(name: str, task: Any, limit: int | None) -> None:
 def _is_choice(target: Any, choices: Sequence[str]) -> bool:
     if isinstance(target, str):
         return target in choices
-    return isinstance(target, numbers.Real) and 0 <= target < len(choices)
+    return isinstance(target, int | float | np.integer) and 0 <= target < len(choices)
 
 
 def versions() -> dict[str, str]:

@@ -17,7 +17,7 @@ from mainrun.ui.sample import load_scored_state
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportedModel:
     """The model that is exported, and its run."""
 
     run: RunDir
@@ -35,7 +35,7 @@ class Source:
         return self.model.cfg
 
 
-def load_source(run: RunDir, dtype: str) -> Source:
+def load_source(run: RunDir, dtype: str) -> ExportedModel:
     """Load the model of a run's newest checkpoint."""
     state, tokenizer = load_scored_state(run)
     summary = run.summary()
@@ -44,7 +44,7 @@ def load_source(run: RunDir, dtype: str) -> Source:
         weights = sha256_tensors(iter(state.model.named_parameters()))
         if state.step != summary.get("steps") or weights != summary.get("weights"):
             summary = None
-    return Source(
+    return ExportedModel(
         run, run.config(), state.model, tokenizer, state.step, finished, summary, getattr(torch, dtype)
     )
 

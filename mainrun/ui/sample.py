@@ -44,7 +44,8 @@ def load_scored_state(run: RunDir) -> tuple[State, Tokenizer]:
     if loaded is None:
         reasons = "; ".join(skipped) or "it has none"
         raise RunError(
-            f"{run.path} has no usable checkpoint ({reasons}); to write one, repeat its `mainrun train` command"
+            f"{run.path} has no usable checkpoint ({reasons}); to write one, repeat its `mainrun train` "
+            "command"
         )
     for text in skipped:
         warnings.warn(text, stacklevel=4)
