@@ -243,7 +243,7 @@ def check_targets(name: str, task: Any, limit: int | None) -> None:
 def _is_choice(target: Any, choices: Sequence[str]) -> bool:
     if isinstance(target, str):
         return target in choices
-    return isinstance(target, int | float | np.integer) and 0 <= target < len(choices)
+    return isinstance(target, int | float | np.integer) and bool(0 <= target < len(choices))
 
 
 def versions() -> dict[str, str]:
