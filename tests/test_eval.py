@@ -301,7 +301,8 @@ def test_weights_without_valid_probabilities_are_refused(dense: Path) -> None:
 def test_a_choice_that_is_longer_than_a_block_is_refused(dense: Path, tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"prompt": "a", "choices": ["b", "word " * 40], "answer": 0}))
-    refused(invoke("eval", dense, "--choices", path), "line 1, choice 1", "a block of the model has only 16")
+    result = invoke("eval", dense, "--choices", path)
+    refused(result, f"{path}, line 1, choice 1: ", "a block of the model has only 16")
     scorer = scorer_of(dense)
     with pytest.raises(UsageError, match="a text to score has 17 tokens"):
         scorer.score([Request((EOS,), (5,) * 17)])
@@ -323,11 +324,11 @@ def test_the_model_has_the_averaged_weights_and_the_inputs_of_the_last_step(
         assert torch.equal(p, tensors[f"average/{name}"])
         assert not torch.equal(p, tensors[f"model/{name}"]) or "router" in name
     assert float(model.sharpness) == 5.0 and not model.training
-    assert scored.facts["step"] == meta["step"]
-    assert scored.facts["weights"]["averaged"] is True
-    digest = scored.facts["weights"]["sha256"]
-    assert digest == load(RunDir(routed), "own").facts["weights"]["sha256"]
-    assert digest != load(RunDir(dense), None).facts["weights"]["sha256"]
+    assert scored.run_info["step"] == meta["step"]
+    assert scored.run_info["weights"]["averaged"] is True
+    digest = scored.run_info["weights"]["sha256"]
+    assert digest == load(RunDir(routed), "own").run_info["weights"]["sha256"]
+    assert digest != load(RunDir(dense), None).run_info["weights"]["sha256"]
     assert digest == json.loads((routed / "summary.json").read_text())["weights"]
 
 
@@ -339,7 +340,7 @@ def test_the_route_is_the_runs_own_unless_another_is_given(routed: Path, file: P
         expected = {"1": route, "2": route, "3": route}
         if route is None:
             expected = {"1": "own", "2": "own", "3": "student"}
-        assert scored.facts["route"] == expected
+        assert scored.run_info["route"] == expected
     assert len({json.dumps(items) for items in scores.values()}) == 3
     assert config(**ROUTED, route="own").run_id != config(**ROUTED).run_id
 
@@ -771,6 +772,21 @@ def test_wrong_tasks_are_refused(cache: None, dense: Path, file: Path, tmp_path:
     (folder / "column.yaml").write_text(wrong)
     refused(invoke(*args, "no_column"), "'no_column' cannot be evaluated: UndefinedError")
     assert not (dense / "eval").exists() or not list((dense / "eval").glob("*no_*"))
+
+
+@pytest.mark.slow
+def test_a_target_that_is_no_choice_is_refused(cache: None, dense: Path, file: Path, tmp_path: Path) -> None:
+    # lm-eval itself checks the first question only, and takes -1 for the last choice
+    late = "\"{{answer if prompt == 'Show HN:' else 3}}\""
+    for target, number in ((late, 4), ("-1", 1)):
+        folder = write_tasks(tmp_path / "tasks", file)
+        task = TASK.format(file=file).replace("local_hn", "no_target")
+        task = task.replace("doc_to_target: answer", f"doc_to_target: {target}")
+        (folder / "target.yaml").write_text(task)
+        result = invoke("eval", dense, "--include", folder, "--tasks", "no_target")
+        assert (result.exit_code, result.stdout) == (2, ""), result.output
+        error = f"error: task 'no_target': question {number} has 3 choices, but doc_to_target gives"
+        assert error in result.stderr, result.stderr
 
 
 # This program refuses and prints every use of the network.

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 import tomllib
 import warnings
 from collections.abc import Callable
@@ -26,7 +28,7 @@ from mainrun.cli import app
 from mainrun.config import from_dict
 from mainrun.data.corpus import load_corpus
 from mainrun.data.foreign import permutation
-from mainrun.errors import RunError, UsageError
+from mainrun.errors import DiskFull, RunError, UsageError
 from mainrun.interop import export as exporting
 from mainrun.interop import qwen2_export
 from mainrun.interop.adapter import Term, adapter_config
@@ -37,6 +39,7 @@ from mainrun.interop.names import checkpoint_name
 from mainrun.interop.routing_files import FIELDS, read_routing_fields
 from mainrun.interop.source import inexpressible
 from mainrun.plan.plan import Plan
+from mainrun.store import checkpoint
 from mainrun.store.rundir import RunDir
 from mainrun.train import build
 from mainrun.ui.sample import load_model
@@ -509,6 +512,72 @@ def test_a_base_from_the_hub_has_its_name_there() -> None:
     assert text == f"hf:Qwen/Qwen2.5-0.5B@{commit} file:base"
 
 
+# -- the start of the run
+
+
+def change_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def commands_on(run: RunDir, folder: Path) -> dict[str, list[object]]:
+    """Return the command lines that load the model of a run."""
+    questions = folder / "questions.jsonl"
+    questions.write_text('{"prompt": "a", "choices": ["b", "c"], "answer": 0}\n')
+    return {
+        "export": ["hub", "export", run.path, folder / "x"],
+        "adapter": ["hub", "export", run.path, folder / "y", "--adapter"],
+        "eval": ["eval", run.path, "--choices", questions],
+        "sample": ["sample", run.path, "--prompt", "a"],
+    }
+
+
+def test_a_changed_or_missing_base_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    base = copy_of(bases["tied"], tmp_path / "base")
+    run = trained(tmp_path / "runs", **from_base(base, **FROZEN))
+    change_a_bit(base / "model.safetensors")
+    for name, command in commands_on(run, tmp_path).items():
+        done = mainrun(*command)
+        assert done.exit_code == 2, name
+        assert f"the weights of start=hf:{base} have changed since {run.path} began" in done.stderr, name
+        assert "restore them" in done.stderr, name
+    base.rename(tmp_path / "moved")
+    for name, command in commands_on(run, tmp_path).items():
+        done = mainrun(*command)
+        assert done.exit_code == 2, name
+        assert f"{run.path} has a frozen base" in done.stderr and str(base) in done.stderr, name
+        assert "restore the start" in done.stderr, name
+    assert not (tmp_path / "x").exists() and not (tmp_path / "y").exists()
+
+
+@pytest.mark.parametrize("changes", [{}, {"attn_lora_rank": 2}], ids=["plain", "lora"])
+def test_a_run_without_a_frozen_base_needs_no_start(
+    bases: dict[str, Path], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    base = copy_of(bases["tied"], tmp_path / "base")
+    run = trained(tmp_path / "runs", **from_base(base, **changes))
+    export_run(run, tmp_path / "before")
+    base.rename(tmp_path / "moved")
+    commands = commands_on(run, tmp_path)
+    del commands["adapter"]
+    for name, command in commands.items():
+        done = mainrun(*command)
+        assert done.exit_code == 0, (name, done.stderr)
+    for file in (tmp_path / "before").iterdir():
+        assert (tmp_path / "x" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_only_paths_are_shortened() -> None:
+    dataset = f"hub:owner/data@{'a' * 40}#text"
+    assert without_folders(dataset, config(corpus=dataset)) == dataset
+    for kind, name in (("file", "a.csv#title"), ("mix", "a.toml")):
+        cfg = config(corpus=f"{kind}:/secret/{name}")
+        assert without_folders(cfg.corpus, cfg) == f"{kind}:{name}"
+    cfg = config(start="run:/secret/runs/a-run")
+    assert without_folders(cfg.start, cfg) == "run:a-run"
+
+
 # -- refusals
 
 WRONG: dict[str, Any] = {
@@ -547,6 +616,20 @@ def test_the_model_that_grew_is_exported(run_with: Trained, tmp_path: Path) -> N
     assert (transformers_logits(tmp_path / "x", idx) - our_logits(run, idx)).abs().max() <= 1e-5
 
 
+def test_the_reasons_against_each_checkpoint_are_given(tmp_path: Path) -> None:
+    run = trained(tmp_path / "runs")
+    places = list((run.path / "checkpoints").iterdir())
+    for place in places:
+        (place / "state.safetensors").write_bytes(b"damaged")
+    with pytest.raises(RunError) as error:
+        export_run(run, tmp_path / "x")
+    for place in places:
+        assert f"checkpoint {place} is skipped: state.safetensors is " in str(error.value)
+    shutil.rmtree(run.path / "checkpoints")
+    with pytest.raises(RunError, match=r"no usable checkpoint \(it has none\)"):
+        export_run(run, tmp_path / "x")
+
+
 # -- the folder
 
 
@@ -561,9 +644,51 @@ def test_a_folder_with_files_is_refused(run_with: Trained, tmp_path: Path) -> No
 
 
 def test_an_empty_folder_is_used(run_with: Trained, tmp_path: Path) -> None:
-    (tmp_path / "x").mkdir()
-    export_run(run_with(**GQA), tmp_path / "x")
-    assert (tmp_path / "x" / "config.json").is_file() and [tmp_path / "x"] == list(tmp_path.iterdir())
+    folder = tmp_path / "x"
+    folder.mkdir(mode=0o750)
+    before = folder.stat()
+    export_run(run_with(**GQA), folder)
+    after = folder.stat()
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode), "it is the same folder"
+    assert (folder / "config.json").is_file() and [folder] == list(tmp_path.iterdir())
+
+
+def test_an_error_while_files_are_moved_leaves_an_empty_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "x"
+    folder.mkdir()
+    move = shutil.move
+
+    def move_some(file: Path, target: Path) -> None:
+        if file.name == "config.json":
+            raise OSError(5, "Input/output error")
+        move(file, target)
+
+    def export_two_files() -> None:
+        with exporting.new_folder(folder) as temp:
+            (temp / "config.json").write_text("{}")
+            (temp / "model.safetensors").write_text("x")
+
+    monkeypatch.setattr(shutil, "move", move_some)
+    with pytest.raises(RunError, match="Input/output error"):
+        export_two_files()
+    assert list(tmp_path.rglob("*")) == [folder]
+
+
+def test_the_folders_of_killed_exports_are_removed_after_a_day(tmp_path: Path) -> None:
+    old = tmp_path / ".mainrun-export-old"
+    young = tmp_path / ".mainrun-export-young"
+    mine = tmp_path / "mine"
+    for folder in (old, young, mine):
+        folder.mkdir()
+        (folder / "model.safetensors").write_text("x")
+    yesterday = time.time() - 86_500
+    for folder in (old, mine):
+        os.utime(folder, (yesterday, yesterday))
+    with exporting.new_folder(tmp_path / "x") as temp:
+        (temp / "config.json").write_text("{}")
+    assert {path.name for path in tmp_path.iterdir()} == {young.name, "mine", "x"}
 
 
 def test_an_export_that_fails_leaves_nothing(
@@ -573,7 +698,7 @@ def test_an_export_that_fails_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(qwen2_export, "write_routing", full)
-    with pytest.raises(Exception, match="no space left"):
+    with pytest.raises(DiskFull, match=r"no space left .*; free some space and run the same command again$"):
         export_run(run_with(**GQA), tmp_path / "x")
     assert not list(tmp_path.iterdir())
 
@@ -628,15 +753,42 @@ def test_the_readme_names_no_folder(tmp_path: Path) -> None:
     assert "| corpus | file:titles.txt |" in (tmp_path / "x" / "README.md").read_text()
 
 
+def changed_weights(run: RunDir) -> None:
+    """Change one weight of the newest checkpoint, which stays valid."""
+    folder = max((run.path / "checkpoints").iterdir())
+    tensors = load_file(folder / "state.safetensors")
+    tensors["model/norm.weight"] += 1
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["meta_sha256"], meta["state_sha256"]
+    checkpoint.save(folder.parent, meta["step"], tensors, meta)
+
+
 def test_the_scores_of_other_weights_are_not_shown(tmp_path: Path) -> None:
-    run = trained(tmp_path / "runs", checkpoint_every=1, eval_interval=2)
-    newest = max((run.path / "checkpoints").iterdir())
-    (newest / "state.safetensors").write_bytes(b"damaged")
-    with pytest.warns(UserWarning, match="is skipped"):
-        export_run(run, tmp_path / "x")
+    run = trained(tmp_path / "runs", checkpoint_every=1, eval_interval=1)
+    changed_weights(run)
+    export_run(run, tmp_path / "x")
     readme = (tmp_path / "x" / "README.md").read_text()
-    assert "The weights of step 3 were not scored" in readme
-    assert "The guards have not checked these weights" in readme
+    summary = run.summary()
+    assert summary is not None and summary["weights"] not in readme
+    reason = "because these weights differ from those that were scored."
+    assert f"There are no scores for the weights of step 4, {reason}" in readme
+    assert f"The guards have not checked these weights, {reason}" in readme
+    assert "| val |" not in readme and "not finished" not in readme
+    # an older checkpoint
+    shutil.rmtree(max((run.path / "checkpoints").iterdir()))
+    export_run(run, tmp_path / "y")
+    readme = (tmp_path / "y" / "README.md").read_text()
+    assert f"There are no scores for the weights of step 3, {reason}" in readme and "| val |" not in readme
+
+
+def test_the_readme_of_a_run_that_is_not_finished_says_so(tmp_path: Path) -> None:
+    run = trained(tmp_path / "runs", eval_interval=1)
+    (run.path / "summary.json").unlink()
+    export_run(run, tmp_path / "x")
+    readme = (tmp_path / "x" / "README.md").read_text()
+    reason = "because the run is not finished."
+    assert f"There are no scores for the weights of step 4, {reason}" in readme and "| val |" not in readme
+    assert f"The guards have not checked these weights, {reason}" in readme
 
 
 # -- the command

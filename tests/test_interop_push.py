@@ -35,6 +35,7 @@ Push = Callable[..., "Done"]
 
 TOKEN = "hf" + "_SecretOfTheTestThatNobodyMaySee"  # split, so that it does not look like a secret
 REPO = "alice/small-model"
+COMMIT = "3" * 40
 
 
 class Hub(ThreadingHTTPServer):
@@ -187,6 +188,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     return trained(tmp_path_factory.mktemp("runs"), block_pattern="DM")
 
 
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """Return a run with low-rank terms on a base from the hub."""
+    out = tmp_path_factory.mktemp("secret-folder")
+    base = make_base(out / "models--alice--base" / "snapshots" / COMMIT)
+    return trained(out / "runs", **adapter_on(base))
+
+
+def adapter_on(base: Path) -> dict[str, Any]:
+    return from_base(base, base_frozen=True, attn_lora_rank=2, eval_per_epoch=1)
+
+
 class Done(NamedTuple):
     returncode: int
     stdout: str
@@ -266,20 +279,50 @@ def test_the_bytes_of_the_export_arrive(run: RunDir, hub: Hub, tmp_path: Path) -
 def test_a_second_push_replaces_the_first(push: Push, run: RunDir, hub: Hub, tmp_path: Path) -> None:
     hub.repos[REPO] = {
         ".gitattributes": b"", "model-00001-of-00002.safetensors": b"old", "tokenizer.model": b"old",
-        "model.safetensors.index.json": b"old", "adapter_config.json": b"old", "notes.txt": b"mine",
+        "model.safetensors.index.json": b"old", "notes.txt": b"mine", "other.safetensors": b"mine",
+        "other.safetensors.index.json": b"mine", "tokenizer_of_mine.json": b"mine",
     }  # fmt: skip
+    mine = {name: data for name, data in hub.repos[REPO].items() if data == b"mine"}
     hub.private[REPO] = True
     done = push(hub.url, run.path, REPO, "--private")
     assert done.returncode == 0, done.stderr
     export_run(run, tmp_path / "x")
-    assert hub.repos[REPO] == files_of(tmp_path / "x") | {".gitattributes": b"", "notes.txt": b"mine"}
+    assert hub.repos[REPO] == files_of(tmp_path / "x") | {".gitattributes": b""} | mine
 
 
-def test_an_adapter_is_pushed_without_the_folder_of_its_base(push: Push, hub: Hub, tmp_path: Path) -> None:
-    base = make_base(tmp_path / "secret-folder" / "base")
-    frozen = from_base(base, base_frozen=True, attn_lora_rank=2, eval_per_epoch=1)
-    run = trained(tmp_path / "runs", **frozen)
-    done = push(hub.url, run.path, REPO, "--private", "--adapter")
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_model_never_replaces_an_adapter(push: Push, run: RunDir, hub: Hub, name: str) -> None:
+    before = {name: b"old", "routing.json": b"old"}
+    hub.repos[REPO] = dict(before)
+    hub.private[REPO] = False
+    done = push(hub.url, run.path, REPO)
+    assert done.returncode == 2 and f"contains an adapter ({name})" in done.stderr
+    assert hub.repos[REPO] == before and not hub.lfs
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00002.safetensors"])
+def test_an_adapter_never_replaces_a_model(push: Push, adapted: RunDir, hub: Hub, name: str) -> None:
+    before = {name: b"old", "routing.json": b"old"}
+    hub.repos[REPO] = dict(before)
+    hub.private[REPO] = False
+    done = push(hub.url, adapted.path, REPO, "--adapter")
+    assert done.returncode == 2 and f"contains a full model ({name})" in done.stderr
+    assert hub.repos[REPO] == before and not hub.lfs
+
+
+def test_an_adapter_replaces_an_adapter(push: Push, adapted: RunDir, hub: Hub) -> None:
+    mine = {"config.json": b"mine", "other.safetensors": b"mine"}
+    hub.repos[REPO] = {"adapter_config.json": b"old", "routing.json": b"old"} | mine
+    hub.private[REPO] = False
+    done = push(hub.url, adapted.path, REPO, "--adapter")
+    assert done.returncode == 0, done.stderr
+    files = hub.repos[REPO]
+    assert files.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"} | mine.keys()
+    assert b"old" not in files.values()
+
+
+def test_an_adapter_is_pushed_without_the_folder_of_its_base(push: Push, adapted: RunDir, hub: Hub) -> None:
+    done = push(hub.url, adapted.path, REPO, "--private", "--adapter")
     assert done.returncode == 0, done.stderr
     files = hub.repos[REPO]
     assert sorted(files) == [
@@ -288,7 +331,8 @@ def test_an_adapter_is_pushed_without_the_folder_of_its_base(push: Push, hub: Hu
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
-    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "base"
+    table = json.loads(files["adapter_config.json"])
+    assert (table["base_model_name_or_path"], table["revision"]) == ("alice/base", COMMIT)
     assert not any(b"secret-folder" in data for data in files.values())
     assert hub.private[REPO]
 
@@ -367,6 +411,16 @@ def test_a_model_that_qwen2_cannot_express_is_not_sent(push: Push, hub: Hub, tmp
     done = push(hub.url, run.path, REPO)
     assert done.returncode == 2 and "qk_norm=true (must be false)" in done.stderr
     assert hub.requests == []
+
+
+def test_an_adapter_whose_base_is_a_folder_is_not_sent(push: Push, hub: Hub, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    run = trained(tmp_path / "runs", **adapter_on(base))
+    done = push(hub.url, run.path, REPO, "--adapter")
+    assert done.returncode == 2 and f"its base is the folder {base}, which other" in done.stderr
+    assert "push the base first" in done.stderr and "mainrun hub import OWNER/NAME" in done.stderr
+    assert hub.requests == []
+    export_run(run, tmp_path / "x", adapter=True)  # an export for oneself is allowed
 
 
 # -- errors of the hub

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 PREFIX = "hf:"
 FILE = "tokenizer.json"
 ENDOFTEXT = "<|endoftext|>"
-AGAIN = "copy the file from the checkpoint again"
+COPY_AGAIN = "copy the file from the checkpoint again"
 KEEPS_TEXT = ("ByteLevel", "Digits", "Punctuation", "Split")  # pre-tokenizers that can keep the whole text
 AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
 Ids = tuple[int, int, int]
@@ -195,7 +195,7 @@ class Vocabulary:
         try:
             library = Library.from_str(json.dumps(table))
         except Exception as e:  # the library `tokenizers` raises plain Exception objects
-            raise BadTokenizer(f"cannot be read by the library `tokenizers` ({e}); {AGAIN}") from None
+            raise BadTokenizer(f"cannot be read by the library `tokenizers` ({e}); {COPY_AGAIN}") from None
         for token in added:
             number = library.token_to_id(token["content"])
             if number != token["id"]:
@@ -269,7 +269,7 @@ class Vocabulary:
                     "set lstrip and rstrip to false"
                 )
             if self.tokens.get(text, token["id"]) != token["id"]:
-                raise BadTokenizer(f"gives the token {text!r} two ids; {AGAIN}")
+                raise BadTokenizer(f"gives the token {text!r} two ids; {COPY_AGAIN}")
 
 
 def byte_signs() -> list[str]:
@@ -284,9 +284,9 @@ def _parsed(content: bytes) -> dict[str, Any]:
     try:
         table = json.loads(content.decode())
     except (ValueError, RecursionError) as e:
-        raise BadTokenizer(f"is not valid JSON ({inputs.parser_message(e)}); {AGAIN}") from None
+        raise BadTokenizer(f"is not valid JSON ({inputs.parser_message(e)}); {COPY_AGAIN}") from None
     if not isinstance(table, dict) or not isinstance(table.get("model"), dict):
-        raise BadTokenizer(f"contains no tokenizer; {AGAIN}")
+        raise BadTokenizer(f"contains no tokenizer; {COPY_AGAIN}")
     model = table["model"]
     kind = model.get("type", "BPE")
     if kind != "BPE":
@@ -295,15 +295,15 @@ def _parsed(content: bytes) -> dict[str, Any]:
     merges = model.get("merges")
     added = table.get("added_tokens") or []
     if not isinstance(vocabulary, dict) or not isinstance(merges, list) or not isinstance(added, list):
-        raise BadTokenizer(f"has no vocab or no merges; {AGAIN}")
+        raise BadTokenizer(f"has no vocab or no merges; {COPY_AGAIN}")
     if not all(isinstance(merge, str) or _is_pair(merge) for merge in merges):
-        raise BadTokenizer(f"has a merge that is not a pair of tokens; {AGAIN}")
+        raise BadTokenizer(f"has a merge that is not a pair of tokens; {COPY_AGAIN}")
     for token in added:
         if not isinstance(token, dict) or not isinstance(token.get("content"), str) or not token["content"]:
-            raise BadTokenizer(f"has an added token without a text; {AGAIN}")
+            raise BadTokenizer(f"has an added token without a text; {COPY_AGAIN}")
     numbers = [*vocabulary.values(), *(token.get("id") for token in added)]
     if not numbers or not all(type(number) is int and 0 <= number < 2**31 for number in numbers):
-        raise BadTokenizer(f"has a token whose id is not a whole number; {AGAIN}")
+        raise BadTokenizer(f"has a token whose id is not a whole number; {COPY_AGAIN}")
     return table
 
 
@@ -316,7 +316,7 @@ def _parts(value: Any, key: str) -> list[dict[str, Any]]:
     if value is None:
         return []
     if not isinstance(value, dict):
-        raise BadTokenizer(f"has {inputs.shown(value, 80)} where an object is required; {AGAIN}")
+        raise BadTokenizer(f"has {inputs.shown(value, 80)} where an object is required; {COPY_AGAIN}")
     if value.get("type") != "Sequence":
         return [value]
     parts = []
@@ -354,9 +354,9 @@ def _optional_json(path: Path) -> dict[str, Any]:
     try:
         table = json.loads(_read(path))
     except (ValueError, RecursionError) as e:
-        raise ConfigError(f"{path} is not valid JSON ({inputs.parser_message(e)}); {AGAIN}") from None
+        raise ConfigError(f"{path} is not valid JSON ({inputs.parser_message(e)}); {COPY_AGAIN}") from None
     if not isinstance(table, dict):
-        raise ConfigError(f"{path} contains no JSON object; {AGAIN}")
+        raise ConfigError(f"{path} contains no JSON object; {COPY_AGAIN}")
     return table
 
 
@@ -371,5 +371,5 @@ def _read(path: Path) -> bytes:
     except OSError as e:
         raise inputs.refusal(e) from None
     if not content:
-        raise ConfigError(f"{path} is empty; {AGAIN}")
+        raise ConfigError(f"{path} is empty; {COPY_AGAIN}")
     return content

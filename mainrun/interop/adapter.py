@@ -22,7 +22,7 @@ from mainrun.interop.card import adapter_card
 from mainrun.interop.names import checkpoint_name
 from mainrun.interop.qwen2_export import checkpoint_tensors
 from mainrun.interop.routing_files import write_routing
-from mainrun.interop.source import Source, inexpressible
+from mainrun.interop.source import ExportedModel, inexpressible
 from mainrun.store.checkpoint import save_tensors
 from mainrun.store.rundir import to_json
 
@@ -47,10 +47,10 @@ class Term(NamedTuple):
         return self.name.rpartition(".")[2]
 
 
-def check_adapter(source: Source, published: bool) -> Base:
+def check_adapter(source: ExportedModel, published: bool) -> Base:
     """Return the base of an adapter. Raise UsageError with all reasons if there can be no adapter.
 
-    published: whether to name only the last part of a folder, because other people will read the name.
+    published: whether other people will load the adapter, so that its base must be on the hub.
     """
     reasons = inexpressible(source.cfg)
     names = [name for name, _ in source.model.named_parameters() if name.endswith(".lora_a")]
@@ -68,6 +68,11 @@ def check_adapter(source: Source, published: bool) -> Base:
             f"start={source.run_cfg.start or '(empty)'} is no checkpoint that peft can load (only runs with "
             "start=hf:DIR have a base)"
         )
+    elif published and find_base(folder, published).revision is None:
+        reasons.append(
+            f"its base is the folder {folder}, which other people cannot load (push the base first, import "
+            "it with `mainrun hub import OWNER/NAME`, and train the run again from the imported base)"
+        )
     if not reasons:
         reasons += base_differences(source, folder)
     if reasons:
@@ -75,7 +80,7 @@ def check_adapter(source: Source, published: bool) -> Base:
     return find_base(folder, published)
 
 
-def base_differences(source: Source, folder: Path) -> list[str]:
+def base_differences(source: ExportedModel, folder: Path) -> list[str]:
     """Return a reason for an error if the weights below the low-rank terms are not those of the base."""
     ours = checkpoint_tensors(source, merge=False)
     for name, original in base_tensors(folder):
@@ -109,7 +114,7 @@ def base_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             raise UsageError(f"{path} is not a valid safetensors file ({e}); restore it") from None
 
 
-def terms_of(source: Source) -> list[Term]:
+def terms_of(source: ExportedModel) -> list[Term]:
     """Return the low-rank terms of the model, in the order of its parameters."""
     terms = []
     for name, a in source.model.named_parameters():
@@ -125,7 +130,7 @@ def terms_of(source: Source) -> list[Term]:
     return terms
 
 
-def write_adapter(source: Source, base: Base, folder: Path) -> None:
+def write_adapter(source: ExportedModel, base: Base, folder: Path) -> None:
     """Write adapter_config.json, adapter_model.safetensors, the routers and README.md."""
     terms = terms_of(source)
     tensors = {}

@@ -12,13 +12,14 @@ from typing import Any
 from mainrun import __version__
 from mainrun.config import TrainConfig
 from mainrun.interop.bases import Base, find_base
-from mainrun.interop.source import Source
+from mainrun.interop.source import ExportedModel
 
 SCORES = ("split", "full", "official", "loss", "bits_per_byte", "coverage", "tokens")
 PATH_FIELDS = ("corpus", "start", "tokenizer")  # fields whose values may contain a path
+PATH_KINDS = ("file", "mix", "hf", "run")  # what precedes the colon before a path
 
 
-def checkpoint_card(source: Source) -> str:
+def checkpoint_card(source: ExportedModel) -> str:
     """Return the README of a Qwen2 checkpoint."""
     lines = [
         *_front_matter({"library_name": "transformers", "pipeline_tag": "text-generation"}),
@@ -41,7 +42,7 @@ def checkpoint_card(source: Source) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def adapter_card(source: Source, base: Base) -> str:
+def adapter_card(source: ExportedModel, base: Base) -> str:
     """Return the README of an adapter. base: the checkpoint that the adapter belongs to."""
     name = base.name if base.revision else Path(base.name).name
     matter = {"library_name": "peft", "pipeline_tag": "text-generation"}
@@ -74,14 +75,14 @@ def _front_matter(fields: dict[str, str]) -> list[str]:
     return ["---", *lines, "tags:", "- mainrun", "---", ""]
 
 
-def _count(source: Source) -> str:
+def _count(source: ExportedModel) -> str:
     return f"{sum(p.numel() for p in source.model.parameters()):,}"
 
 
 # -- sections
 
 
-def _about_tokens(source: Source) -> list[str]:
+def _about_tokens(source: ExportedModel) -> list[str]:
     """Describe what the model expects before a text, and which texts transformers encodes differently."""
     if source.tokenizer.kind == "hf":
         return ["tokenizer.json is the file of the checkpoint that the run took its tokenizer from.", ""]
@@ -100,7 +101,7 @@ def _about_tokens(source: Source) -> list[str]:
     return [" ".join(lines), ""]
 
 
-def _about_routing(source: Source) -> list[str]:
+def _about_routing(source: ExportedModel) -> list[str]:
     cfg = source.cfg
     if not cfg.routed_layers:
         return []
@@ -117,7 +118,7 @@ def _about_routing(source: Source) -> list[str]:
     ]
 
 
-def _results(source: Source) -> Iterator[str]:
+def _results(source: ExportedModel) -> Iterator[str]:
     """Yield the sections about scores, guards and fingerprints."""
     yield from ["## Scores", ""]
     rows = scores(source)
@@ -130,7 +131,7 @@ def _results(source: Source) -> Iterator[str]:
             f"{_about_dtype(source)}"
         )
     else:
-        yield f"The weights of step {source.step:,} were not scored."
+        yield f"There are no scores for the weights of step {source.step:,}, because {_no_summary(source)}."
     yield from ["", "## Guards", ""]
     if source.summary and source.summary.get("guards"):
         guards = source.summary["guards"]
@@ -139,32 +140,40 @@ def _results(source: Source) -> Iterator[str]:
             detail = without_folders(guard["detail"], source.run_cfg)
             rows_of_guards.append([guard["name"], guard["status"], detail])
         yield from _table(("guard", "status", "detail"), rows_of_guards)
+    elif source.summary:
+        yield "The run has no guards."
     else:
-        yield "The guards have not checked these weights, because the run is not finished."
+        yield f"The guards have not checked these weights, because {_no_summary(source)}."
     yield from ["", "## Fingerprints", ""]
     yield from _table(("of", "value"), list(_fingerprints(source)))
 
 
-def _about_dtype(source: Source) -> str:
+def _no_summary(source: ExportedModel) -> str:
+    """Return the reason why the summary of the run says nothing about the weights."""
+    if source.finished:
+        return "these weights differ from those that were scored"
+    return "the run is not finished"
+
+
+def _about_dtype(source: ExportedModel) -> str:
     name = str(source.dtype).removeprefix("torch.")
     if name == "float32":
         return "The exported weights are the scored weights, in float32."
     return f"The exported weights are rounded to {name}, so their scores differ slightly."
 
 
-def scores(source: Source) -> list[dict[str, Any]]:
-    """Return the scores of the exported weights, one row per split."""
-    if source.summary:
-        splits = source.summary["scores"]
-        return [splits[split]["last"] for split in ("val", "dev") if split in splits]
-    rows = {}
-    for row in source.run.intact_rows():
-        if row["event"] == "eval" and row["step"] == source.step:
-            rows[row["split"]] = dict(row)
-    return list(rows.values())
+def scores(source: ExportedModel) -> list[dict[str, Any]]:
+    """Return the scores of the exported weights, one row per split.
+
+    Only summary.json tells by a hash which weights were scored.
+    """
+    if source.summary is None:
+        return []
+    splits = source.summary["scores"]
+    return [splits[split]["last"] for split in ("val", "dev") if split in splits]
 
 
-def _fingerprints(source: Source) -> Iterator[list[str]]:
+def _fingerprints(source: ExportedModel) -> Iterator[list[str]]:
     cfg = source.run_cfg
     file = source.run.config_file()
     yield ["config", cfg.digest]
@@ -187,8 +196,8 @@ def _fingerprints(source: Source) -> Iterator[list[str]]:
 def without_folders(text: str, cfg: TrainConfig) -> str:
     """Shorten the paths of the config to the names of files, or of checkpoints on the hub."""
     for name in PATH_FIELDS:
-        path = getattr(cfg, name).partition(":")[2]
-        if "/" not in path:
+        kind, _, path = getattr(cfg, name).partition(":")
+        if kind not in PATH_KINDS or "/" not in path:
             continue
         base = find_base(Path(path), published=True)
         short = f"{base.name}@{base.revision}" if base.revision else base.name

@@ -170,19 +170,21 @@ def _at_targets(logits: Tensor, targets: Tensor) -> tuple[list[float], list[bool
 
 
 def evaluate_questions(
-    scorer: Scorer, questions: Sequence[Question]
+    scorer: Scorer, questions: Sequence[Question], file: str = "the questions"
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the metrics of the model on questions, and one row per question.
 
     acc chooses the largest score, and acc_norm the largest score per character. Of equal choices, both choose
     the first.
+
+    file: the name of the file with the questions, for an error message.
     """
     requests = []
     for question in questions:
         for number, choice in enumerate(question.choices):
             request = scorer.encode(question.prompt, f" {choice}")
             if len(request.continuation) > scorer.block_size:
-                where = f"line {question.line}, choice {number}"
+                where = f"{file}, line {question.line}, choice {number}"
                 raise UsageError(f"{where}: {scorer.too_long(len(request.continuation))}")
             requests.append(request)
     scores = iter(scorer.score(requests))
@@ -226,7 +228,7 @@ class ScoredRun:
 
     scorer: Scorer
     finished: bool
-    facts: dict[str, Any]  # what every result records about the run
+    run_info: dict[str, Any]  # what every result records about the run
 
 
 def load(run: RunDir, route: str | None) -> ScoredRun:
@@ -251,7 +253,7 @@ def load(run: RunDir, route: str | None) -> ScoredRun:
     for block in model.blocks:
         block.attn.fused = attention == "sdpa"
     finished = run.summary() is not None
-    facts = {
+    run_info = {
         "run": run.config().run_id,
         "config": run.config().digest,
         "step": state.step,
@@ -262,7 +264,7 @@ def load(run: RunDir, route: str | None) -> ScoredRun:
         "machine": {"device": device, "threads": threads, "dtype": cfg.dtype, "attention": attention},
         "versions": machine_class.versions() | {"eval": sha256_file(Path(__file__))},
     }
-    return ScoredRun(Scorer(model.to(device), tokenizer), finished, facts)
+    return ScoredRun(Scorer(model.to(device), tokenizer), finished, run_info)
 
 
 def set_route(model: GPT, route: str) -> None:

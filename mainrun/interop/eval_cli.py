@@ -149,7 +149,7 @@ def _load(run: RunDir, route: str | None) -> ScoredRun:
 
     scored = load(run, route)
     if not scored.finished:
-        step = scored.facts["step"]
+        step = scored.run_info["step"]
         text = f"note: {run.path} is not finished; its newest checkpoint, of step {step:,}, is evaluated"
         print(text, file=sys.stderr, flush=True)
     return scored
@@ -166,12 +166,12 @@ def _evaluate_choices(
 
     sha256 = sha256_file(path)
     selected = questions[:limit]
-    metrics, items = evaluate_questions(scored.scorer, selected)
+    metrics, items = evaluate_questions(scored.scorer, selected, str(path))
     result: Result = {
         "kind": "choices",
         "source": {"file": path.name, "sha256": sha256, "questions": len(questions)},
         "limit": limit,
-        **scored.facts,
+        **scored.run_info,
         "results": {path.stem: {"questions": len(selected), "metrics": metrics}},
     }
     identity = {"sha256": sha256, "limit": limit}
@@ -186,12 +186,12 @@ def _evaluate_tasks(run: RunDir, scored: ScoredRun, tasks: Tasks, limit: int | N
     lm = MainrunLM(scored.scorer)
     for name in tasks.names:
         evaluation = tasks.run(name, lm, limit)
-        facts = scored.facts | {"versions": scored.facts["versions"] | versions()}
+        run_info = scored.run_info | {"versions": scored.run_info["versions"] | versions()}
         result: Result = {
             "kind": "task",
             "source": evaluation.source,
             "limit": limit,
-            **facts,
+            **run_info,
             "results": evaluation.results,
         }
         identity = {"source": evaluation.source, "limit": limit}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import sys
@@ -14,12 +15,14 @@ from typing import Any, NamedTuple
 # lm-eval and its libraries read these variables when they are imported
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # `datasets` would count each load of a local file
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # a bar would come before our error messages
 os.environ.setdefault("DISABLE_MULTIPROC", "1")  # do not start one process per core for a bootstrap
 
 import numpy as np
 import torch
 from lm_eval import evaluator, utils
 from lm_eval.api.model import TemplateLM
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
@@ -59,7 +62,7 @@ class MainrunLM(TemplateLM):  # type: ignore[misc]
 
     # -- log-probabilities
 
-    def answers(self, requests: list[Request]) -> list[tuple[float, bool]]:
+    def score_requests(self, requests: list[Request]) -> list[tuple[float, bool]]:
         return [(likelihood.log_prob, likelihood.greedy) for likelihood in self.scorer.score(requests)]
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -72,7 +75,7 @@ class MainrunLM(TemplateLM):  # type: ignore[misc]
                     f"a text to score after the prompt {shown(context, 80)} is empty; repair the task"
                 )
             encoded.append(self.scorer.encode(context, continuation))
-        return self.answers(encoded)
+        return self.score_requests(encoded)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, **_: Any
@@ -80,7 +83,7 @@ class MainrunLM(TemplateLM):  # type: ignore[misc]
         encoded = []
         for _texts, context, continuation in requests:
             encoded.append(Request(tuple(context), tuple(continuation)))
-        return self.answers(encoded)
+        return self.score_requests(encoded)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-probability of each whole text. A long text is divided into blocks."""
@@ -194,6 +197,8 @@ class Tasks:
         np.random.seed(OTHER_SEED)
         torch.manual_seed(OTHER_SEED)
         with _task_errors(name), redirect_stdout(sys.stderr):
+            for task_name, task in loaded["tasks"].items():
+                check_targets(task_name, task, limit)
             answer: Any = evaluator.evaluate(
                 lm, loaded, limit=limit, bootstrap_iters=BOOTSTRAP_ITERS, log_samples=False
             )
@@ -212,6 +217,34 @@ class Tasks:
         if path is None:
             return {"task": name}
         return {"task": name, "file": path.name, "sha256": sha256_file(path)}
+
+
+def check_targets(name: str, task: Any, limit: int | None) -> None:
+    """Raise UsageError if the right choice of a question is none of its choices.
+
+    lm-eval only logs a warning, and counts each answer as wrong.
+    """
+    own_metrics = callable(task.config.process_results)
+    if own_metrics or type(task).process_results is not ConfigurableTask.process_results:
+        return  # the task computes its metrics itself, and may not use the target
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return
+    for number, doc in enumerate(itertools.islice(task.eval_docs, limit), 1):
+        choices = task.doc_to_choice(doc)
+        target = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+        targets = target if isinstance(target, list) else [target]
+        for one in targets:
+            if not _is_choice(one, choices):
+                raise UsageError(
+                    f"task {name!r}: question {number:,} has {len(choices)} choices, but doc_to_target gives "
+                    f"{shown(one, 80)}, which is the index or the text of none of them; repair the task file"
+                )
+
+
+def _is_choice(target: Any, choices: Sequence[str]) -> bool:
+    if isinstance(target, str):
+        return target in choices
+    return isinstance(target, int | float | np.integer) and bool(0 <= target < len(choices))
 
 
 def versions() -> dict[str, str]:

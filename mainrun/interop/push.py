@@ -6,10 +6,11 @@ messages of the library and of the server may repeat what was sent, so mainrun d
 
 from __future__ import annotations
 
+import fnmatch
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,16 +20,16 @@ from mainrun.files import inputs
 from mainrun.store.rundir import RunDir
 
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
+ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
+ROUTERS = ["routing.json", "routing.safetensors"]
 # The files of an earlier push that the new export replaces. Files of other names stay in the repository.
-OURS = [
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "adapter_config.json",
-    "config.json",
-    "routing.json",
-    "tokenizer*.json",
-    "tokenizer.model",
-]
+FILES_OF_AN_EXPORT = {
+    "model": [
+        *WEIGHTS, *ROUTERS, "config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
+    ],
+    "adapter": [*ADAPTER, *ROUTERS],
+}  # fmt: skip
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN, with a token that may write"
 
 
@@ -50,7 +51,7 @@ def push_run(run: RunDir, repo: str, *, private: bool = False, adapter: bool = F
                 f"describes, so their scores are unknown; {run.fix}"
             )
         with hub_errors(repo):
-            return upload(folder, repo, private)
+            return upload(folder, repo, private, adapter)
 
 
 def check_repo(repo: str) -> None:
@@ -82,8 +83,11 @@ def check_finished(run: RunDir) -> None:
         raise RunError(f"{run.path} failed guards, so its model is not published: {'; '.join(failed)}")
 
 
-def upload(folder: Path, repo: str, private: bool) -> str:
-    """Create a repository if it does not exist, and upload a folder to it. Return the repository's URL."""
+def upload(folder: Path, repo: str, private: bool, adapter: bool) -> str:
+    """Create a repository if it does not exist, and upload a folder to it. Return the repository's URL.
+
+    adapter: whether the folder contains an adapter, and not a full model.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -97,10 +101,30 @@ def upload(folder: Path, repo: str, private: bool) -> str:
             f"the repository {repo} exists and is public, but got --private; nothing was uploaded; make the "
             "repository private on the hub, or choose another name"
         )
+    check_kind(api.list_repo_files(repo), repo, adapter)
     api.upload_folder(
-        repo_id=repo, folder_path=folder, commit_message="Upload a model of mainrun", delete_patterns=OURS
+        repo_id=repo,
+        folder_path=folder,
+        commit_message="Upload a model of mainrun",
+        delete_patterns=FILES_OF_AN_EXPORT["adapter" if adapter else "model"],
     )
     return str(url)
+
+
+def check_kind(files: Iterable[str], repo: str, adapter: bool) -> None:
+    """Raise UsageError if a repository contains an adapter, but a full model is pushed, or the reverse.
+
+    `transformers` would load only one of the two, and the push would have to replace files of both.
+    """
+    pushed, other, patterns = "a full model", "an adapter", ADAPTER
+    if adapter:
+        pushed, other, patterns = "an adapter", "a full model", WEIGHTS
+    for file in files:
+        if any(fnmatch.fnmatchcase(file, pattern) for pattern in patterns):
+            raise UsageError(
+                f"the repository {repo} contains {other} ({file}), but {pushed} is to be pushed; nothing was "
+                f"uploaded; choose another name, or delete {other} on the hub"
+            )
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from mainrun.errors import UsageError
 from mainrun.interop.card import checkpoint_card
 from mainrun.interop.names import checkpoint_name, is_extra
 from mainrun.interop.routing_files import write_routing
-from mainrun.interop.source import Source
+from mainrun.interop.source import ExportedModel
 from mainrun.interop.tokenizer_files import file_order, write_tokenizer
 from mainrun.store.rundir import to_json
 from mainrun.train import GPT
@@ -23,7 +23,7 @@ SHARD = "5GB"  # the largest size of a file of weights
 ROWS = ("embed.weight", "head.weight")  # the tensors with a row for each token
 
 
-def write_checkpoint(source: Source, folder: Path) -> None:
+def write_checkpoint(source: ExportedModel, folder: Path) -> None:
     """Write a Qwen2 checkpoint: config.json, the weights, the tokenizer, the routers and README.md."""
     from huggingface_hub import save_torch_state_dict
 
@@ -37,7 +37,7 @@ def write_checkpoint(source: Source, folder: Path) -> None:
     (folder / "README.md").write_text(checkpoint_card(source), encoding="utf-8")
 
 
-def checkpoint_tensors(source: Source, merge: bool = True) -> dict[str, Tensor]:
+def checkpoint_tensors(source: ExportedModel, merge: bool = True) -> dict[str, Tensor]:
     """Return the tensors of a Qwen2 checkpoint.
 
     Routers are left out. Low-rank terms are added to the weights that they belong to, or left out without
@@ -68,7 +68,7 @@ def merged_weight(model: GPT, name: str) -> Tensor:
     return getattr(module, kind).detach()
 
 
-def checkpoint_config(source: Source) -> dict[str, Any]:
+def checkpoint_config(source: ExportedModel) -> dict[str, Any]:
     """Return the content of config.json, for transformers 4 and transformers 5."""
     cfg = source.cfg
     dtype = str(source.dtype).removeprefix("torch.")

@@ -17,7 +17,7 @@ from mainrun.ui.sample import load_scored_state
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportedModel:
     """The model that is exported, and its run."""
 
     run: RunDir
@@ -25,9 +25,8 @@ class Source:
     model: GPT  # with the scored weights, which are averages in a run with EMA or SWA
     tokenizer: Tokenizer
     step: int
-    summary: (
-        dict[str, Any] | None
-    )  # None if the run is not finished, or if its summary is about other weights
+    finished: bool  # whether the run is finished
+    summary: dict[str, Any] | None  # None if it does not exist, or if it is about other weights
     dtype: torch.dtype  # of the exported weights
 
     @property
@@ -36,15 +35,18 @@ class Source:
         return self.model.cfg
 
 
-def load_source(run: RunDir, dtype: str) -> Source:
+def load_source(run: RunDir, dtype: str) -> ExportedModel:
     """Load the model of a run's newest checkpoint."""
     state, tokenizer = load_scored_state(run)
     summary = run.summary()
+    finished = summary is not None
     if summary is not None:
         weights = sha256_tensors(iter(state.model.named_parameters()))
         if state.step != summary.get("steps") or weights != summary.get("weights"):
             summary = None
-    return Source(run, run.config(), state.model, tokenizer, state.step, summary, getattr(torch, dtype))
+    return ExportedModel(
+        run, run.config(), state.model, tokenizer, state.step, finished, summary, getattr(torch, dtype)
+    )
 
 
 def check_expressible(cfg: TrainConfig) -> None:

@@ -99,17 +99,18 @@ class LogMark(TypedDict):
 
 
 @contextmanager
-def disk_errors(path: Path, option: str = "--out") -> Iterator[None]:
+def disk_errors(path: Path, option: str = "--out", full: str = inputs.FREE_SPACE) -> Iterator[None]:
     """Convert an OSError to DiskFull or RunError.
 
     option: the command-line option that sets the path. The error message names this option.
+    full: what to do if the disk is full.
     """
     try:
         yield
     except OSError as e:
         if e.errno in inputs.NO_SPACE:
             got = f"no space left to write {path} ({e.strerror})"
-            raise DiskFull(f"{got}; {inputs.FREE_SPACE}") from e
+            raise DiskFull(f"{got}; {full}") from e
         got = f"cannot write {path}: {e.strerror or e}"
         raise RunError(f"{got}; choose a writable folder with {option}") from e
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mainrun.config import TrainConfig
 from mainrun.data.tokenizer import EOS, Tokenizer
-from mainrun.errors import RunError
+from mainrun.errors import RunError, UsageError
 from mainrun.growth.state import load_state
 from mainrun.plan.plan import Plan
 from mainrun.plan.seeds import seed_from
@@ -42,13 +42,15 @@ def load_scored_state(run: RunDir) -> tuple[State, Tokenizer]:
     skipped: list[str] = []
     loaded = checkpoint.load_newest(run.checkpoints, fault, skipped.append)
     if loaded is None:
+        reasons = "; ".join(skipped) or "it has none"
         raise RunError(
-            f"{run.path} has no usable checkpoint; to write one, repeat its `mainrun train` command"
+            f"{run.path} has no usable checkpoint ({reasons}); to write one, repeat its `mainrun train` "
+            "command"
         )
     for text in skipped:
         warnings.warn(text, stacklevel=4)
     tensors, meta = loaded
-    state = State(cfg, build(cfg, tokenizer.vocab_size))
+    state = State(cfg, _build_model(run, cfg, tokenizer.vocab_size))
     with checkpoint.fit_errors(f"the checkpoint of step {meta['step']} in {run.checkpoints}"):
         load_state(state, tensors, meta["step"], meta["presented"], meta.get("growth"))
     train_tokens = run.config_file().get("plan", {}).get("train_tokens")
@@ -61,6 +63,36 @@ def load_scored_state(run: RunDir) -> tuple[State, Tokenizer]:
     state.average.swap()
     state.model.eval()
     return state, tokenizer
+
+
+def _build_model(run: RunDir, cfg: TrainConfig, vocab_size: int) -> GPT:
+    """Build the model of a run, before the weights of a checkpoint are loaded.
+
+    Only a frozen base comes from the start, because a checkpoint has all weights of other models.
+    """
+    if not cfg.start:
+        return build(cfg, vocab_size)
+    if not cfg.base_frozen:
+        return build(cfg.model_copy(update={"start": ""}), vocab_size)
+    _check_start(run, cfg)
+    return build(cfg, vocab_size)
+
+
+def _check_start(run: RunDir, cfg: TrainConfig) -> None:
+    """Raise RunError unless the start of a run has the weights that the run began with."""
+    from mainrun.interop.start import start_digest
+
+    try:
+        digest = start_digest(cfg)
+    except UsageError as e:
+        raise RunError(
+            f"{run.path} has a frozen base, which it reads from its start: {e}; restore the start"
+        ) from None
+    if digest != run.config_file().get("start"):
+        raise RunError(
+            f"the weights of start={cfg.start} have changed since {run.path} began, so they are not its "
+            "frozen base; restore them, or train the run again with --fresh"
+        )
 
 
 def _wrong_config(meta: dict[str, Any], cfg: TrainConfig) -> str:
