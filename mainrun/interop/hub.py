@@ -6,14 +6,14 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mainrun.config import TrainConfig, from_dict
 from mainrun.core.hardware import cache_dir
-from mainrun.data.hub_files import LOCAL_ERRORS, endpoint, offline
+from mainrun.data.hub_files import Request, endpoint, offline, request_errors
 from mainrun.errors import ConfigError, HubError, UsageError
 from mainrun.files import inputs
 from mainrun.interop import qwen2
@@ -187,8 +187,10 @@ def _commit(repository: str, revision: str) -> str:
             f"{repository} at {revision} has no safetensors files, and mainrun loads no others; "
             f"its files: {', '.join(names[:10]) or 'none'}"
         )
-    if not info.sha or not COMMIT.fullmatch(info.sha):
-        raise HubError(f"{endpoint()} gives no commit for {repository} at {revision}; check HF_ENDPOINT")
+    if not isinstance(info.sha, str) or not COMMIT.fullmatch(info.sha):
+        raise HubError(
+            f"{endpoint()} did not return a commit for {repository} at {revision}; check HF_ENDPOINT"
+        )
     return info.sha
 
 
@@ -210,43 +212,7 @@ def _download(repository: str, commit: str) -> Path:
     return Path(folder).absolute()
 
 
-@contextmanager
-def _hub_errors(repository: str, revision: str) -> Iterator[None]:
-    """Convert the errors of the hub's library to HubError."""
-    try:
-        yield
-    # The hub library, the HTTP client and the JSON parser raise exceptions without a common base class.
-    except Exception as e:
-        raise _explained(repository, revision, e) from e
-
-
-def _explained(repository: str, revision: str, e: Exception) -> Exception:
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    what = f"{repository} at {revision}"
-    if isinstance(e, OSError) and e.errno in LOCAL_ERRORS:
-        return inputs.refusal(e)
-    if offline():
-        return HubError(
-            f"{what} is not in the cache ({cache_dir()}) and HF_HUB_OFFLINE is set; unset it, or give the "
-            "full commit of a checkpoint that was downloaded before"
-        )
-    reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-    if isinstance(e, GatedRepoError):
-        return HubError(f"{endpoint()} asks for access to {what} ({reason}); log in with `hf auth login`")
-    if isinstance(e, RepositoryNotFoundError | RevisionNotFoundError):
-        return HubError(
-            f"{endpoint()} does not have {what} ({reason}); check the name and the revision, "
-            "or log in with `hf auth login` if it is private"
-        )
-    if isinstance(e, HfHubHTTPError) and not isinstance(e, LocalEntryNotFoundError):
-        return HubError(f"{endpoint()} refused the request for {what} ({reason}); try again later")
-    return HubError(
-        f"{what} could not be fetched from {endpoint()}: {reason}; check the network and start again"
-    )
+def _hub_errors(repository: str, revision: str) -> AbstractContextManager[None]:
+    """Convert the errors of requests for a checkpoint, as `request_errors` does."""
+    instead = "give the folder or the full commit of a checkpoint that was downloaded before"
+    return request_errors(Request(f"{repository} at {revision}", instead))
