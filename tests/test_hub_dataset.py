@@ -350,6 +350,7 @@ def test_a_commit_that_the_hub_lacks_is_refused(hub: Hub) -> None:
             f"hub:texts@{COMMIT}#text",
             "is not a dataset on the hub; write hub:OWNER/NAME@COMMIT[/GLOB]#COLUMN",
         ),
+        (f"hub:ünï/çode@{COMMIT}#text", "ünï/çode is not the name of a repository; write OWNER/NAME with"),
         (f"hub:{REPO}@{COMMIT}/*.csv#text", "matches '*.csv'; its parquet files: data/train-00000.parquet,"),
         (f"hub:{REPO}@{COMMIT}/README.md#text", "no parquet file of someone/texts.v1 matches 'README.md'"),
         (

@@ -209,6 +209,8 @@ def test_a_missing_shard_is_named(hub: Hub, tmp_path: Path) -> None:
         ("someone/else", "does not have someone/else"),
         (f"{REPOSITORY}@v2", "does not have"),
         ("a b/c", "no folder"),
+        ("ünï/çode", "neither a folder nor the name of a repository"),
+        ("someone/a--b", "neither a folder nor the name of a repository"),
     ],
 )
 def test_an_unknown_name_is_refused(hub: Hub, tmp_path: Path, name: str, word: str) -> None:

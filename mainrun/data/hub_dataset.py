@@ -14,7 +14,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from mainrun.data.hub_files import Dataset, HubFile, dataset_errors, dataset_info, endpoint
+from mainrun.data.hub_files import (
+    REPOSITORY_RULE,
+    Dataset,
+    HubFile,
+    dataset_errors,
+    dataset_info,
+    endpoint,
+    is_repository,
+)
 from mainrun.data.title_files import parquet_column
 from mainrun.data.titles import Titles, as_documents, as_titles, from_list
 from mainrun.errors import CorpusError, HubError
@@ -106,6 +114,10 @@ def _place(argument: str) -> Place:
     match = CORPUS.fullmatch(argument)
     if not match:
         raise CorpusError(f"corpus={inputs.shown(corpus)} is not a dataset on the hub; write {SYNTAX}")
+    if not is_repository(match["repo"]):
+        raise CorpusError(
+            f"corpus={corpus}: {match['repo']} is not the name of a repository; {REPOSITORY_RULE}"
+        )
     if not match["column"]:
         raise CorpusError(f"corpus={corpus} names no column; write {SYNTAX}, where COLUMN contains the texts")
     at_commit = COMMIT.fullmatch(match["place"] or "")

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import tempfile
 import time
 import urllib.parse
@@ -23,6 +24,8 @@ from mainrun.errors import DiskFull, HubError, MainrunError
 from mainrun.files import inputs
 from mainrun.files.hashing import sha256_file
 
+REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+REPOSITORY_RULE = "write OWNER/NAME with at most 96 letters, digits, dots, dashes and underscores"
 ABANDONED = 3600  # a partial download counts as abandoned after this many seconds without a write
 LOCAL_ERRORS = (  # errors with these codes are problems of the local disk and not of the hub
     errno.ENOSPC,
@@ -150,6 +153,13 @@ def dataset_info(repo: str, revision: str) -> Any:
     from huggingface_hub import HfApi
 
     return HfApi(endpoint=endpoint()).dataset_info(repo, revision=revision, files_metadata=True, timeout=10)
+
+
+def is_repository(name: str) -> bool:
+    """Return whether a name can be the name of a repository on the hub."""
+    if not REPOSITORY.fullmatch(name) or "--" in name or ".." in name or len(name) > 96:
+        return False
+    return not name.endswith((".git", ".", "-"))
 
 
 def endpoint() -> str:
