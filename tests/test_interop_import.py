@@ -30,6 +30,7 @@ from mainrun.plan.cost import size
 from mainrun.plan.recipes import load
 from mainrun.store import lineage
 from mainrun.train import GPT, build
+from reports.submission.prepare import FIXES
 
 LENGTH = 2048  # the number of tokens whose logits are compared
 
@@ -598,3 +599,10 @@ def test_without_a_start_nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> N
     torch.manual_seed(0)
     assert lineage.origin(cfg, {}, "tokens", {}, {})["data"] == {"tokens": "tokens"}
     assert len(list(model.parameters())) > 0
+
+
+def test_the_fix_of_submit_is_an_empty_start(plain: Path) -> None:
+    sets = [f"start=hf:{plain}", f"tokenizer=hf:{plain}"]
+    assert load("demo:baseline", sets)[0].start
+    assert load("demo:baseline", [*sets, "start="])[0].start == ""
+    assert "`--set start=`" in FIXES["random_start"]
