@@ -300,7 +300,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [REMOVES, BYTE_LEVEL]}},
         "has the pre-tokenizer 'Split', which may drop a part of a text",
     ),
-    "a blank that a token swallows": (added_with(rstrip=True), "swallows the blanks beside it"),
+    "a blank that a token swallows": (added_with(rstrip=True), "removes the blanks beside it"),
     "dropout": (model_with(dropout=0.1), "has dropout=0.1, so its ids are random"),
     "a suffix": (model_with(end_of_word_suffix="</w>"), "has end_of_word_suffix='</w>'"),
     "no merges": (model_with(merges=None), "has no vocab or no merges"),

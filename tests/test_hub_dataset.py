@@ -30,6 +30,7 @@ from mainrun.data.corpus import Corpus, load_corpus
 from mainrun.errors import CorpusError, HubError, UsageError
 
 REPO = "someone/texts.v1"
+TOKEN = "hf_thisIsASecretOfTheTest"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 BRANCHES = {"main": COMMIT, "refs/convert/parquet": "f" * 40}
 CORPUS = f"hub:{REPO}@{COMMIT}#text"
@@ -62,6 +63,9 @@ class Hub(ThreadingHTTPServer):
         self.contents = {name: parquet(first) for name, first in FILES.items()}
         self.wrong: dict[str, str] = {}  # announce this sha256 for a file
         self.plain: set[str] = set()  # files without LFS
+        self.echo_status = 0  # answer each request with this status, and repeat its token
+        self.echoed = False
+        self.no_commit = False  # leave the commit out of the description
         self.requests: list[str] = []
 
     @property
@@ -90,6 +94,10 @@ class DatasetHandler(Handler):
         hub = self.server
         path = self.path.split("?")[0].replace("%2F", "/")
         hub.requests.append(f"{self.command} {path}")
+        if hub.echo_status:
+            text = f"denied {self.headers.get('Authorization')}"
+            hub.echoed = TOKEN in text
+            return self.reply(hub.echo_status, text.encode(), X_Error_Message=text)
         info = f"/api/datasets/{REPO}/revision/"
         resolve = f"/datasets/{REPO}/resolve/"
         if path.startswith(info):
@@ -107,6 +115,8 @@ class DatasetHandler(Handler):
             return self.reply(404, X_Error_Code="RevisionNotFound", X_Error_Message="Invalid rev id")
         siblings = [self.server.entry(name) for name in self.server.contents]
         answer = {"id": REPO, "sha": commit, "siblings": siblings, "private": False, "tags": []}
+        if self.server.no_commit:
+            del answer["sha"]
         self.reply(200, json.dumps(answer).encode(), Content_Type="application/json")
 
     def redirect(self, commit: str, name: str) -> None:
@@ -340,6 +350,7 @@ def test_a_commit_that_the_hub_lacks_is_refused(hub: Hub) -> None:
             f"hub:texts@{COMMIT}#text",
             "is not a dataset on the hub; write hub:OWNER/NAME@COMMIT[/GLOB]#COLUMN",
         ),
+        (f"hub:ünï/çode@{COMMIT}#text", "ünï/çode is not the name of a repository; write OWNER/NAME with"),
         (f"hub:{REPO}@{COMMIT}/*.csv#text", "matches '*.csv'; its parquet files: data/train-00000.parquet,"),
         (f"hub:{REPO}@{COMMIT}/README.md#text", "no parquet file of someone/texts.v1 matches 'README.md'"),
         (
@@ -396,3 +407,25 @@ def test_the_command_line_shows_one_message(hub: Hub, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [str(a) for a in arguments])
     assert result.exit_code == 2 and result.stderr.count("error: ") == 1
     assert COMMIT in result.stderr and not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 500])
+@pytest.mark.parametrize("corpus", [CORPUS, f"hub:{REPO}#text", "hn"])
+def test_a_server_that_repeats_the_token(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, corpus: str
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.echo_status = status
+    command = [sys.executable, "-m", "mainrun", "train", "--preset", "demo:baseline", "--debug"]
+    command += ["--set", f"corpus={corpus}", "--out", str(tmp_path / "r")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    output = done.stdout + done.stderr
+    assert done.returncode == HubError.exit_code, output
+    assert hub.echoed and TOKEN not in output
+    assert f"(status {status})" in output and "Traceback" in output
+
+
+def test_a_reply_without_a_commit_is_refused(hub: Hub) -> None:
+    hub.no_commit = True
+    with pytest.raises(CorpusError, match=rf"did not return a commit for {REPO} at main"):
+        load(f"hub:{REPO}#text")

@@ -303,7 +303,7 @@ def test_damaged_routing_files_are_refused(exported: Exported, tmp_path: Path) -
     with pytest.raises(UsageError, match="not valid JSON"):
         read_routing_fields(folder)
     (folder / "routing.json").unlink()
-    with pytest.raises(UsageError, match=r"has routing\.safetensors but not the other"):
+    with pytest.raises(UsageError, match=r"has routing\.safetensors but no routing\.json; copy it too"):
         read_routing_fields(folder)
     assert set(FIELDS) <= set(type(config()).model_fields)
 

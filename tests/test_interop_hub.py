@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +17,7 @@ from checkpoints import ROWS, write_checkpoint
 from typer.testing import CliRunner, Result
 
 from mainrun.cli import app
+from mainrun.errors import HubError
 from mainrun.plan.recipes import load
 from mainrun.train import build
 
@@ -37,6 +40,9 @@ class Hub(ThreadingHTTPServer):
         self.files = files
         self.revisions = {"main": COMMIT, "v1": COMMIT, COMMIT: COMMIT}
         self.private = False
+        self.echo_status = 0  # answer each request with this status, and repeat its token
+        self.echoed = False
+        self.description = b""  # what to answer instead of the description of the repository
         self.requests: list[str] = []
 
     @property
@@ -68,6 +74,9 @@ class Handler(BaseHTTPRequestHandler):
         hub = self.server
         path = self.path.split("?")[0]
         hub.requests.append(f"{self.command} {path}")
+        if hub.echo_status:
+            self.echo(hub.echo_status)
+            return
         if hub.private and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             self.reply(401, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
             return
@@ -86,8 +95,18 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.reply(404, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
 
+    def echo(self, status: int) -> None:
+        """Repeat the access token in each place where huggingface_hub looks for a message."""
+        text = f"denied {self.headers.get('Authorization')}"
+        self.server.echoed = TOKEN in text
+        body = json.dumps({"error": text}).encode()
+        self.reply(status, body, X_Error_Message=text, Content_Type="application/json")
+
     def describe(self, revision: str) -> None:
         hub = self.server
+        if hub.description:
+            self.reply(200, hub.description, Content_Type="application/json")
+            return
         if revision not in hub.revisions:
             self.reply(404, X_Error_Code="RevisionNotFound", X_Error_Message="Invalid rev id")
             return
@@ -190,6 +209,8 @@ def test_a_missing_shard_is_named(hub: Hub, tmp_path: Path) -> None:
         ("someone/else", "does not have someone/else"),
         (f"{REPOSITORY}@v2", "does not have"),
         ("a b/c", "no folder"),
+        ("ünï/çode", "neither a folder nor the name of a repository"),
+        ("someone/a--b", "neither a folder nor the name of a repository"),
     ],
 )
 def test_an_unknown_name_is_refused(hub: Hub, tmp_path: Path, name: str, word: str) -> None:
@@ -217,3 +238,57 @@ def test_the_token_is_used_and_never_written(
     assert TOKEN not in result.output
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
+
+
+# -- failures of the server
+
+
+def message_of(hub: Hub, tmp_path: Path, *options: str) -> str:
+    """Return the message of an import that fails."""
+    out = tmp_path / "preset.toml"
+    result = CliRunner().invoke(app, ["hub", "import", REPOSITORY, "--out", str(out), *options])
+    assert result.exit_code == HubError.exit_code and not out.exists(), result.output
+    return result.output
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 429, 500])
+@pytest.mark.parametrize("options", [[], ["--debug"]])
+def test_a_server_that_repeats_the_token(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, options: list[str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.echo_status = status
+    arguments = ["-m", "mainrun", "hub", "import", REPOSITORY, "--out", str(tmp_path / "p.toml"), *options]
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120)
+    output = done.stdout + done.stderr
+    assert done.returncode == HubError.exit_code, output
+    assert hub.echoed and TOKEN not in output
+    assert f"(status {status})" in output and ("Traceback" in output) == bool(options)
+
+
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [
+        (401, "log in with `hf auth login`"),
+        (403, "log in with `hf auth login`"),
+        (404, "does not have"),
+        (500, "try again later"),
+    ],
+)
+def test_a_refused_request_names_the_fix(hub: Hub, tmp_path: Path, status: int, says: str) -> None:
+    hub.echo_status = status
+    output = message_of(hub, tmp_path)
+    assert says in output and f"(status {status})" in output
+    assert ("try again later" in output) == (status == 500)
+
+
+@pytest.mark.parametrize("body", [b"{}", b"[]", b"<html>", b'{"id": "a/b", "siblings": [{}]}'])
+def test_a_reply_that_is_not_the_reply_of_a_hub(hub: Hub, tmp_path: Path, body: bytes) -> None:
+    hub.description = body
+    output = message_of(hub, tmp_path)
+    assert "not the reply of a hub" in output and "check HF_ENDPOINT" in output
+
+
+def test_a_reply_without_a_commit(hub: Hub, tmp_path: Path) -> None:
+    hub.description = b'{"id": "a/b", "siblings": [{"rfilename": "model.safetensors"}]}'
+    assert f"did not return a commit for {REPOSITORY} at main" in message_of(hub, tmp_path)

@@ -21,14 +21,16 @@ from typer.testing import CliRunner, Result
 
 from mainrun.cli import app
 from mainrun.config import TrainConfig, from_dict
+from mainrun.core.parameters import is_base
 from mainrun.data.foreign import permutation, special_ids
 from mainrun.errors import ConfigError, UsageError
-from mainrun.interop.names import checkpoint_name, is_extra, our_name
+from mainrun.interop.names import checkpoint_name, our_name
 from mainrun.interop.start import start_digest
 from mainrun.plan.cost import size
 from mainrun.plan.recipes import load
 from mainrun.store import lineage
 from mainrun.train import GPT, build
+from reports.submission.prepare import FIXES
 
 LENGTH = 2048  # the number of tokens whose logits are compared
 
@@ -109,11 +111,11 @@ def test_both_spellings_of_theta(copy: Path, tmp_path: Path) -> None:
     assert cfg.rope_theta == 300
     assert gap(copy, cfg) < 1e-5, "transformers 5 believes rope_parameters"
     edit_config(copy, "rope_parameters")
-    cfg = imported(copy, tmp_path / "preset.toml")
+    cfg = imported(copy, tmp_path / "preset.toml", "--force")
     assert cfg.rope_theta == 500
     assert gap(copy, cfg) < 1e-5, "transformers 4 writes rope_theta"
     edit_config(copy, rope_scaling={"type": "default"})
-    assert imported(copy, tmp_path / "preset.toml").rope_theta == 500
+    assert imported(copy, tmp_path / "preset.toml", "--force").rope_theta == 500
 
 
 def test_another_theta_would_be_seen(copy: Path, tmp_path: Path) -> None:
@@ -135,7 +137,7 @@ def test_each_tensor_equals_its_source(plain: Path, tmp_path: Path, pattern: str
     model = build(cfg, cfg.vocab_size)
     named = 0
     for name, p in model.named_parameters():
-        if is_extra(name):
+        if not is_base(name):
             continue
         expected = source.pop(checkpoint_name(name))
         if name == "embed.weight":
@@ -144,7 +146,7 @@ def test_each_tensor_equals_its_source(plain: Path, tmp_path: Path, pattern: str
         assert torch.equal(p, expected), name
         named += 1
     assert source == {} and named == 2 + 12 * 2
-    extra = [name for name, _ in random.named_parameters() if is_extra(name)]
+    extra = [name for name, _ in random.named_parameters() if not is_base(name)]
     assert bool(extra) == (pattern != "D")
 
 
@@ -154,7 +156,7 @@ def test_routers_are_those_of_a_run_from_random_weights(plain: Path, tmp_path: P
     started = dict(build(cfg, ROWS).named_parameters())
     random = dict(build(cfg.model_copy(update={"start": ""}), ROWS).named_parameters())
     for name, p in random.items():
-        assert torch.equal(p, started[name]) == is_extra(name), name
+        assert torch.equal(p, started[name]) != is_base(name), name
 
 
 def test_the_ids_of_the_special_tokens(plain: Path) -> None:
@@ -215,9 +217,9 @@ def test_the_block_is_at_most_the_checkpoints_own(copy: Path, tmp_path: Path) ->
     out = tmp_path / "preset.toml"
     assert imported(copy, out, "--block-size", 2048).block_size == 2048
     edit_config(copy, max_position_embeddings=64)
-    assert imported(copy, out).block_size == 64
+    assert imported(copy, out, "--force").block_size == 64
     result = invoke("hub", "import", copy, "--out", out, "--block-size", 65)
-    assert result.exit_code == 2 and "64 positions" in result.output
+    assert result.exit_code == 2 and "give at most 64" in result.output
 
 
 def test_a_relative_folder_becomes_a_full_path(
@@ -227,10 +229,34 @@ def test_a_relative_folder_becomes_a_full_path(
     assert imported(Path(plain.name), tmp_path / "preset.toml").start == f"hf:{plain}"
 
 
+@pytest.mark.parametrize("kind", ["hf", "run"])
+def test_a_relative_start_becomes_a_full_path(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.chdir(plain.parent)
+    sets = [f"start={kind}:{plain.name}", f"tokenizer=hf:{plain.name}"]
+    (cfg,) = load("demo:baseline", sets)
+    assert (cfg.start, cfg.tokenizer) == (f"{kind}:{plain}", f"hf:{plain}")
+    preset = tmp_path / "relative.toml"
+    fields = f'start = "{kind}:{plain.name}"\ntokenizer = "hf:{plain.name}"\n'
+    preset.write_text(f'base = "demo:baseline"\n{fields}')
+    (cfg,) = load(str(preset))
+    assert (cfg.start, cfg.tokenizer) == (f"{kind}:{plain}", f"hf:{plain}")
+    assert load(str(preset), [f"start={kind}:~/x"])[0].start == f"{kind}:~/x"
+
+
 def test_an_earlier_preset_is_replaced_and_another_file_is_kept(plain: Path, tmp_path: Path) -> None:
     out = tmp_path / "preset.toml"
     imported(plain, out)
-    assert imported(plain, out, "--block-size", 32).block_size == 32
+    imported(plain, out)
+    result = invoke("hub", "import", plain, "--out", out, "--block-size", 32)
+    assert result.exit_code == 2 and "--force" in result.output
+    assert imported(plain, out, "--block-size", 32, "--force").block_size == 32
+    edited = out.read_text().replace("lr = 1e-05", "lr = 2e-05")
+    out.write_text(edited)
+    result = invoke("hub", "import", plain, "--out", out, "--block-size", 32)
+    assert result.exit_code == 2 and "differs from the new preset" in result.output
+    assert out.read_text() == edited != ""
     out.write_text("lr = 1.0\n")
     result = invoke("hub", "import", plain, "--out", out)
     assert result.exit_code == 2 and "would be overwritten" in result.output
@@ -243,6 +269,7 @@ def test_an_earlier_preset_is_replaced_and_another_file_is_kept(plain: Path, tmp
         (["--out", "preset.json"], "ends in .toml"),
         (["--out", "-x.toml"], "invalid name"),
         (["--out", "p.toml", "--capacity", "0.5"], "without --pattern"),
+        (["--out", "p.toml", "--capacity", "0.5", "--pattern", "D"], "routes no block"),
         (["--out", "p.toml", "--pattern", "DQ"], "contains 'Q'"),
         (["--out", "p.toml", "--pattern", "MD"], "begin the pattern with D"),
         (["--out", "p.toml", "--pattern", "DM", "--capacity", "2"], "capacity"),
@@ -351,6 +378,11 @@ def forget_tensor(folder: Path) -> None:
     write_index(folder, index)
 
 
+def loop(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
 def set_shape(loaded: dict[str, torch.Tensor]) -> None:
     loaded["model.norm.weight"] = torch.ones(31)
 
@@ -411,7 +443,7 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
     ),
     "the index lacks a tensor": (forget_tensor, [NORM, "does not say so"]),
     "the index has no map": (
-        lambda f: (shards(f), write_index(f, {"metadata": {}})), ["index.json", "weight_map"],
+        lambda f: (shards(f), write_index(f, {"metadata": {}})), ["has no weight_map", "download it again"],
     ),
     "the index is a bomb": (
         lambda f: (shards(f), (f / "model.safetensors.index.json").write_text(BOMB)),
@@ -448,15 +480,33 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
     "tied is no truth": (lambda f: edit_config(f, tie_word_embeddings="yes"), ["tie_word_embeddings"]),
     "fewer rows than tokens": (lambda f: edit_config(f, vocab_size=200), ["vocab_size"]),
     "the config is a bomb": (lambda f: (f / "config.json").write_text(BOMB), ["config.json", "nested"]),
-    "the config is a list": (lambda f: (f / "config.json").write_text("[]"), ["config.json", "object"]),
-    "the config is no JSON": (lambda f: (f / "config.json").write_text("{"), ["config.json"]),
-    "the config is missing": (lambda f: (f / "config.json").unlink(), ["config.json", "does not exist"]),
+    "the config is a list": (
+        lambda f: (f / "config.json").write_text("[]"),
+        ["config.json is [], but must be an object; download it again"],
+    ),
+    "the config is no JSON": (
+        lambda f: (f / "config.json").write_text("{"),
+        ["config.json is not valid JSON (", "); download it again"],
+    ),
+    "the config is missing": (
+        lambda f: (f / "config.json").unlink(),
+        ["copy has no config.json; give the folder of a Qwen2 checkpoint"],
+    ),
     "the config is a pipe": (
         lambda f: ((f / "config.json").unlink(), os.mkfifo(f / "config.json")), ["config.json", "pipe"],
     ),
     "the tokenizer is missing": (lambda f: (f / "tokenizer.json").unlink(), ["tokenizer.json"]),
     "the tokenizer is no JSON": (lambda f: (f / "tokenizer.json").write_text("{"), ["tokenizer.json"]),
-    "half of the routers": (lambda f: (f / "routing.json").write_text("{}"), ["routing.json"]),
+    "half of the routers": (
+        lambda f: (f / "routing.json").write_text("{}"),
+        ["has routing.json but no routing.safetensors; copy it too, or remove routing.json"],
+    ),
+    "the config is a loop of links": (
+        lambda f: loop(f / "config.json"), ["leads back to itself; download it again"],
+    ),
+    "the weights are a loop of links": (
+        lambda f: loop(f / "model.safetensors"), ["leads back to itself; restore it, or download it again"],
+    ),
 }  # fmt: skip
 
 
@@ -471,6 +521,8 @@ def test_a_damaged_checkpoint_is_refused_and_the_culprit_is_named(
     assert result.exit_code == 2, result.output
     for word in words:
         assert word in result.output
+    assert "copy cannot be imported: " in result.output and "start=" not in result.output
+    assert "give a file" not in result.output and "give another path" not in result.output
     assert "Traceback" not in result.output
     assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
 
@@ -490,10 +542,10 @@ def test_all_wrong_tensors_are_named_in_one_error(copy: Path) -> None:
     faults = str(error.value).split("\n")[1:-1]
     assert [fault.strip() for fault in faults] == [
         "blocks.0.attn.q.bias (model.layers.0.self_attn.q_proj.bias) has the shape (33,) in the start "
-        "and (32,) here",
+        "and (32,) in the model",
         "missing: blocks.0.mlp.up.weight (model.layers.0.mlp.up_proj.weight)",
         "missing: blocks.1.mlp.up.weight (model.layers.1.mlp.up_proj.weight)",
-        "norm.weight (model.norm.weight) has the shape (31,) in the start and (32,) here",
+        "norm.weight (model.norm.weight) has the shape (31,) in the start and (32,) in the model",
         "left over: one",
         "left over: two",
     ]
@@ -507,7 +559,7 @@ def test_a_tied_file_may_contain_an_equal_head(copy: Path, tmp_path: Path) -> No
 
 def test_only_routers_and_low_rank_terms_may_be_missing(plain: Path) -> None:
     model = build(config(plain, attn_lora_rank=2), ROWS)
-    assert {name for name, _ in model.named_parameters() if is_extra(name)} == {
+    assert {name for name, _ in model.named_parameters() if not is_base(name)} == {
         f"blocks.{layer}.attn.{part}.lora_{side}" for layer in (0, 1) for part in "qkvo" for side in "ab"
     }
     with pytest.raises(UsageError, match=r"missing: blocks.0.attn.q_norm.weight"):
@@ -547,3 +599,10 @@ def test_without_a_start_nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> N
     torch.manual_seed(0)
     assert lineage.origin(cfg, {}, "tokens", {}, {})["data"] == {"tokens": "tokens"}
     assert len(list(model.parameters())) > 0
+
+
+def test_the_fix_of_submit_is_an_empty_start(plain: Path) -> None:
+    sets = [f"start=hf:{plain}", f"tokenizer=hf:{plain}"]
+    assert load("demo:baseline", sets)[0].start
+    assert load("demo:baseline", [*sets, "start="])[0].start == ""
+    assert "`--set start=`" in FIXES["random_start"]

@@ -20,10 +20,10 @@ from typer.testing import CliRunner, Result
 from mainrun.checks.audit import audit
 from mainrun.cli import app
 from mainrun.config import TrainConfig, from_dict
+from mainrun.core.parameters import is_base
 from mainrun.data.foreign import permutation, special_ids
 from mainrun.errors import Interrupted, RunError, UsageError
 from mainrun.interop import qwen2
-from mainrun.interop.names import is_extra
 from mainrun.interop.start import start_digest
 from mainrun.replay import replay_steps
 from mainrun.run import batch
@@ -117,7 +117,7 @@ def test_a_dense_run_starts_a_routed_run(tmp_path: Path) -> None:
     source = stored(deep)
     random = dict(build(cfg.model_copy(update={"start": ""}), 400).named_parameters())
     for name, p in build(cfg, 400).named_parameters():
-        expected = random[name] if is_extra(name) else source[f"model/{name}"]
+        expected = random[name] if not is_base(name) else source[f"model/{name}"]
         assert torch.equal(p, expected), name
     routed = trained(cfg, tmp_path)
     again = from_run(routed, n_layer=2, block_pattern="DM")
@@ -135,7 +135,7 @@ def test_a_run_with_a_frozen_base_takes_the_rest_from_its_start(run: Path, tmp_p
     for name, p in build(from_run(adapted, attn_lora_rank=2), 400).named_parameters():
         expected = adapters.get(f"model/{name}", base.get(f"average/{name}"))
         assert expected is not None and torch.equal(p, expected), name
-        changed += is_extra(name)
+        changed += not is_base(name)
     assert changed == 8
     with pytest.raises(UsageError, match=r"left over: blocks.0.attn.k.lora_a"):
         build(from_run(adapted), 400)
@@ -366,7 +366,7 @@ def test_a_dry_run_and_a_run_name_the_start(run: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     result = invoke("train", *options)
     assert result.exit_code == 0, result.output
-    assert f"the weights start from run:{run}" in result.output
+    assert f"the run starts from the weights of run:{run}" in result.output
 
 
 def change(folder: Path) -> None:

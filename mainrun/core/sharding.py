@@ -29,7 +29,7 @@ class Shards:
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
         self.model_class = type(model)
-        give_numbers_a_dimension(model)
+        reshape_scalars(model)
         shard_modules(model, device)
         self.sharded: dict[str, Any] = dict(model.named_parameters())  # the DTensors of the model
         self.parts: dict[str, nn.Parameter] = {}
@@ -179,18 +179,18 @@ def clip_gradients(model: nn.Module, limit: float) -> Tensor:
 
 def exact_copy(model: Any) -> Any:
     """Return a float64 copy of a sharded model. The copy is sharded too."""
-    twin = model.shards.model_class(model.cfg, model.embed.num_embeddings - model.cfg.unused_ids).double()
-    shard(twin, model.embed.weight.device)
-    for name, part in twin.shards.parts.items():
+    copy_ = model.shards.model_class(model.cfg, model.embed.num_embeddings - model.cfg.unused_ids).double()
+    shard(copy_, model.embed.weight.device)
+    for name, part in copy_.shards.parts.items():
         part.data.copy_(model.shards.parts[name])
-    for copied, block in zip(twin.blocks, model.blocks, strict=True):
+    for copied, block in zip(copy_.blocks, model.blocks, strict=True):
         copied.attn.fused = block.attn.fused
     if model.cfg.routed_layers:
-        twin.sharpness.copy_(model.sharpness)
-    return twin
+        copy_.sharpness.copy_(model.sharpness)
+    return copy_
 
 
-def give_numbers_a_dimension(model: nn.Module) -> None:
+def reshape_scalars(model: nn.Module) -> None:
     """Change parameters of shape () to shape (1,), because FSDP2 cannot divide a single number."""
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):

@@ -265,7 +265,7 @@ class Vocabulary:
             text = token["content"]
             if not token.get("special") and (token.get("lstrip") or token.get("rstrip")):
                 raise BadTokenizer(
-                    f"has the token {text!r}, which swallows the blanks beside it; "
+                    f"has the token {text!r}, which removes the blanks beside it; "
                     "set lstrip and rstrip to false"
                 )
             if self.tokens.get(text, token["id"]) != token["id"]:
@@ -363,8 +363,9 @@ def _optional_json(path: Path) -> dict[str, Any]:
 def _read(path: Path) -> bytes:
     why = inputs.not_a_file(path)
     if why:
+        reason = why.partition(";")[0]  # without its advice
         raise ConfigError(
-            f"tokenizer file {path} {why}; set tokenizer=hf:DIR to a folder that contains a {FILE}"
+            f"tokenizer file {path} {reason}; set tokenizer=hf:DIR to a folder that contains a {FILE}"
         )
     try:
         content = path.read_bytes()

@@ -14,10 +14,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from mainrun.data.hub_files import Dataset, HubFile, dataset_info, explained
+from mainrun.data.hub_files import (
+    REPOSITORY_RULE,
+    Dataset,
+    HubFile,
+    dataset_errors,
+    dataset_info,
+    endpoint,
+    is_repository,
+)
 from mainrun.data.title_files import parquet_column
 from mainrun.data.titles import Titles, as_documents, as_titles, from_list
-from mainrun.errors import CorpusError
+from mainrun.errors import CorpusError, HubError
 from mainrun.files import inputs
 
 SYNTAX = "hub:OWNER/NAME@COMMIT[/GLOB]#COLUMN"
@@ -106,6 +114,10 @@ def _place(argument: str) -> Place:
     match = CORPUS.fullmatch(argument)
     if not match:
         raise CorpusError(f"corpus={inputs.shown(corpus)} is not a dataset on the hub; write {SYNTAX}")
+    if not is_repository(match["repo"]):
+        raise CorpusError(
+            f"corpus={corpus}: {match['repo']} is not the name of a repository; {REPOSITORY_RULE}"
+        )
     if not match["column"]:
         raise CorpusError(f"corpus={corpus} names no column; write {SYNTAX}, where COLUMN contains the texts")
     at_commit = COMMIT.fullmatch(match["place"] or "")
@@ -120,14 +132,21 @@ def _without_commit(corpus: str, repo: str, place: str, column: str) -> Exceptio
     assert match is not None  # the pattern matches every string
     branch = match["branch"] or "main"
     try:
-        commit = dataset_info(repo, branch).sha
-    except Exception as e:  # the exceptions of huggingface_hub have no common base class
-        error = explained(corpus, repo, branch, e)
+        commit = _current_commit(corpus, repo, branch)
+    except HubError as e:
         return CorpusError(
-            f"corpus={corpus} names no full commit of 40 digits; its current commit is not known: {error}"
+            f"corpus={corpus} names no full commit of 40 digits; its current commit is not known: {e}"
         )
     fixed = f"hub:{repo}@{commit}{match['glob'] or ''}#{column}"
     return CorpusError(
         f"corpus={corpus} names no full commit of 40 digits, so its texts could change; "
         f"the current commit of {branch} is {commit}; use --set corpus={fixed}"
     )
+
+
+def _current_commit(corpus: str, repo: str, branch: str) -> str:
+    with dataset_errors(corpus, repo, branch):
+        commit = dataset_info(repo, branch).sha
+    if not isinstance(commit, str) or not COMMIT.fullmatch(commit):
+        raise HubError(f"{endpoint()} did not return a commit for {repo} at {branch}; check HF_ENDPOINT")
+    return commit

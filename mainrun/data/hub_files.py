@@ -10,19 +10,22 @@ import contextlib
 import errno
 import json
 import os
+import re
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mainrun.core.hardware import cache_dir
-from mainrun.errors import DiskFull, HubError
+from mainrun.errors import DiskFull, HubError, MainrunError
 from mainrun.files import inputs
 from mainrun.files.hashing import sha256_file
 
+REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+REPOSITORY_RULE = "write OWNER/NAME with at most 96 letters, digits, dots, dashes and underscores"
 ABANDONED = 3600  # a partial download counts as abandoned after this many seconds without a write
 LOCAL_ERRORS = (  # errors with these codes are problems of the local disk and not of the hub
     errno.ENOSPC,
@@ -101,11 +104,8 @@ class Dataset:
 
     def _look_up(self) -> list[HubFile]:
         """Get the names, sizes and checksums of the needed files from the hub."""
-        try:
+        with self._request_errors():
             info = dataset_info(self.repo, self.revision)
-        # The hub library, the HTTP client and the JSON parser raise exceptions without a common base class.
-        except Exception as e:
-            raise explained(self.corpus, self.repo, self.revision, e) from e
         siblings = {sibling.rfilename: sibling for sibling in info.siblings or []}
         files = []
         for name in self.choose([name for name in siblings if name.endswith(".parquet")]):
@@ -129,14 +129,12 @@ class Dataset:
             "cache_dir": cache,
             "endpoint": endpoint(),
         }
-        try:
+        with self._request_errors():
             path = Path(hf_hub_download(self.repo, file.file, **options))
             # huggingface_hub does not verify the content of a file that it finds in its cache.
             if file.damage(path):
                 _delete(path)
                 path = Path(hf_hub_download(self.repo, file.file, **options))
-        except Exception as e:  # the exceptions of huggingface_hub have no common base class
-            raise explained(self.corpus, self.repo, self.revision, e) from e
         damage = file.damage(path)
         if damage:
             _delete(path)
@@ -146,12 +144,22 @@ class Dataset:
             )
         return path
 
+    def _request_errors(self) -> contextlib.AbstractContextManager[None]:
+        return dataset_errors(self.corpus, self.repo, self.revision)
+
 
 def dataset_info(repo: str, revision: str) -> Any:
     """Ask the hub for the commit and the files of a dataset at a revision."""
     from huggingface_hub import HfApi
 
     return HfApi(endpoint=endpoint()).dataset_info(repo, revision=revision, files_metadata=True, timeout=10)
+
+
+def is_repository(name: str) -> bool:
+    """Return whether a name can be the name of a repository on the hub."""
+    if not REPOSITORY.fullmatch(name) or "--" in name or ".." in name or len(name) > 96:
+        return False
+    return not name.endswith((".git", ".", "-"))
 
 
 def endpoint() -> str:
@@ -237,43 +245,118 @@ def _write_note(note: Path, cache: Path, files: list[tuple[Path, HubFile]]) -> N
 # -- errors
 
 
-def explained(corpus: str, repo: str, revision: str, e: Exception) -> Exception:
-    """Convert the error of a failed request to an error whose message explains the cause and the fix."""
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+@dataclass(frozen=True)
+class Request:
+    """What was requested from the hub, for the messages of errors."""
 
+    what: str  # the repository and the revision
+    instead: str  # what the user can do without this request
+    corpus: str = ""  # the value of the config field `corpus`, if the request belongs to a corpus
+
+    @property
+    def subject(self) -> str:
+        if self.corpus:
+            return f"corpus={self.corpus}"
+        return self.what
+
+    @property
+    def prefix(self) -> str:
+        if self.corpus:
+            return f"corpus={self.corpus}: "
+        return ""
+
+
+def dataset_errors(corpus: str, repo: str, revision: str) -> contextlib.AbstractContextManager[None]:
+    """Convert the errors of requests for a dataset, as `request_errors` does."""
+    return request_errors(Request(f"{repo} at {revision}", "use --set corpus=synthetic", corpus))
+
+
+@contextlib.contextmanager
+def request_errors(request: Request) -> Iterator[None]:
+    """Convert the errors of huggingface_hub to errors that explain the cause and the fix.
+
+    A server may repeat the access token in its reply, so the messages contain no text of the library.
+    `from None` also removes the library's message from the traceback of --debug.
+    """
+    try:
+        yield
+    except MainrunError:
+        raise
+    # The hub library, the HTTP client and the JSON parser raise exceptions without a common base class.
+    except Exception as e:
+        raise _explained(request, e) from None
+
+
+def _explained(request: Request, e: Exception) -> MainrunError:
     if isinstance(e, OSError) and e.errno in LOCAL_ERRORS:
         return _local_error(cache_dir(), e)
-    missing = f"corpus={corpus} is not in the cache ({cache_dir()})"
-    if isinstance(e, OfflineModeIsEnabled) or offline():
+    missing = f"{request.subject} is not in the cache ({cache_dir()})"
+    if offline():
         return HubError(
             f"{missing} and HF_HUB_OFFLINE is set; unset HF_HUB_OFFLINE and start again with a network, "
-            "or use --set corpus=synthetic"
+            f"or {request.instead}"
         )
-    reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-    not_found = RepositoryNotFoundError | RevisionNotFoundError | EntryNotFoundError
-    if isinstance(e, not_found) and not isinstance(e, LocalEntryNotFoundError):
+    status = _status(e)
+    if status:
+        return HubError(f"{request.prefix}{endpoint()} {_refusal(status, request.what, e)}")
+    reason = type(e).__name__
+    codes = [cause.errno for cause in causes(e) if isinstance(cause, OSError) and cause.errno]
+    if codes and codes[-1] > 0:
+        reason = f"{reason}, {os.strerror(codes[-1])}"
+    if isinstance(e, ValueError | LookupError | TypeError | AttributeError) and not codes:
         return HubError(
-            f"corpus={corpus}: {endpoint()} does not have {repo} at {revision} ({reason}); check HF_ENDPOINT"
-        )
-    if isinstance(e, HfHubHTTPError):
-        return HubError(
-            f"corpus={corpus}: {endpoint()} refused the request ({reason}); "
-            "try again later, or set HF_ENDPOINT to a mirror"
+            f"{request.prefix}{endpoint()} sent a reply about {request.what} that is not the reply of a hub "
+            f"({reason}); check HF_ENDPOINT, and start again"
         )
     return HubError(
         f"{missing} and could not be fetched from {endpoint()}: {reason}; "
-        "check the network and start again, set HF_ENDPOINT to a mirror, or use --set corpus=synthetic"
+        f"check the network and start again, set HF_ENDPOINT to a mirror, or {request.instead}"
     )
 
 
-def _local_error(cache: Path, e: OSError) -> Exception:
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error, and the errors that caused it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
+def _status(e: Exception) -> int:
+    """Return the status with which the server refused a request, or 0 if it did not refuse a request."""
+    for cause in causes(e):
+        response = getattr(cause, "response", None)
+        status = getattr(response, "status_code", None)
+        if isinstance(status, int) and status >= 400:
+            return status
+    return 0
+
+
+def _refusal(status: int, what: str, e: Exception) -> str:
+    """Return what the server did, and how to fix it."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    log_in = "log in with `hf auth login`, or set HF_TOKEN"
+    if isinstance(e, GatedRepoError):
+        return f"asks for access to {what} (status {status}); get access on its page, and {log_in}"
+    if status == 404:
+        return (
+            f"does not have {what} (status 404); check the name, the revision and HF_ENDPOINT, "
+            f"or {log_in} if it is private"
+        )
+    if isinstance(e, RepositoryNotFoundError):  # the hub answers 401 for a name that it does not have
+        return (
+            f"does not have {what}, or it is private (status {status}); "
+            f"check the name, the revision and HF_ENDPOINT, or {log_in}"
+        )
+    if status in (401, 403):
+        return f"refused the request for {what} (status {status}); {log_in}, with a token that may read it"
+    return (
+        f"refused the request for {what} (status {status}); try again later, or set HF_ENDPOINT to a mirror"
+    )
+
+
+def _local_error(cache: Path, e: OSError) -> MainrunError:
     if e.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFull(
             f"no space left for the download in {cache}; "

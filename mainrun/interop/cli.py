@@ -41,6 +41,9 @@ def import_checkpoint(
         float | None,
         typer.Option("--capacity", metavar="C", help="The fraction of tokens that a routed block processes."),
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Overwrite an earlier preset, even if it was edited.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Check a Qwen2 checkpoint, and write a preset that starts from its weights.
@@ -50,7 +53,9 @@ def import_checkpoint(
     from mainrun.interop.hub import write_preset
 
     with stoppable():
-        preset = write_preset(source, out, block_size=block_size, pattern=pattern, capacity=capacity)
+        preset = write_preset(
+            source, out, block_size=block_size, pattern=pattern, capacity=capacity, force=force
+        )
     print(preset)
 
 

@@ -7,14 +7,14 @@ import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mainrun.config import TrainConfig, from_dict
 from mainrun.core.hardware import cache_dir
-from mainrun.data.hub_files import LOCAL_ERRORS, endpoint, offline
-from mainrun.errors import ConfigError, HubError, UsageError
+from mainrun.data.hub_files import REPOSITORY_RULE, Request, endpoint, is_repository, offline, request_errors
+from mainrun.errors import HubError, UsageError
 from mainrun.files import inputs
 from mainrun.interop import qwen2
 from mainrun.interop.routing_files import read_routing_fields
@@ -22,7 +22,7 @@ from mainrun.plan.recipes import check_name
 from mainrun.store.rundir import write_text
 
 FIRST_LINE = "# This preset was written by `mainrun hub import`."
-REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+AT_REVISION = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 COMMIT = re.compile("[0-9a-f]{40}")
 BLOCK_SIZE = 1024
 # the fields of a preset that do not depend on the checkpoint
@@ -42,7 +42,7 @@ TRAINING: dict[str, Any] = {
 }
 
 
-class Source(NamedTuple):
+class LocatedCheckpoint(NamedTuple):
     """A checkpoint on this machine."""
 
     folder: Path
@@ -50,13 +50,25 @@ class Source(NamedTuple):
 
 
 def write_preset(
-    source: str, out: Path, *, block_size: int = 0, pattern: str = "", capacity: float | None = None
+    source: str,
+    out: Path,
+    *,
+    block_size: int = 0,
+    pattern: str = "",
+    capacity: float | None = None,
+    force: bool = False,
 ) -> Path:
-    """Check a checkpoint, write a preset that starts from it, and return the path of the preset."""
+    """Check a checkpoint, write a preset that starts from it, and return the path of the preset.
+
+    force: overwrite an earlier preset that has another text.
+    """
     check_out(out)
-    found = locate(source)
-    fields = preset_fields(found.folder, block_size, pattern, capacity)
-    text = to_toml(found.about, fields)
+    check_pattern(pattern, capacity)
+    checkpoint = locate(source)
+    fields = preset_fields(checkpoint.folder, block_size, pattern, capacity)
+    text = to_toml(checkpoint.about, fields)
+    if not force:
+        check_unchanged(out, text)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, text)
     return out
@@ -72,42 +84,80 @@ def check_out(out: Path) -> None:
     check_regular_file(out, "--out", FIRST_LINE.encode(), "preset of this command")
 
 
+def check_unchanged(out: Path, text: str) -> None:
+    """Raise UsageError if a preset exists with another text, because a user may have edited it."""
+    if not out.exists():
+        return
+    earlier = out.read_bytes()
+    if earlier and earlier != text.encode():
+        raise UsageError(
+            f"got --out {out}, which exists and differs from the new preset; "
+            "give another file, or overwrite it with --force"
+        )
+
+
+def check_pattern(pattern: str, capacity: float | None) -> None:
+    """Raise UsageError if a capacity has no effect, because no block of the pattern is routed."""
+    if capacity is not None and pattern and set(pattern) == {"D"}:
+        raise UsageError(
+            f"got --capacity {capacity}, but --pattern {pattern} routes no block; "
+            "give a pattern with routed blocks, such as DM, or leave out --capacity"
+        )
+
+
 def preset_fields(folder: Path, block_size: int, pattern: str, capacity: float | None) -> dict[str, Any]:
     """Return the fields of a preset for a checkpoint, after checking the whole checkpoint."""
-    config = qwen2.read_config(folder)
+    with naming(folder):
+        config = qwen2.read_config(folder)
+        fields = qwen2.model_fields(config)
     longest = config["max_position_embeddings"]
     if block_size > longest:
-        raise UsageError(f"got --block-size {block_size}; the checkpoint has at most {longest} positions")
-    fields = qwen2.model_fields(config)
+        raise UsageError(
+            f"got --block-size {block_size}, but the checkpoint has {longest} positions; "
+            f"give at most {longest}"
+        )
     fields |= {"block_size": block_size or min(BLOCK_SIZE, longest)}
-    fields |= routing_fields(folder, pattern, capacity)
+    with naming(folder):
+        routing = read_routing_fields(folder)
+    fields |= routing_fields(routing, folder, pattern, capacity)
     fields |= {"start": f"hf:{folder}", "tokenizer": f"hf:{folder}"} | TRAINING
-    check_tensors(_config(fields, folder))
+    with naming(folder):
+        check_tensors(folder, from_dict(fields))
     return fields
 
 
-def _config(fields: Mapping[str, Any], folder: Path) -> TrainConfig:
+@contextmanager
+def naming(folder: Path) -> Iterator[None]:
+    """Add to the message of a UsageError that a folder cannot be imported."""
     try:
-        return from_dict(dict(fields))
-    except ConfigError as e:
+        yield
+    except UsageError as e:
         raise UsageError(f"{folder} cannot be imported: {e}") from None
 
 
-def check_tensors(cfg: TrainConfig) -> None:
-    """Raise UsageError if the tensors of a start are not those of the model of the config."""
+def check_tensors(folder: Path, cfg: TrainConfig) -> None:
+    """Raise UsageError if the tensors of a checkpoint are not those of the model of the config."""
     import torch
 
-    from mainrun.interop.start import check_fit, read_start
+    from mainrun.interop.start import find_faults, read_checkpoint
     from mainrun.train import GPT
 
-    start = read_start(cfg)
+    start = read_checkpoint(folder, cfg)
     with torch.device("meta"):  # the check needs only the names and the shapes
-        check_fit(start, cfg, GPT(cfg, cfg.vocab_size))
+        model = GPT(cfg, cfg.vocab_size)
+    faults = find_faults(start, cfg, model)
+    if faults:
+        listed = "\n  ".join(faults)
+        raise UsageError(
+            f"its tensors are not those of the model that its config.json describes:\n  {listed}\n"
+            "download the checkpoint again"
+        )
 
 
-def routing_fields(folder: Path, pattern: str, capacity: float | None) -> dict[str, Any]:
-    """Return the fields of routed blocks, from the options or from the files of an exported run."""
-    fields = read_routing_fields(folder)
+def routing_fields(
+    fields: dict[str, Any], folder: Path, pattern: str, capacity: float | None
+) -> dict[str, Any]:
+    """Return the fields of routed blocks, from the options or from the fields of an exported run."""
     if fields and pattern:
         raise UsageError(
             f"got --pattern {pattern}, but {folder} has routers for the layers {fields['block_pattern']}; "
@@ -151,7 +201,7 @@ def _toml_value(value: Any) -> str:
 # -- the checkpoint
 
 
-def locate(source: str) -> Source:
+def locate(source: str) -> LocatedCheckpoint:
     """Return the checkpoint in a folder, or download a checkpoint from the hub."""
     path = inputs.expanded(source, "DIR")
     why = inputs.bad_path(source)
@@ -160,8 +210,13 @@ def locate(source: str) -> Source:
     if os.path.lexists(path):
         # a full path, because a preset may be used from another folder
         folder = path.resolve()
-        return Source(folder, f"starts from the Qwen2 checkpoint in {folder}")
-    match = REPOSITORY.fullmatch(source)
+        return LocatedCheckpoint(folder, f"starts from the Qwen2 checkpoint in {folder}")
+    match = AT_REVISION.fullmatch(source)
+    if match and not is_repository(match[1]):
+        raise UsageError(
+            f"got {inputs.shown(source, 80)}, which is neither a folder nor the name of a repository; "
+            f"give the folder of a checkpoint, or {REPOSITORY_RULE}"
+        )
     if not match:
         raise UsageError(
             f"got {inputs.shown(source, 80)}, which is no folder; "
@@ -170,7 +225,7 @@ def locate(source: str) -> Source:
     repository = match[1]
     commit = _commit(repository, match[2] or "main")
     folder = _download(repository, commit)
-    return Source(folder, f"starts from {repository} at commit {commit} on the Hugging Face hub")
+    return LocatedCheckpoint(folder, f"starts from {repository} at commit {commit} on the Hugging Face hub")
 
 
 def _commit(repository: str, revision: str) -> str:
@@ -187,8 +242,10 @@ def _commit(repository: str, revision: str) -> str:
             f"{repository} at {revision} has no safetensors files, and mainrun loads no others; "
             f"its files: {', '.join(names[:10]) or 'none'}"
         )
-    if not info.sha or not COMMIT.fullmatch(info.sha):
-        raise HubError(f"{endpoint()} gives no commit for {repository} at {revision}; check HF_ENDPOINT")
+    if not isinstance(info.sha, str) or not COMMIT.fullmatch(info.sha):
+        raise HubError(
+            f"{endpoint()} did not return a commit for {repository} at {revision}; check HF_ENDPOINT"
+        )
     return info.sha
 
 
@@ -206,47 +263,12 @@ def _download(repository: str, commit: str) -> Path:
                 allow_patterns=patterns,
                 local_files_only=offline(),
             )
-        qwen2.read_config(Path(folder))
+        with naming(Path(folder)):
+            qwen2.read_config(Path(folder))
     return Path(folder).absolute()
 
 
-@contextmanager
-def _hub_errors(repository: str, revision: str) -> Iterator[None]:
-    """Convert the errors of the hub's library to HubError."""
-    try:
-        yield
-    # The hub library, the HTTP client and the JSON parser raise exceptions without a common base class.
-    except Exception as e:
-        raise _explained(repository, revision, e) from e
-
-
-def _explained(repository: str, revision: str, e: Exception) -> Exception:
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    what = f"{repository} at {revision}"
-    if isinstance(e, OSError) and e.errno in LOCAL_ERRORS:
-        return inputs.refusal(e)
-    if offline():
-        return HubError(
-            f"{what} is not in the cache ({cache_dir()}) and HF_HUB_OFFLINE is set; unset it, or give the "
-            "full commit of a checkpoint that was downloaded before"
-        )
-    reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-    if isinstance(e, GatedRepoError):
-        return HubError(f"{endpoint()} asks for access to {what} ({reason}); log in with `hf auth login`")
-    if isinstance(e, RepositoryNotFoundError | RevisionNotFoundError):
-        return HubError(
-            f"{endpoint()} does not have {what} ({reason}); check the name and the revision, "
-            "or log in with `hf auth login` if it is private"
-        )
-    if isinstance(e, HfHubHTTPError) and not isinstance(e, LocalEntryNotFoundError):
-        return HubError(f"{endpoint()} refused the request for {what} ({reason}); try again later")
-    return HubError(
-        f"{what} could not be fetched from {endpoint()}: {reason}; check the network and start again"
-    )
+def _hub_errors(repository: str, revision: str) -> AbstractContextManager[None]:
+    """Convert the errors of requests for a checkpoint, as `request_errors` does."""
+    instead = "give the folder or the full commit of a checkpoint that was downloaded before"
+    return request_errors(Request(f"{repository} at {revision}", instead))

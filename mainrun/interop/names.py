@@ -28,7 +28,6 @@ IN_BLOCK = {
 OUR_NAMES = {theirs: ours for ours, theirs in (OUTSIDE | IN_BLOCK).items()}
 BLOCK = re.compile(r"blocks\.(\d+)\.(.+)\.(weight|bias)")
 THEIR_BLOCK = re.compile(r"model\.layers\.(0|[1-9]\d*)\.(.+)\.(weight|bias)")
-LOW_RANK = re.compile(r"\.lora_[ab]$")
 
 
 def checkpoint_name(name: str) -> str:
@@ -49,8 +48,3 @@ def our_name(name: str) -> str:
     if not match or match[2] not in IN_BLOCK.values():
         return ""
     return f"blocks.{match[1]}.{OUR_NAMES[match[2]]}.{match[3]}"
-
-
-def is_extra(name: str) -> bool:
-    """Return whether one of our tensors may be missing from a start: low-rank terms and routers."""
-    return ".router." in name or LOW_RANK.search(name) is not None

@@ -7,19 +7,17 @@ messages of the library and of the server may repeat what was sent, so mainrun d
 from __future__ import annotations
 
 import fnmatch
-import re
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mainrun.data.hub_files import endpoint
+from mainrun.data.hub_files import REPOSITORY_RULE, endpoint, is_repository
 from mainrun.errors import HubError, RunError, UsageError
 from mainrun.files import inputs
 from mainrun.store.rundir import RunDir
 
-REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
 ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
 ROUTERS = ["routing.json", "routing.safetensors"]
@@ -56,12 +54,10 @@ def push_run(run: RunDir, repo: str, *, private: bool = False, adapter: bool = F
 
 def check_repo(repo: str) -> None:
     """Raise UsageError if a name is not the name of a repository on the hub."""
-    name = repo.partition("/")[2]
-    allowed = REPO.fullmatch(repo) and "--" not in repo and ".." not in repo and len(repo) <= 96
-    if not allowed or name.endswith((".git", ".", "-")):
+    if not is_repository(repo):
         raise UsageError(
-            f"got {inputs.shown(repo, 100)}, which is not the name of a repository; write OWNER/NAME with at "
-            "most 96 letters, digits, dots, dashes and underscores, such as alice/small-model"
+            f"got {inputs.shown(repo, 100)}, which is not the name of a repository; {REPOSITORY_RULE}, "
+            "such as alice/small-model"
         )
 
 

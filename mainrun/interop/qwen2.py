@@ -26,6 +26,7 @@ INDEX = "model.safetensors.index.json"
 ROUTING = "routing.safetensors"  # the routers of an exported run, by the names of mainrun
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPES = ("F32", "BF16", "F16")
+AGAIN = "download it again"
 CHUNK = 16_000_000  # the number of bytes to hash at a time
 
 # the keys of config.json that give the size of the model, and the fields of TrainConfig that they set
@@ -60,9 +61,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder; give the folder of a Qwen2 checkpoint")
     path = folder / "config.json"
+    if not os.path.lexists(path):
+        raise UsageError(f"{folder} has no config.json; give the folder of a Qwen2 checkpoint")
     config = read_json(path)
     if not isinstance(config, dict):
-        raise UsageError(f"{path} is {inputs.shown(config, 60)}, but must be an object")
+        raise UsageError(f"{path} is {inputs.shown(config, 60)}, but must be an object; {AGAIN}")
     faults = [*_wrong_values(config), *_wrong_sizes(config), *_wrong_attention(config), *_wrong_rope(config)]
     if faults:
         raise UsageError(
@@ -75,9 +78,18 @@ def read_config(folder: Path) -> dict[str, Any]:
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file."""
     try:
-        return inputs.parse_json(inputs.read_text(path))
+        text = inputs.read_text(path)
     except inputs.BadInput as e:
-        raise UsageError(f"{path} cannot be used: {e}") from None
+        raise UsageError(f"{path} {_without_fix(str(e))}; {AGAIN}") from None
+    try:
+        return inputs.parse_json(text)
+    except inputs.BadInput as e:
+        raise UsageError(f"{path} is not valid JSON ({_without_fix(str(e))}); {AGAIN}") from None
+
+
+def _without_fix(reason: str) -> str:
+    """Return the reason of a BadInput without its advice, which does not suit a file of a checkpoint."""
+    return reason.partition(";")[0]
 
 
 def model_fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,7 +109,7 @@ def model_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _wrong_values(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the values that a Qwen2 model cannot have here."""
+    """Yield the values that a Qwen2 model cannot have."""
     for key, allowed in FIXED.items():
         if key not in config:
             yield f"it lacks {key}"
@@ -233,7 +245,7 @@ def _shards(index: Path) -> dict[str, set[str]]:
     data = read_json(index)
     names_by_file = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(names_by_file, dict) or not names_by_file:
-        raise UsageError(f"{index} has no weight_map, which gives the shard of each tensor")
+        raise UsageError(f"{index} has no weight_map, which gives the shard of each tensor; {AGAIN}")
     shards: dict[str, set[str]] = {}
     for name, file in names_by_file.items():
         # a name with a folder could lead outside the checkpoint
@@ -253,7 +265,7 @@ def read_header(path: Path) -> dict[str, Stored]:
 
     why = inputs.not_a_file(path)
     if why:
-        raise UsageError(f"{path} {why}; restore it, or download it again")
+        raise UsageError(f"{path} {_without_fix(why)}; restore it, or {AGAIN}")
     tensors = {}
     try:
         with safe_open(path, "np") as file:
@@ -298,14 +310,14 @@ def sha256_each(tensors: Iterable[Stored]) -> dict[tuple[Path, str], str]:
 
 def _sha256_of_file(path: Path, names: set[str]) -> dict[str, str]:
     real = path.resolve()
-    facts = real.stat()
-    key = sha256_json([str(real), facts.st_size, facts.st_mtime_ns])
-    note = cache_dir() / "digests" / f"{key}.json"
-    digests = _read_note(note)
+    stat = real.stat()
+    key = sha256_json([str(real), stat.st_size, stat.st_mtime_ns])
+    cache_file = cache_dir() / "digests" / f"{key}.json"
+    digests = _read_digests(cache_file)
     missing = sorted(names - set(digests))
     if missing:
         digests |= _hash_tensors(path, missing)
-        _write_note(note, digests)
+        _write_digests(cache_file, digests)
     return digests
 
 
@@ -330,10 +342,10 @@ def _hash_tensors(path: Path, names: list[str]) -> dict[str, str]:
     return digests
 
 
-def _read_note(note: Path) -> dict[str, str]:
+def _read_digests(cache_file: Path) -> dict[str, str]:
     """Return the digests that were cached for a file, or an empty dict."""
     try:
-        digests = json.loads(note.read_bytes())
+        digests = json.loads(cache_file.read_bytes())
     except (OSError, ValueError):
         return {}
     if not isinstance(digests, dict) or not all(isinstance(value, str) for value in digests.values()):
@@ -341,15 +353,15 @@ def _read_note(note: Path) -> dict[str, str]:
     return digests
 
 
-def _write_note(note: Path, digests: dict[str, str]) -> None:
+def _write_digests(cache_file: Path, digests: dict[str, str]) -> None:
     """Write the digests of a file atomically. A cache that cannot be written costs only time."""
     with suppress(OSError):
-        note.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=note.parent, suffix=".tmp")
+        cache_file.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=cache_file.parent, suffix=".tmp")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as f:
                 json.dump(digests, f)
-            os.replace(temporary, note)
+            os.replace(temporary, cache_file)
         finally:
             with suppress(FileNotFoundError):  # a renamed file cannot be removed
                 os.unlink(temporary)

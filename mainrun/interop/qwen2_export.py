@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mainrun.core.parameters import is_base
 from mainrun.data.tokenizer import EOS, PAD
 from mainrun.errors import UsageError
 from mainrun.interop.card import checkpoint_card
-from mainrun.interop.names import checkpoint_name, is_extra
+from mainrun.interop.names import checkpoint_name
 from mainrun.interop.routing_files import write_routing
 from mainrun.interop.source import ExportedModel
 from mainrun.interop.tokenizer_files import file_order, write_tokenizer
@@ -46,7 +47,7 @@ def checkpoint_tensors(source: ExportedModel, merge: bool = True) -> dict[str, T
     order = file_order(source.tokenizer)
     tensors: dict[str, Tensor] = {}
     for name, parameter in source.model.named_parameters():
-        if is_extra(name):
+        if not is_base(name):
             continue
         target = checkpoint_name(name)
         if not target:

@@ -67,10 +67,10 @@ def write_routing(model: GPT, folder: Path) -> None:
 
 def has_routing(folder: Path) -> bool:
     """Return whether a checkpoint has routers. Raise UsageError if one of the two files is missing."""
-    present = [name for name in (TENSORS, FIELDS_FILE) if (folder / name).exists()]
-    if len(present) == 1:
-        raise UsageError(f"{folder} has {present[0]} but not the other of {TENSORS} and {FIELDS_FILE}; {FIX}")
-    return len(present) == 2
+    for present, missing in ((TENSORS, FIELDS_FILE), (FIELDS_FILE, TENSORS)):
+        if (folder / present).exists() and not (folder / missing).exists():
+            raise UsageError(f"{folder} has {present} but no {missing}; copy it too, or remove {present}")
+    return (folder / TENSORS).exists()
 
 
 def read_routing_fields(folder: Path) -> dict[str, Any]:

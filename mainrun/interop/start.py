@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from mainrun.config import TrainConfig, from_dict
+from mainrun.core.parameters import is_base
 from mainrun.errors import MainrunError, UsageError
 from mainrun.files import inputs
 from mainrun.interop import qwen2
-from mainrun.interop.names import checkpoint_name, is_extra
+from mainrun.interop.names import checkpoint_name
 from mainrun.interop.qwen2 import Stored
 from mainrun.store import checkpoint
 from mainrun.store.rundir import RunDir
@@ -124,13 +125,13 @@ def read_start(cfg: TrainConfig) -> Start:
     path = inputs.expanded(folder, "start")
     try:
         if kind == "hf":
-            return _read_checkpoint(path, cfg)
+            return read_checkpoint(path, cfg)
         return _read_run(path, ())
     except MainrunError as e:
         raise UsageError(f"start={inputs.shortened(cfg.start, 200)} cannot be used: {e}") from None
 
 
-def _read_checkpoint(folder: Path, cfg: TrainConfig) -> Start:
+def read_checkpoint(folder: Path, cfg: TrainConfig) -> Start:
     """Return the tensors of a Qwen2 checkpoint. The tokenizer of `cfg` gives the order of the rows."""
     from mainrun.data.foreign import folder_of, special_ids
 
@@ -179,7 +180,7 @@ def _read_inner_start(cfg: TrainConfig, outer: tuple[Path, ...]) -> dict[str, St
     path = inputs.expanded(folder, "start")
     if kind == "run":
         return _read_run(path, outer).tensors
-    return _read_checkpoint(path, cfg).tensors
+    return read_checkpoint(path, cfg).tensors
 
 
 def _newest_checkpoint(run: RunDir, cfg: TrainConfig) -> tuple[Path, dict[str, Any]]:
@@ -203,7 +204,7 @@ def _newest_checkpoint(run: RunDir, cfg: TrainConfig) -> tuple[Path, dict[str, A
 
 def check_fit(start: Start, cfg: TrainConfig, model: nn.Module) -> None:
     """Raise UsageError if the start does not fit the model. The message names every tensor that is wrong."""
-    faults = [*_wrong_fields(start.cfg, cfg), *_wrong_tensors(start.tensors, model)]
+    faults = find_faults(start, cfg, model)
     if not faults:
         return
     raise UsageError(
@@ -211,6 +212,11 @@ def check_fit(start: Start, cfg: TrainConfig, model: nn.Module) -> None:
         + "\n  ".join(faults)
         + "\nset the model fields to those of the start"
     )
+
+
+def find_faults(start: Start, cfg: TrainConfig, model: nn.Module) -> list[str]:
+    """Return how the fields and the tensors of a start differ from those of a model."""
+    return [*_wrong_fields(start.cfg, cfg), *_wrong_tensors(start.tensors, model)]
 
 
 def _wrong_fields(theirs: TrainConfig, ours: TrainConfig) -> Iterator[str]:
@@ -226,11 +232,12 @@ def _wrong_tensors(tensors: Mapping[str, Stored], model: nn.Module) -> Iterator[
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         if name not in tensors:
-            if not is_extra(name):
+            if is_base(name):
                 yield f"missing: {_both_names(name)}"
         elif tensors[name].shape != tuple(parameter.shape):
-            shape = tensors[name].shape
-            yield f"{_both_names(name)} has the shape {shape} in the start and {tuple(parameter.shape)} here"
+            theirs = tensors[name].shape
+            ours = tuple(parameter.shape)
+            yield f"{_both_names(name)} has the shape {theirs} in the start and {ours} in the model"
     for name in sorted(set(tensors) - set(parameters)):
         if name == "head.weight" and qwen2.is_tied_copy(tensors):
             continue

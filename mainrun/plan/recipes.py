@@ -47,8 +47,17 @@ def load(preset: str, sets: Iterable[str] = ()) -> list[TrainConfig]:
         fields = step.fields | overrides | {"preset": step.label}
         if str(overrides.get("tokenizer")).startswith("hf:") and "vocab_size" not in overrides:
             fields.pop("vocab_size", None)  # it belongs to the preset's own tokenizer
-        configs.append(from_dict(fields))
+        configs.append(from_dict(_with_full_paths(fields)))
     return configs
+
+
+def _with_full_paths(fields: dict[str, Any]) -> dict[str, Any]:
+    """Replace relative folders of `start` and `tokenizer`, because a run may be resumed from any folder."""
+    for name in ("start", "tokenizer"):
+        kind, _, folder = str(fields.get(name)).partition(":")
+        if kind in ("hf", "run") and folder and not folder.startswith("~"):
+            fields = fields | {name: f"{kind}:{Path(folder).absolute()}"}
+    return fields
 
 
 def parse_set(text: str) -> tuple[str, Any]:

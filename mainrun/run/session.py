@@ -197,7 +197,7 @@ def start_session(
         follow_leader(run_dir, state, accounts, device, growth)
     progress.start(cfg, growth.plan.table(), run_dir.metrics())
     if cfg.start:
-        progress.note(f"the weights start from {cfg.start} ({setup.start_digest[:12]})")
+        progress.note(f"the run starts from the weights of {cfg.start} ({setup.start_digest[:12]})")
     if device.note:
         progress.note(device.note)
     return Session(setup, run_dir, state, accounts, env, log, progress, sharing, growth, stop, until)

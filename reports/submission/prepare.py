@@ -45,7 +45,7 @@ FIXES = {
     ),
     "targets_unseen": "the model's forward must not use targets: remove them, and train again",
     "causality": "a position may attend only to itself and earlier positions: fix the mask, and train again",
-    "random_start": "start from random weights: do not load other weights, and train again with --fresh",
+    "random_start": "start from random weights: train again with an empty start, `--set start=`",
     "lossless_tokens": (
         "decoding must return the title: use tokenizer=bpe or unigram unchanged, and train again"
     ),
