@@ -444,7 +444,7 @@ def _estimate_rows(cost: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _memory_text(needed: int, available: int, processes: int) -> str:
-    """Describe the memory of a run. If the device has too little memory, say how to need less."""
+    """Describe the memory of a run. If the device has too little memory, suggest how to reduce it."""
     from mainrun.plan.cost import SAVE_MEMORY
     from mainrun.run.progress import short
 
