@@ -6,14 +6,13 @@ import hashlib
 import json
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 from checkpoints import ROWS, write_checkpoint
+from loopback import ReplyHandler, serving, use_hub
 from typer.testing import CliRunner, Result
 
 from mainrun.cli import app
@@ -51,24 +50,8 @@ class Hub(ThreadingHTTPServer):
         return [path.rpartition("/")[2] for path in self.requests if path.startswith("GET /someone/")]
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(ReplyHandler):
     server: Hub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-    def reply(self, status: int, body: bytes = b"", **headers: str) -> None:
-        self.send_response(status)
-        for key, value in headers.items():
-            self.send_header(key.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
 
     def do_GET(self) -> None:
         hub = self.server
@@ -125,18 +108,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 @pytest.fixture
 def hub(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     server = Hub(dict(files))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    proxies = ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy")
-    for key in ("HF_HUB_OFFLINE", "HF_TOKEN", *proxies):
-        monkeypatch.delenv(key, raising=False)
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    monkeypatch.setenv("MAINRUN_CACHE", str(tmp_path / "cache"))
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(server) as address:
+        use_hub(monkeypatch, address)
+        monkeypatch.setenv("MAINRUN_CACHE", str(tmp_path / "cache"))
+        yield server
 
 
 def import_from_hub(name: str, out: Path) -> Result:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mainrun.data.hub_files import REPOSITORY_RULE, endpoint, is_repository
+from mainrun.data.hub_files import REPOSITORY_RULE, causes, endpoint, is_repository
 from mainrun.errors import HubError, RunError, UsageError
 from mainrun.files import inputs
 from mainrun.store.rundir import RunDir
@@ -112,9 +112,9 @@ def check_kind(files: Iterable[str], repo: str, adapter: bool) -> None:
 
     `transformers` would load only one of the two, and the push would have to replace files of both.
     """
-    pushed, other, patterns = "a full model", "an adapter", ADAPTER
-    if adapter:
-        pushed, other, patterns = "an adapter", "a full model", WEIGHTS
+    pushed = "an adapter" if adapter else "a full model"
+    other = "a full model" if adapter else "an adapter"
+    patterns = WEIGHTS if adapter else ADAPTER
     for file in files:
         if any(fnmatch.fnmatchcase(file, pattern) for pattern in patterns):
             raise UsageError(
@@ -141,7 +141,7 @@ def _reason(error: BaseException, repo: str) -> str:
     """Explain an error of huggingface_hub, and say how to fix it."""
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-    for cause in _causes(error):
+    for cause in causes(error):
         if isinstance(cause, LocalTokenNotFoundError):
             return f"there is no access token for the hub; {LOG_IN}"
         if isinstance(cause, OfflineModeIsEnabled):
@@ -154,14 +154,6 @@ def _reason(error: BaseException, repo: str) -> str:
         f"{type(error).__name__} in huggingface_hub; check the access token, the network and HF_ENDPOINT, "
         "and run the same command again"
     )
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error, and the errors that caused it."""
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__ or cause.__context__
 
 
 def _reason_of_status(status: int, repo: str) -> str:
