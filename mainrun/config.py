@@ -268,8 +268,11 @@ class TrainConfig(BaseModel):
     weight_decay: float = scheduled(
         0.0, "weight decay of matrices and embeddings; decoupled except for SGD", ge=0, le=100
     )
+    weight_decay_aux: float | None = scheduled(
+        None, "weight decay of the embeddings and the head; unset: same as weight_decay", ge=0, le=100
+    )
     wd_schedule: Literal["constant", "linear", "cosine"] = scheduled(
-        "constant", "shape of the decrease of weight_decay to 0 over the run"
+        "constant", "shape of the decrease of both weight decays to 0 over the run"
     )
     clip: float = static(1.0, "maximum norm of the gradient; 0: no clipping", ge=0, le=1e6)
 

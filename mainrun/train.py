@@ -449,7 +449,7 @@ class State:
 
 
 # the values of a step that the gradients do not depend on, or only through a buffer
-RATES = ("lr", "lr_aux", "lr_lora", "lr_prior", "lr_router", "lr_student", "weight_decay")
+RATES = ("lr", "lr_aux", "lr_lora", "lr_prior", "lr_router", "lr_student", "weight_decay", "weight_decay_aux")
 OUTSIDE_GRADIENTS: dict[str, Any] = dict.fromkeys((*RATES, "average", "sharpness"), 0.0)
 
 
@@ -547,7 +547,7 @@ class TrainStep:
         graph = self.forward_backward.graph
         # without a CUDA graph, each step allocates new gradients, which a recorded update could not read
         self.optimizer_step.on = graph is not None
-        self.optimizer_step((inputs.weight_decay, graph), state.optimizers.apply)
+        self.optimizer_step((inputs.weight_decay, inputs.weight_decay_aux, graph), state.optimizers.apply)
         state.average.update(inputs)
 
 

@@ -573,7 +573,7 @@ def test_every_parameter_is_in_exactly_one_group(optimizer: str, changes: dict[s
         p = model.get_parameter(name)
         inner = name.startswith("blocks.") and p.ndim == 2
         assert group["rate"] == ("lr" if inner else "lr_aux"), name
-        assert group["decays"] == (p.ndim == 2), name
+        assert (group["decay"] != "") == (p.ndim == 2), name
         assert isinstance(owner, Muon) == (optimizer == "muon" and inner), name
 
 

@@ -184,9 +184,9 @@ class Optimizers:
                 matrices.append(p)
             else:
                 tables.append(p)
-        inner = self._grouped(cfg, matrices, "lr", decays=True)
-        outer = self._grouped(cfg, tables, "lr_aux", decays=True)
-        outer += self._grouped(cfg, vectors, "lr_aux", decays=False)
+        inner = self._grouped(cfg, matrices, "lr", decay="weight_decay")
+        outer = self._grouped(cfg, tables, "lr_aux", decay="weight_decay_aux")
+        outer += self._grouped(cfg, vectors, "lr_aux", decay="")
         others = OPTIMIZERS[cfg.optimizer].others
         if not others:
             return [MAKERS[cfg.optimizer](inner + outer, cfg)]
@@ -195,9 +195,10 @@ class Optimizers:
             optimizers.append(MAKERS[others](outer, cfg))
         return optimizers
 
-    def _grouped(self, cfg: TrainConfig, params: Iterable[Tensor], rate: str, decays: bool) -> list[Group]:
+    def _grouped(self, cfg: TrainConfig, params: Iterable[Tensor], rate: str, decay: str) -> list[Group]:
         """Return one parameter group for each learning rate and schedule.
 
+        rate, decay: the fields of StepInputs with the learning rate and the weight decay; "" for no decay.
         Routers and low-rank terms may have separate learning rates. A run without growth operations has one
         schedule.
         """
@@ -209,7 +210,7 @@ class Optimizers:
         groups = []
         for (kind_rate, schedule), members in by_kind.items():
             eps = cfg.eps * schedule.eps
-            group = {"params": members, "rate": kind_rate, "decays": decays, "schedule": schedule, "eps": eps}
+            group = {"params": members, "rate": kind_rate, "decay": decay, "schedule": schedule, "eps": eps}
             groups.append(group)
         return groups
 
@@ -221,7 +222,9 @@ class Optimizers:
             if schedule != DEFAULT_SCHEDULE:
                 rate *= schedule.rate(step)
             group["lr"] = self._rate_value(group, rate)
-            group["weight_decay"] = inputs.weight_decay * schedule.weight_decay if group["decays"] else 0.0
+            group["weight_decay"] = 0.0
+            if group["decay"]:
+                group["weight_decay"] = getattr(inputs, group["decay"]) * schedule.weight_decay
 
     @staticmethod
     def _rate_value(group: Group, rate: float) -> float | Tensor:

@@ -24,6 +24,7 @@ class StepInputs(NamedTuple):
     lr: float
     lr_aux: float
     weight_decay: float
+    weight_decay_aux: float
     dropout: float
     attn_dropout: float
     resid_dropout: float
@@ -282,11 +283,15 @@ class Plan:
         wd_factor = 1.0
         if cfg.wd_schedule != "constant":
             wd_factor = DECAY[cfg.wd_schedule](step / self.steps)
+        weight_decay_aux = cfg.weight_decay_aux
+        if weight_decay_aux is None:
+            weight_decay_aux = cfg.weight_decay
         dropout, attn_dropout, resid_dropout = self._dropouts[index]
         return StepInputs(
             lr=cfg.lr * lr_factor,
             lr_aux=(cfg.lr_aux or cfg.lr) * lr_factor,
             weight_decay=cfg.weight_decay * wd_factor,
+            weight_decay_aux=weight_decay_aux * wd_factor,
             dropout=dropout,
             attn_dropout=attn_dropout,
             resid_dropout=resid_dropout,
