@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mainrun import train as trainer
 from mainrun.config import TrainConfig, from_dict
+from mainrun.core import kernels
 from mainrun.core.average import Average
 from mainrun.core.device import Device
 from mainrun.core.dropout import Masks, dropout_sites
@@ -543,6 +544,25 @@ def test_rdrop_is_its_formula(smoothing: float) -> None:
     assert agreement > 0.01, "two masks disagree, else this shows nothing"
     assert torch.allclose(loss, (1 - smoothing) * cross + smoothing * uniform + 0.7 * agreement, atol=1e-5)
     assert torch.allclose(logged, cross, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [40, 1_000_000])
+def test_the_gradient_of_rdrop_is_that_of_its_formula(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "CHUNK", {"cpu": chunk})  # 40 logits: two tokens of two passes at a time
+    torch.manual_seed(0)
+    logits = torch.randn(14, 10, dtype=torch.float64, requires_grad=True)
+    y = torch.randint(0, 10, (7,))
+    log_p = logits.log_softmax(-1)
+    a, b = log_p.chunk(2)
+    agreement = ((a.exp() - b.exp()) * (a - b)).sum(-1).mean() / 2
+    loss = F.cross_entropy(logits, torch.cat([y, y]), label_smoothing=0.1) + 0.7 * agreement
+    expected = torch.autograd.grad(3 * loss, logits)[0]
+
+    got, plain = kernels.rdrop(logits, y, 0.7, 0.1)
+    grad = torch.autograd.grad(3 * got, logits)[0]
+    assert torch.allclose(got, loss, atol=1e-12)
+    assert torch.allclose(plain, F.cross_entropy(logits, torch.cat([y, y])), atol=1e-12)
+    assert torch.allclose(grad, expected, atol=1e-12)
 
 
 def test_rdrop_without_dropout_is_cross_entropy() -> None:

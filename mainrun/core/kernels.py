@@ -375,17 +375,74 @@ def cross_entropy(
     return CrossEntropy.apply(logits, target, smoothing, use_native and not logits.is_cuda)
 
 
+class RDrop(torch.autograd.Function):
+    """The R-Drop loss, computed in chunks like `CrossEntropy`.
+
+    The forward pass also computes the gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, weight: float, smoothing: float
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        rows = len(target)
+        vocab = logits.size(1)
+        ctx.grad = torch.empty_like(logits)
+        # the cross entropy, the loss against the uniform distribution, and the symmetric divergence
+        sums = torch.zeros(3, dtype=torch.float64, device=logits.device)
+        chunk_rows = max(1, CHUNK[logits.device.type] // (2 * vocab))
+        for start in range(0, rows, chunk_rows):
+            end = min(start + chunk_rows, rows)
+            places = (slice(start, end), slice(rows + start, rows + end))  # the two passes of the same tokens
+            log_p = [F.log_softmax(logits[place], dim=-1, dtype=wide) for place in places]
+            losses, grads = rdrop_of_chunk(log_p, target[start:end], weight, smoothing)
+            sums += losses
+            for place, grad in zip(places, grads, strict=True):
+                ctx.grad[place] = grad.mul_(1 / (2 * rows))
+        plain, uniform, divergence = (sums / (2 * rows)).to(wide)
+        loss = torch.lerp(plain, uniform, smoothing) if smoothing else plain
+        ctx.mark_non_differentiable(plain)
+        return loss + weight * divergence, plain
+
+    backward = staticmethod(CrossEntropy.backward)
+
+
+def rdrop_of_chunk(
+    log_p: list[Tensor], target: Tensor, weight: float, smoothing: float
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the three sums of `RDrop` for a chunk, and the gradients of its rows for the two passes.
+
+    The divergence is KL(a|b) + KL(b|a), where a and b are the distributions of the two passes. Half of its
+    mean over the tokens is multiplied by `weight`.
+    """
+    at_target = torch.arange(len(target), device=target.device), target
+    vocab = log_p[0].size(1)
+    a, b = (part.exp() for part in log_p)
+    log_ratio = log_p[0] - log_p[1]
+    a_from_b = (a * log_ratio).sum(1, keepdim=True)  # KL(a|b)
+    b_from_a = (b * log_ratio).sum(1, keepdim=True).neg_()  # KL(b|a)
+    difference = a - b
+    a_grad = (a * (log_ratio - a_from_b)).add_(difference)
+    b_grad = (b * (log_ratio + b_from_a)).add_(difference).neg_()
+    plain = torch.zeros((), dtype=torch.float64, device=target.device)
+    uniform = torch.zeros((), dtype=torch.float64, device=target.device)
+    grads = []
+    for p, log, divergence_grad in ((a, log_p[0], a_grad), (b, log_p[1], b_grad)):
+        plain = plain - log[at_target].sum(dtype=torch.float64)
+        if smoothing:
+            uniform = uniform - log.mean(1).sum(dtype=torch.float64)
+            p.sub_(smoothing / vocab)
+        p[at_target] -= 1 - smoothing
+        grads.append(p.add_(divergence_grad, alpha=weight))
+    divergence = (a_from_b + b_from_a).sum(dtype=torch.float64)
+    return torch.stack((plain, uniform, divergence)), grads
+
+
 def rdrop(logits: Tensor, y: Tensor, weight: float, smoothing: float) -> tuple[Tensor, Tensor]:
     """Return the R-Drop loss of two passes with different dropout masks, and the plain cross entropy.
 
     R-Drop penalizes differences between the outputs of the two passes. `logits` contains the logits of the
     first pass, followed by those of the second pass.
     """
-    logp = F.log_softmax(logits.float(), dim=-1)
-    loss = F.nll_loss(logp, torch.cat([y, y]).flatten())
-    plain = loss.detach()
-    if smoothing:
-        loss = torch.lerp(loss, -logp.mean(), smoothing)
-    a, b = logp.chunk(2)
-    symmetric_kl = ((a.exp() - b.exp()) * (a - b)).sum(-1).mean() / 2  # (KL(a|b) + KL(b|a)) / 2
-    return loss + weight * symmetric_kl, plain
+    return RDrop.apply(logits, y.flatten(), weight, smoothing)
