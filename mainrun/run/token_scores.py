@@ -18,7 +18,7 @@ def write_token_scores(setup: Setup, plan: Plan, run: RunDir, state: State) -> N
     All processes of a sharded run must call this function together.
     """
     set_last_inputs(state, plan, setup.device)
-    splits = {}
+    splits: dict[str, TokenScores] = {}
     with state.average.applied():
         for split in ("val", "dev"):
             if split in setup.data.splits:
@@ -38,7 +38,7 @@ def score_tokens(setup: Setup, model: nn.Module, split: str) -> TokenScores:
         losses[name].append(values.cpu())
 
     size = {"chars": chars, "nbytes": data.bytes[split], "block_size": setup.cfg.block_size}
-    scoring.evaluate(model, tokens, **size, geometry=setup.cfg.geometry, keep=keep)
+    scoring.evaluate(model, tokens, keep, **size, geometry=setup.cfg.geometry)
     full = -torch.cat(losses["full"]).numpy()
     official = -torch.cat(losses["official"]).numpy()
     return TokenScores(hash_tokens(tokens), chars, full, official)

@@ -29,8 +29,8 @@ SPLITS = ("val", "dev")
 TOLERANCE = 1e-3  # relative difference of two scores of the same weights on different machines
 COSTS = ("params", "presentations_per_epoch", "flops", "forward_flops", "seconds")  # are added up
 HEAD = [
-    "run", "seed", "full", "official", "params", "presentations/epoch", "training FLOPs", "FLOPs/scored token",
-    "time",
+    "run", "seed", "full", "official", "params", "presentations/epoch", "training FLOPs",
+    "FLOPs/scored token", "time",
 ]  # fmt: skip
 
 
