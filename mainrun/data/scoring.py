@@ -140,7 +140,7 @@ def _full(tokens: np.ndarray, block_size: int) -> Iterator[Batch]:
         yield inputs[None, complete:], tokens[None, complete:]
 
 
-def _nll(model: nn.Module, batches: Iterator[Batch], name: str, keep: Keep | None) -> float:
+def _nll(model: nn.Module, batches: Iterator[Batch], name: str = "", keep: Keep | None = None) -> float:
     """Return the total negative log-likelihood in nats. Float32 losses are summed in float64."""
     first = next(model.parameters(), None)
     device = torch.device("cpu") if first is None else first.device
