@@ -159,6 +159,30 @@ def compare(
         comparison.show(rows, console())
 
 
+def ensemble(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="Run ids, unique prefixes of run ids, or run directories."),
+    ],
+    split: Annotated[str, typer.Option("--split", metavar="val|dev", help="The scored titles.")] = "val",
+    out: Out = Path("runs"),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Score the mean of the probabilities of several finished runs.
+
+    The runs must have been trained with --set token_scores=true and have the same held-out tokens.
+    """
+    from mainrun.ui import ensemble as ensembles
+
+    members = ensembles.load(runs, out, split)
+    result = ensembles.score(members, split)
+    if as_json:
+        emit(result)
+    else:
+        ensembles.show(result, console())
+
+
 def sample(
     run: Annotated[
         str,
@@ -240,6 +264,7 @@ app.command()(train)
 app.command()(demo)
 app.command()(presets)
 app.command()(compare)
+app.command()(ensemble)
 app.command()(sample)
 app.command("eval")(eval_cli.eval_run)
 app.command()(doctor)

@@ -337,6 +337,10 @@ class TrainConfig(BaseModel):
     checkpoint_every: int = inert(
         0, "steps between two checkpoints; 0: one checkpoint per epoch", ge=0, le=1_000_000_000
     )
+    token_scores: bool = inert(
+        False,
+        "write the log-probability of each held-out token at the end of the run, for `mainrun ensemble`",
+    )
 
     # -- validation
     @field_validator("growth", mode="plain")

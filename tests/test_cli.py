@@ -127,12 +127,14 @@ def test_help_describes_every_command_in_a_full_sentence() -> None:
     for result in (invoke("--help"), invoke("-h"), invoke()):
         assert result.exit_code == 0
         assert result.stderr == ""
-        for command in ("train", "presets", "compare", "sample", "eval", "doctor", "download"):
+        for command in ("train", "presets", "compare", "ensemble", "sample", "eval", "doctor", "download"):
             assert re.search(rf"^  {command} +[A-Z].*\.$", result.stdout, re.M), result.stdout
         assert "..." not in result.stdout.split("Commands:")[1]
 
 
-@pytest.mark.parametrize("command", ["train", "presets", "compare", "sample", "eval", "doctor", "download"])
+@pytest.mark.parametrize(
+    "command", ["train", "presets", "compare", "ensemble", "sample", "eval", "doctor", "download"]
+)
 def test_every_command_has_help_and_debug(command: str) -> None:
     text = invoke(command, "--help").stdout
     assert "--debug" in text

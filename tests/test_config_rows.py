@@ -130,6 +130,7 @@ CHOICES: list[tuple[str, str, Any, list[Any]]] = [  # field, class, default, all
     ("title_mask", "static", False, [True, False]),
     ("tie_head", "static", True, [True, False]),
     ("init_depth_scaled", "static", False, [True, False]),
+    ("token_scores", "inert", False, [True, False]),
     ("router_weights", "static", "renormalised", ["renormalised", "softmax"]),
     ("gate", "static", "soft", ["soft", "straight"]),
     ("route", "static", "auto", ["auto", "own", "student"]),

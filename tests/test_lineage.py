@@ -212,6 +212,7 @@ CASES: dict[str, Case] = {
     "official_geometry": Case("3x8", None),
     "log_every": Case(3, None),
     "checkpoint_every": Case(2, None),
+    "token_scores": Case(True, None),
 }
 # These fields are static, but two runs can have equal weights. Small tensors use only one thread, and `route`
 # changes only the scores.

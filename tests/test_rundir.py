@@ -182,6 +182,7 @@ def test_fresh_removes_only_what_a_run_writes(tmp_path: Path) -> None:
         "growth.jsonl",
         "summary.json",
         "tokenizer.json",
+        "token_scores.safetensors",
     ):
         if name != "config.json":
             (run.path / name).write_text("{}")

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, tiny_sets
@@ -26,7 +27,7 @@ from mainrun.errors import ConfigError, UsageError
 from mainrun.plan.plan import Plan
 from mainrun.plan.recipes import load
 from mainrun.run.session import train, warn_about_memory
-from mainrun.store import checkpoint, lineage
+from mainrun.store import checkpoint, lineage, token_scores
 from mainrun.store.nodes import Store
 from mainrun.store.rundir import RunDir
 from mainrun.train import set_up
@@ -44,7 +45,7 @@ SMALL: dict[str, Any] = {
 }
 QWEN = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False, "qkv_bias": True, "n_layer": 4}
 CASES: dict[str, dict[str, Any]] = {
-    "adamw and ema": {"ema": 0.9, "weight_decay": 0.1},
+    "adamw and ema": {"ema": 0.9, "weight_decay": 0.1, "token_scores": True},
     "sgd, accumulation and swa": {
         "optimizer": "sgd",
         "lr": 0.05,
@@ -330,6 +331,10 @@ def test_two_processes_train_the_same_run_as_one(two: Path, tmp_path: Path, name
     assert summary["machine_class"]["shard"] is True and summary["machine_class"]["processes"] == 2
     if whole.routed_layers:
         assert summary["routing"]["topk_loss"] == pytest.approx(alone["routing"]["topk_loss"], abs=1e-5)
+    if whole.token_scores:
+        scores = token_scores.read(run)["val"]
+        full = -scores.full.sum(dtype=np.float64) / scores.chars
+        assert full == pytest.approx(summary["last"]["full"], rel=1e-9)
     assert max(steps(run, "grad_norm")) > whole.clip, "some gradients must be clipped"
 
 

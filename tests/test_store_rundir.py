@@ -38,6 +38,7 @@ FILES = [
     "growth.jsonl",
     "summary.json",
     "tokenizer.json",
+    "token_scores.safetensors",
 ]
 
 

@@ -81,7 +81,7 @@ def test_all_other_fields_can_be_searched() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["log_every", "eval_per_epoch", "eval_interval", "checkpoint_every", "preset"]
+    "name", ["log_every", "eval_per_epoch", "eval_interval", "checkpoint_every", "token_scores", "preset"]
 )
 def test_fields_without_an_effect_are_refused(name: str) -> None:
     assert list_faults({name: {"values": [1, 2]}}) == [

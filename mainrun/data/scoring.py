@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,7 @@ LOGITS = {"cpu": 16_000_000, "cuda": 512_000_000}
 CHUNK = {"cpu": 1_000_000, "cuda": 64_000_000}
 
 Batch = tuple[np.ndarray, np.ndarray]  # the inputs and the targets, both of shape (rows, length)
+Keep = Callable[[str, Tensor], None]  # receives the name of a score and the losses of its next targets
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ def official_coverage(n_tokens: int, geometry: tuple[int, int]) -> float:
 def evaluate(
     model: nn.Module,
     tokens: np.ndarray,
+    keep: Keep | None = None,
+    /,
     *,
     chars: int,
     nbytes: int,
@@ -83,6 +86,8 @@ def evaluate(
     The model maps token ids of shape (B, T) to logits of shape (B, T, V). The official and the full score are
     divided by `chars`, and bits_per_byte is divided by `nbytes`. The function computes no gradients, draws no
     random numbers, and restores the training mode of every module.
+
+    keep: a function that receives the losses of "official" and then of "full", in the order of the targets.
     """
     n = len(tokens)
     spans = official_spans(n, geometry)
@@ -101,8 +106,8 @@ def evaluate(
         # The code uses no_grad instead of inference_mode, because the model may keep a tensor that it creates
         # here and use the tensor in training.
         with torch.no_grad():
-            official_nll = _nll(model, _official(tokens, spans, geometry))
-            full_nll = _nll(model, _full(tokens, block_size))
+            official_nll = _nll(model, _official(tokens, spans, geometry), "official", keep)
+            full_nll = _nll(model, _full(tokens, block_size), "full", keep)
     finally:
         for module, mode in modes:
             module.training = mode
@@ -135,7 +140,7 @@ def _full(tokens: np.ndarray, block_size: int) -> Iterator[Batch]:
         yield inputs[None, complete:], tokens[None, complete:]
 
 
-def _nll(model: nn.Module, batches: Iterator[Batch]) -> float:
+def _nll(model: nn.Module, batches: Iterator[Batch], name: str = "", keep: Keep | None = None) -> float:
     """Return the total negative log-likelihood in nats. Float32 losses are summed in float64."""
     first = next(model.parameters(), None)
     device = torch.device("cpu") if first is None else first.device
@@ -150,7 +155,10 @@ def _nll(model: nn.Module, batches: Iterator[Batch]) -> float:
             logits: Tensor = model(x)
             rows = max(1, CHUNK[device.type] // logits.shape[-1])
             for chunk, target in zip(logits.flatten(0, 1).split(rows), y.flatten().split(rows), strict=True):
-                total += F.cross_entropy(chunk.float(), target, reduction="none").double().sum()
+                losses = F.cross_entropy(chunk.float(), target, reduction="none")
+                total += losses.double().sum()
+                if keep:
+                    keep(name, losses)
             width = max(1, LOGITS[device.type] // (inputs.shape[1] * logits.shape[-1]))
     return float(total)
 

@@ -90,6 +90,11 @@ def train(
             session.train()
         if not setup.device.takes_part:
             return {}
+        if cfg.token_scores:
+            from mainrun.run.token_scores import write_token_scores
+
+            with accounts.clock("evaluation"):
+                write_token_scores(setup, session.plan, run_dir, state)
         with state.average.applied(), accounts.clock("guards"):
             env = session.env if setup.device.leads else run_dir.env()
             summary = summarize(setup, session.plan, run_dir, state, accounts, env)

@@ -1,7 +1,7 @@
 """Read, write and lock run directories. A run directory contains these files:
 
     config.json  env.json  status.json  metrics.jsonl  growth.jsonl  summary.json  tokenizer.json
-    checkpoints/
+    token_scores.safetensors  checkpoints/
 
 A run with trackers also contains trackers.json, and the folders tensorboard and wandb.
 
@@ -40,6 +40,7 @@ FILES = (
     "growth.jsonl",
     "summary.json",
     "tokenizer.json",
+    "token_scores.safetensors",
 )
 TRACKING = ("trackers.json", ".trackers.json.tmp", "tensorboard", "wandb")
 # The files that a run writes into its directory. The option --fresh removes only these files.
@@ -126,12 +127,17 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically. The text is written to a temporary file, which is synced and renamed."""
+    """Write a text file atomically."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file atomically. The data is written to a temporary file, which is synced and renamed."""
     temp = path.with_name(f".{path.name}.tmp")
     with disk_errors(path):
         try:
-            with temp.open("w", encoding="utf-8") as f:
-                f.write(text)
+            with temp.open("wb") as f:
+                f.write(data)
                 f.flush()
                 os.fsync(f.fileno())
             temp.replace(path)
@@ -349,6 +355,11 @@ class RunDir:
         """Write a JSON file atomically."""
         self.check()
         write_json(self.path / name, value)
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write a binary file atomically."""
+        self.check()
+        write_bytes(self.path / name, data)
 
     def log(self, name: str) -> RowLog:
         """Open a log for appending."""

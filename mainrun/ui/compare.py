@@ -95,7 +95,7 @@ def rows(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     first = summaries[0]
     for other in summaries[1:]:
         _check_same_data(first, other)
-        _check_same_kind_of_start(first, other)
+        check_same_kind_of_start(first, other)
     return [_row(summary, first) for summary in summaries]
 
 
@@ -114,7 +114,7 @@ def _check_same_data(first: dict[str, Any], other: dict[str, Any]) -> None:
         )
 
 
-def _check_same_kind_of_start(first: dict[str, Any], other: dict[str, Any]) -> None:
+def check_same_kind_of_start(first: dict[str, Any], other: dict[str, Any]) -> None:
     """Raise RunError if only one of two runs started from random weights."""
     sources = [_start_of(summary) for summary in (first, other)]
     if sources.count("random weights") == 1:
@@ -198,23 +198,25 @@ def forward_flops(summary: dict[str, Any]) -> float | None:
 
 
 def show(table: list[dict[str, Any]], console: Console) -> None:
-    """Print the comparison table and its notes.
-
-    On a wide screen, the table has one row per run. On a narrow screen, the table has one column per run.
-    """
+    """Print the comparison table and its notes."""
     head = list(HEAD)
     cells = [_cells(row, first=i == 0) for i, row in enumerate(table)]
     column = head.index(FORWARD_FLOPS)
     if len({line[column] for line in cells}) == 1:
         for line in (head, *cells):
             del line[column]
+    show_cells(head, cells, console)
+    for note in _notes(table):
+        console.print(note, soft_wrap=True, markup=False)
+
+
+def show_cells(head: list[str], cells: list[list[str]], console: Console) -> None:
+    """Print a table with one row per run. On a narrow screen, the table has one column per run."""
     wide = _draw(head, cells)
     if _fits(wide, console):
         console.print(wide)
     else:
         _show_transposed(head, cells, console)
-    for note in _notes(table):
-        console.print(note, soft_wrap=True, markup=False)
 
 
 def _show_transposed(names: list[str], cells: list[list[str]], console: Console) -> None:
