@@ -22,7 +22,7 @@ import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -50,6 +50,9 @@ from mainrun.ui.train_cli import train
 from reports import cli as reports
 from reports.submission import cli as submission
 from sweeps import cli as sweep
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 CONTROL = r"[\x00-\x1f\x7f-\x9f]"
 CONTROL_IN_DOCUMENT = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # line breaks and tabs are printed as they are
@@ -126,6 +129,21 @@ def demo(
         run_demo(out, sets or [], submission.why_not_submittable)
 
 
+Costs = Annotated[
+    bool,
+    typer.Option("--costs", help="Show the parameters, FLOPs, time and machine beside each score."),
+]
+Pairs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--paired",
+        metavar="BASE,OTHER[,MARGIN]",
+        help="Test whether recipe OTHER scores lower than recipe BASE, by more than MARGIN nats per "
+        "character, over the seeds of both. Repeat the option to test several claims together.",
+    ),
+]
+
+
 def compare(
     runs: Annotated[
         list[str],
@@ -138,25 +156,44 @@ def compare(
             "--svg", metavar="FILE", callback=validate_paths, help="Also write the table as an SVG image."
         ),
     ] = None,
+    of_costs: Costs = False,
+    pairs: Pairs = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Compare finished runs in a table.
 
-    The score `full` of each run is compared with the score of the first run.
+    The score `full` of each run is compared with the score of the first run. With --paired, also test claims
+    about recipes, which are runs that differ only in their seed.
     """
     from mainrun.store import rundir
     from mainrun.ui import compare as comparison
 
     if svg:
         check_regular_file(svg, "--svg", b"<svg", "SVG")
-    rows = comparison.rows([comparison.load_summary(rundir.find(run, out)) for run in runs])
+    found = [rundir.find(place, out) for place in runs]
+    summaries = [comparison.load_summary(run) for run in found]
+    rows = comparison.rows(summaries)
+    claims = []
+    if pairs:
+        from mainrun.ui import paired
+
+        scores = zip(found, summaries, strict=True)
+        claims = paired.judge_claims(
+            [paired.RunScore(run.config(), summary) for run, summary in scores], pairs
+        )
+
+    def show(screen: Console) -> None:
+        comparison.show(rows, screen, of_costs)
+        if claims:
+            paired.show(claims, screen)
+
     if svg:
-        comparison.write_svg(rows, svg)
+        comparison.write_svg(show, svg)
     if as_json:
-        emit(rows)
+        emit({"runs": rows, "paired": claims} if claims else rows)
     else:
-        comparison.show(rows, console())
+        show(console())
 
 
 def ensemble(

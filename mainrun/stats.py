@@ -27,9 +27,9 @@ def t_quantile(p: float, df: float) -> float:
     return float(stdtrit(df, p))
 
 
-def _half_width(error: float, df: float) -> float:
+def _half_width(error: float, df: float, level: float = LEVEL) -> float:
     """Return half the width of an estimate's confidence interval, given the estimate's standard error."""
-    return t_quantile((1 + LEVEL) / 2, df) * error
+    return t_quantile((1 + level) / 2, df) * error
 
 
 @dataclass(frozen=True)
@@ -87,19 +87,28 @@ class Difference:
 
     @property
     def interval(self) -> tuple[float, float] | None:
+        return self.interval_of(LEVEL)
+
+    def interval_of(self, level: float) -> tuple[float, float] | None:
+        """Return the confidence interval of the difference for a confidence level."""
         if self.error is None:
             return None
-        half = _half_width(self.error, self.df)
+        half = _half_width(self.error, self.df, level)
         return self.mean - half, self.mean + half
 
     @property
     def p(self) -> float | None:
         """The two-sided p-value for the hypothesis that the two recipes have the same mean score."""
+        return self.p_of(0.0)
+
+    def p_of(self, value: float) -> float | None:
+        """Return the two-sided p-value for the hypothesis that the true difference is `value`."""
         if self.error is None:
             return None
+        distance = abs(self.mean - value)
         if self.error == 0:
-            return float(self.mean == 0)
-        return 2 * t_cdf(-abs(self.mean) / self.error, self.df)
+            return float(distance == 0)
+        return 2 * t_cdf(-distance / self.error, self.df)
 
 
 # The code does not use scipy's t-tests, because scipy's t-tests do not return the standard error.
@@ -173,6 +182,21 @@ def holm(ps: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(ps) - rank) * ps[i]))
         adjusted[i] = highest
     return adjusted
+
+
+def holm_levels(ps: Sequence[float]) -> list[float]:
+    """Return the confidence level of the interval of each claim, which fits Holm's method.
+
+    The interval of a claim excludes the value that the claim tests if and only if the claim's adjusted
+    p-value is below 1 - LEVEL.
+    """
+    levels = [0.0] * len(ps)
+    remaining = len(ps)  # the number of claims that are not proved by smaller p-values
+    for i in sorted(range(len(ps)), key=lambda i: ps[i]):
+        levels[i] = 1 - (1 - LEVEL) / remaining
+        if remaining * ps[i] < 1 - LEVEL:
+            remaining -= 1
+    return levels
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:

@@ -329,6 +329,7 @@ TEXT: dict[str, Draw] = {
     "--set": setting,
     "--store": store,
     "--store-size": size,
+    "--paired": choice("small,custom", "small,small", "small,custom,0.1", "small,custom,nan", ",", "a,b,-1"),
     "--prompt": word,
     "--tasks": choice("no_such_task", "a,,b", ",", " "),
     "--split": choice("val", "dev", "train", "Val", ""),

@@ -449,13 +449,69 @@ def test_compare_shows_forward_flops_only_if_they_differ(tmp_path: Path) -> None
 def test_forward_flops_that_a_summary_lacks_are_left_blank() -> None:
     old = summary(TrainConfig(preset="old"))
     del old["flops"]
-    assert compare.forward_flops(old) is None
     (row,) = compare.rows([old])
-    assert row["forward_flops"] is None
+    assert row["forward_flops"] is None and row["flops"] is None
+    text = io.StringIO()
+    compare.show([row], Console(width=120, file=text), of_costs=True)
+    assert "seen/" in text.getvalue()
+
+
+MACHINE = {"device": "a processor", "threads": 2, "processes": 1, "dtype": "float32"}
+
+
+def test_costs_are_shown_beside_each_score(tmp_path: Path) -> None:
+    """A recipe with R-Drop and four members, beside a single model on another machine."""
+    counted = {"presentations_per_token": 56.0, "forward_passes": 2, "ensemble_members": 4}
+    other = MACHINE | {"device": "a GPU", "dtype": "bfloat16", "compile": True}
+    make_run(tmp_path, TrainConfig(preset="one"), machine_classes=[MACHINE], ledger={"reused": 3})
+    many = TrainConfig(preset="many", lr=0.5)
+    make_run(tmp_path, many, presentations=counted, machine_classes=[other], flops=8e12)
+    result = invoke("compare", "one", "many", "--out", tmp_path, "--costs")
+    one, ensemble = re.findall(r"^ (?:one|many)-\w+ +(.*?) *$", result.stdout, re.M)
+    assert one.split() == ["1.5000", "1.4000", "(98%)", "27.2M", "1", "1", "1.00e12", "4.1M", "1:15*", "A"]
+    assert ensemble.split() == [
+        "1.5000",
+        "1.4000",
+        "(98%)",
+        "27.2M",
+        "4",
+        "8",
+        "8.00e12",
+        "16.3M",
+        "1:15",
+        "B",
+    ]
+    assert "machine A: a processor, 2 threads, float32\n" in result.stdout
+    assert "machine B: a GPU, 2 threads, bfloat16, compiled\n" in result.stdout
+    assert "3 of 10 steps were copied" in result.stdout and "coverage" in result.stdout
+    rows = json.loads(invoke("compare", "one", "many", "--out", tmp_path, "--json").stdout)
+    facts = [(row["members"], row["presentations_per_epoch"], row["flops"], row["machine"]) for row in rows]
+    assert facts == [
+        (1, 1, 1e12, "a processor, 2 threads, float32"),
+        (4, 8, 8e12, "a GPU, 2 threads, bfloat16, compiled"),
+    ]
+    default = invoke("compare", "one", "many", "--out", tmp_path).stdout
+    assert re.search(r"params +members +time", default), "an ensemble is called an ensemble"
+    assert "members" not in invoke("compare", "one", "--out", tmp_path).stdout
+
+
+def test_machines_have_distinct_letters() -> None:
+    letters = compare.machine_letters(str(i % 60) for i in range(100))
+    assert list(letters.values())[:2] == ["A", "B"] and list(letters.values())[25:28] == ["Z", "A2", "B2"]
+    assert len(set(letters.values())) == len(letters) == 60
 
 
 def rows(n: int) -> list[dict[str, Any]]:
     return compare.rows([summary(TrainConfig(preset=f"a-rather-long-name-{i}", seed=i)) for i in range(n)])
+
+
+def test_the_costs_fit_100_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    table = compare.rows([summary(TrainConfig(preset="optimized", seed=i)) for i in range(3)])
+    compare.show(table, Console(width=100, force_terminal=False, highlight=False), of_costs=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith(" optimized-") for line in lines) == 3, "one row per run"
+    compare.show(rows(3), Console(width=80, force_terminal=False, highlight=False), of_costs=True)
+    assert re.search(r"^ FLOPs/token +4.1M +4.1M", capsys.readouterr().out, re.M), "one column per run"
 
 
 @pytest.mark.parametrize("width", [48, 60, 80, 100, 120, 160, 240])

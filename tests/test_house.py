@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "checks": "files config plan core data train store growth run",
     "replay": "plan core data train store growth checks",
     "interop": "files config plan core data train store growth run checks ui",
-    "ui": "files config plan core data train store growth run checks interop.start",
+    "ui": "files config plan core data train store growth run checks stats interop.start",
     "bench": "files config plan core data train store run ui",
     "sweeps": "files config plan core data store stats run ui",
     "reports": "files config plan store stats ui",

@@ -29,6 +29,7 @@ from evidence import (
 from mainrun import stats
 from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import RunError
+from mainrun.ui.grouping import recipe_fields
 from reports.evidence import load
 from reports.evidence.load import Recipe, ReportData, Run
 
@@ -608,7 +609,7 @@ def test_recipe_names_list_the_fields_that_differ(
 
 
 def test_the_fields_that_define_a_recipe() -> None:
-    names = load.recipe_fields(make_run().cfg)
+    names = recipe_fields(make_run().cfg)
     left_out = {name for name in TrainConfig.model_fields if name not in names}
     assert left_out == {
         "seed",

@@ -243,6 +243,46 @@ def test_runs() -> None:
     assert "Red" not in tables.runs(make_data(Recipe("baseline", runs[2:]))).note
 
 
+def test_what_the_runs_cost(tmp_path: Path) -> None:
+    machine = {"device": "a processor", "threads": 2, "dtype": "float32"}
+    gpu = {"device": "a GPU", "dtype": "bfloat16"}
+    counted = {"presentations_per_token": 8.0, "train_tokens_per_epoch": 512}
+    single = make_run(full=2.12345, params=1234, flops=2e12, seconds=8.0, machine_classes=[machine])
+    ensemble = make_run(
+        seed=2,
+        flops=3.0 * 512 * 2 * 5e4,
+        machine_classes=[gpu],
+        presentations=counted | {"forward_passes": 2, "ensemble_members": 4},
+    )
+    bad = make_run(seed=3, machine_classes=[machine], guards=failing())
+    table = tables.run_costs(make_data(Recipe("baseline", (single, ensemble, bad))))
+    assert cells(table) == [
+        [single.id, "2.1235", "3.0000", "98.0", "1,234", "1", "1", "2e12", "1.3G", "8.0", "A"],
+        [ensemble.id, "2.0000", "3.0000", "98.0", "1,000", "4", "8", "1.54e08", "50K", "10.0", "B"],
+        [bad.id, "2.0000", "3.0000", "98.0", "1,000", "1", "1", "2e09", "1.3M", "10.0", "A"],
+    ]
+    assert table.red == {2} and (table.name, table.title) == ("costs", "What the runs cost")
+    assert "Machine A: a processor, 2 threads, float32; B: a GPU, bfloat16." in table.note
+    head, first, *_ = table.write(tmp_path).read_text().splitlines()
+    assert head == (
+        "run,full,official,covers %,params,members,seen/epoch,train FLOPs,FLOPs/token,seconds,machine"
+    )
+    assert first.endswith('"a processor, 2 threads, float32"'), "the CSV has the whole machine"
+
+
+def test_an_ensemble_is_called_an_ensemble() -> None:
+    counted = {"presentations_per_token": 4.0, "train_tokens_per_epoch": 512, "ensemble_members": 4}
+    single = make_recipe("baseline", {1: 2.0})
+    data = make_data(single, make_recipe("optimized", {1: 1.9}, presentations=counted))
+    for table, members in ((tables.recipes(data), ["4", "1"]), (pages.headline(data), ["1", "4"])):
+        assert table is not None
+        place = heads(table).index("members")
+        assert [row[place] for row in cells(table)] == members
+        assert "members is the number of models" in table.note
+    for table in (tables.recipes(make_data(single)), pages.headline(make_data(single))):
+        assert table is not None and "members" not in heads(table) and "members" not in table.note
+
+
 # -- forward FLOPs and routed blocks
 
 

@@ -329,3 +329,35 @@ def test_the_frontier_has_the_points_that_no_cheaper_point_beats(
     costs: list[float], scores: list[float], expected: list[int]
 ) -> None:
     assert stats.frontier(costs, scores) == expected
+
+
+def test_the_levels_of_intervals_follow_holms_method() -> None:
+    assert stats.holm_levels([]) == []
+    assert stats.holm_levels([0.5]) == pytest.approx([0.95])
+    levels = stats.holm_levels([0.04, 0.001, 0.02])
+    assert levels == pytest.approx([0.95, 1 - 0.05 / 3, 0.975]), "each claim is proved in turn"
+    levels = stats.holm_levels([0.04, 0.02, 0.03])
+    assert levels == pytest.approx([1 - 0.05 / 3] * 3), "the smallest p-value is above 0.05 / 3"
+
+
+def test_an_interval_excludes_a_value_if_its_adjusted_p_value_is_small() -> None:
+    rng = random.Random(5)
+    proved = 0
+    for _ in range(300):
+        changes = []
+        for _ in range(3):
+            a = {seed: rng.gauss(0, 1) for seed in range(4)}
+            changes.append(stats.difference(a, {seed: a[seed] + rng.gauss(1.5, 1) for seed in a}))
+        value = rng.choice([0.0, 0.5])
+        ps = [change.p_of(value) or 0.0 for change in changes]
+        for change, p, level in zip(changes, stats.holm(ps), stats.holm_levels(ps), strict=True):
+            low, high = change.interval_of(level) or (0, 0)
+            assert (p < 0.05) == (not low <= value <= high)
+            proved += p < 0.05
+    assert 100 < proved < 800
+
+
+def test_the_p_value_of_another_value_matches_scipy() -> None:
+    a, b = {1: 2.0, 2: 2.2, 3: 2.4}, {1: 1.9, 2: 2.09, 3: 2.31}
+    expected = reference.ttest_1samp([b[seed] - a[seed] for seed in a], -0.08)
+    assert stats.difference(a, b).p_of(-0.08) == pytest.approx(expected.pvalue)

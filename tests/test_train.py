@@ -840,7 +840,9 @@ def test_the_summary_says_what_it_must(undisturbed: Callable[[TrainConfig], Path
         "params",
         "tokens",
         "presentations",
+        "presentations_per_epoch",
         "flops",
+        "forward_flops",
         "seconds",
         "tokens_per_s",
         "fingerprints",
@@ -889,6 +891,8 @@ def test_the_summary_says_what_it_must(undisturbed: Callable[[TrainConfig], Path
         "ensemble_members": 1,
         "presentations_per_token": 0,
     }
+    assert summary["presentations_per_epoch"] == 1
+    assert summary["forward_flops"] == pytest.approx(summary["flops"] / (3 * summary["tokens"]))
     assert set(summary["fingerprints"]) == {"corpus", "train", "dev", "val"}
     assert all(
         len(h) == 64 for h in (*summary["fingerprints"].values(), summary["tokenizer"], summary["weights"])

@@ -16,7 +16,7 @@ from mainrun.plan.cost import forward_flops, segment_costs
 from mainrun.plan.plan import Plan
 from mainrun.plan.routing import STATS
 from mainrun.run.accounts import Accounts
-from mainrun.store import checkpoint
+from mainrun.store import checkpoint, costs
 from mainrun.store.rundir import RunDir
 from mainrun.train import GPT, Setup, State, set_last_inputs
 
@@ -82,7 +82,7 @@ def summarize(
     )
     if cfg.growth.ops:
         summary |= {"active": segments[-1]["active"], "segments": segments}
-    return summary | {"guards": [asdict(guard) for guard in guards(evidence)]}
+    return summary | costs.derived(summary) | {"guards": [asdict(guard) for guard in guards(evidence)]}
 
 
 def describe_start(setup: Setup) -> dict[str, str] | None:

@@ -8,13 +8,16 @@ comparable.
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
 from mainrun.config import MIN_COVERAGE
 from mainrun.errors import RunError, UsageError
-from mainrun.files.inputs import shown
+from mainrun.files.inputs import printable, shown
 from mainrun.run.progress import clock, percent, short
+from mainrun.store import costs
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,10 +43,20 @@ SAME = ("corpus", "val")  # the fingerprints that must be equal in all compared 
 STATUSES = ("pass", "flag", "fail")  # the possible results of a guard
 
 FORWARD_FLOPS = "forward FLOPs"  # this column is shown only if the runs differ in it
+MEMBERS = "members"  # this column is shown only if a run has several members
 HEAD = (
     "run", "full last", "full best", "delta full", FORWARD_FLOPS, "official", "bits/byte",
-    "steps", "tokens", "seen/token", "params", "time", "tok/s", "guards",
+    "steps", "tokens", "seen/token", "params", MEMBERS, "time", "tok/s", "guards",
 )  # fmt: skip
+# The head of the table of costs. A line break divides a long name into two lines.
+COST_HEAD = (
+    "run", "full", "official", "params", MEMBERS, "seen/\nepoch", "train\nFLOPs", "FLOPs/\ntoken", "time",
+    "machine",
+)  # fmt: skip
+COST_NOTE = (
+    "seen/epoch is how often an epoch shows each token of train, over all passes and members. "
+    "FLOPs/token is the cost of a forward pass of what is scored."
+)
 
 
 # -- summaries
@@ -171,52 +184,72 @@ def _row(summary: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
         "tokens": summary["tokens"],
         "presentations_per_token": summary["presentations"]["presentations_per_token"],
         "params": summary["params"],
-        "forward_flops": forward_flops(summary),
+        "members": costs.members(summary),
+        "presentations_per_epoch": costs.presentations_per_epoch(summary),
+        "flops": summary.get("flops"),
+        "forward_flops": costs.forward_flops(summary),
         "seconds": summary["seconds"],
+        "machine": costs.machine(summary),
         "tokens_per_s": summary["tokens_per_s"],
         "guards": guards,
     }
 
 
-def forward_flops(summary: dict[str, Any]) -> float | None:
-    """Return the number of FLOPs per token in a forward pass of the scored model.
-
-    The number of a routed model is based on the shares of tokens that its routers selected. The number is
-    None if the summary does not contain the FLOPs of the run.
-    """
-    if "routing" in summary:
-        return float(summary["routing"]["forward_flops"])
-    if summary.get("segments"):
-        return summary["segments"][-1]["flops_per_token"] / 3  # a training step costs three forward passes
-    if "flops" not in summary:
-        return None
-    passes = summary["presentations"].get("forward_passes", 1)
-    return summary["flops"] / (3 * passes * summary["tokens"])
-
-
 # -- the table
 
 
-def show(table: list[dict[str, Any]], console: Console) -> None:
-    """Print the comparison table and its notes."""
-    head = list(HEAD)
-    cells = [_cells(row, first=i == 0) for i, row in enumerate(table)]
-    column = head.index(FORWARD_FLOPS)
-    if len({line[column] for line in cells}) == 1:
-        for line in (head, *cells):
-            del line[column]
-    show_cells(head, cells, console)
-    for note in _notes(table):
+def show(table: list[dict[str, Any]], console: Console, of_costs: bool = False) -> None:
+    """Print the comparison table and its notes. `of_costs` selects the table of costs."""
+    notes = _notes(table)
+    if of_costs:
+        letters = machine_letters(row["machine"] for row in table)
+        head = list(COST_HEAD)
+        cells = [_cost_cells(row, letters) for row in table]
+        machines = [f"machine {letter}: {printable(name)}" for name, letter in letters.items()]
+        notes = [*machines, COST_NOTE, *notes]
+    else:
+        head = list(HEAD)
+        cells = [_cells(row, first=i == 0) for i, row in enumerate(table)]
+        _remove_idle_columns(head, cells, table)
+    show_table(head, cells, console)
+    for note in notes:
         console.print(note, soft_wrap=True, markup=False)
 
 
-def show_cells(head: list[str], cells: list[list[str]], console: Console) -> None:
-    """Print a table with one row per run. On a narrow screen, the table has one column per run."""
+def machine_letters(machines: Iterable[str]) -> dict[str, str]:
+    """Map each machine to a short name: A, B, ..., Z, A2, B2, ..."""
+    letters: dict[str, str] = {}
+    for machine in machines:
+        lap, place = divmod(len(letters), len(ascii_uppercase))
+        letters.setdefault(machine, ascii_uppercase[place] + (str(lap + 1) if lap else ""))
+    return letters
+
+
+def _remove_idle_columns(head: list[str], cells: list[list[str]], table: list[dict[str, Any]]) -> None:
+    """Remove the columns that say nothing about these runs."""
+    idle = []
+    if len({line[head.index(FORWARD_FLOPS)] for line in cells}) == 1:
+        idle.append(FORWARD_FLOPS)
+    if all(row["members"] == 1 for row in table):
+        idle.append(MEMBERS)
+    for name in idle:
+        column = head.index(name)
+        for line in (head, *cells):
+            del line[column]
+
+
+def show_table(head: list[str], cells: list[list[str]], console: Console) -> None:
+    """Print a table with one row per run, or with one column per run if the screen is narrow."""
     wide = _draw(head, cells)
     if _fits(wide, console):
         console.print(wide)
     else:
-        _show_transposed(head, cells, console)
+        _show_transposed(list(map(one_line, head)), cells, console)
+
+
+def one_line(head: str) -> str:
+    """Return the name of a column without its line break."""
+    return head.replace("/\n", "/").replace("\n", " ")
 
 
 def _show_transposed(names: list[str], cells: list[list[str]], console: Console) -> None:
@@ -288,7 +321,6 @@ def _verdict(guards: dict[str, list[str]]) -> str:
 
 
 def _cells(row: dict[str, Any], *, first: bool) -> list[str]:
-    flag = "!" if row["official_flagged"] else ""
     star = "*" if row["reused"] else ""
     trained = row["reused"] < row["steps"]
     counts = [f"{len(row['guards'][status])} {status}" for status in STATUSES if row["guards"][status]]
@@ -298,24 +330,47 @@ def _cells(row: dict[str, Any], *, first: bool) -> list[str]:
         f"{row['full_best']:.4f}",
         "" if first else f"{row['delta_full']:+.4f}",
         "" if row["forward_flops"] is None else short(row["forward_flops"]),
-        f"{row['official']:.4f} ({percent(row['coverage'])}{flag})",
+        _official(row),
         f"{row['bits_per_byte']:.4f}",
         f"{row['steps']:,}{star}",
         short(row["tokens"]),
         f"{row['presentations_per_token']:.4g}",
         short(row["params"]),
+        str(row["members"]),
         clock(row["seconds"]),
         short(row["tokens_per_s"]) if trained else "",
         ", ".join(counts),
     ]
 
 
-def write_svg(table: list[dict[str, Any]], path: Path) -> None:
-    """Write the table as an SVG image."""
+def _cost_cells(row: dict[str, Any], letters: dict[str, str]) -> list[str]:
+    star = "*" if row["reused"] else ""
+    return [
+        row["run"],
+        f"{row['full_last']:.4f}",
+        _official(row),
+        short(row["params"]),
+        str(row["members"]),
+        str(row["presentations_per_epoch"]),
+        "" if row["flops"] is None else f"{row['flops']:.2e}".replace("e+", "e"),
+        "" if row["forward_flops"] is None else short(row["forward_flops"]),
+        clock(row["seconds"]) + star,
+        letters[row["machine"]],
+    ]
+
+
+def _official(row: dict[str, Any]) -> str:
+    """Return the official score of a run with the share of the tokens that the score covers."""
+    flag = "!" if row["official_flagged"] else ""
+    return f"{row['official']:.4f} ({percent(row['coverage'])}{flag})"
+
+
+def write_svg(draw: Callable[[Console], None], path: Path) -> None:
+    """Write the tables that `draw` prints as an SVG image."""
     from rich.console import Console
 
     console = Console(record=True, file=io.StringIO(), width=150, highlight=False)
-    show(table, console)
+    draw(console)
     # A fixed ID for the SVG elements makes the file reproducible.
     svg = console.export_svg(title="mainrun compare", unique_id="mainrun")
     try:

@@ -17,10 +17,10 @@ import numpy as np
 from mainrun.config import MIN_COVERAGE
 from mainrun.errors import RunError, UsageError
 from mainrun.run.progress import clock, percent, short
-from mainrun.store import rundir, token_scores
+from mainrun.store import costs, rundir, token_scores
 from mainrun.store.rundir import RunDir
 from mainrun.store.token_scores import TokenScores
-from mainrun.ui.compare import check_same_kind_of_start, forward_flops, load_summary, show_cells
+from mainrun.ui.compare import check_same_kind_of_start, load_summary, show_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -175,8 +175,6 @@ def score(members: list[Member], split: str) -> dict[str, Any]:
 def _row(member: Member) -> dict[str, Any]:
     summary = member.summary
     scores = member.scores
-    presentations = summary["presentations"]
-    passes = presentations.get("forward_passes", 1)
     return {
         "run": summary["run"],
         "seed": member.seed,
@@ -184,9 +182,9 @@ def _row(member: Member) -> dict[str, Any]:
         "official": score_of(scores.official, scores.chars),
         "coverage": len(scores.official) / len(scores.full),
         "params": summary["params"],
-        "presentations_per_epoch": passes * presentations.get("ensemble_members", 1),
+        "presentations_per_epoch": costs.presentations_per_epoch(summary),
         "flops": summary.get("flops"),
-        "forward_flops": forward_flops(summary),
+        "forward_flops": costs.forward_flops(summary),
         "seconds": summary["seconds"],
         "steps": summary["steps"],
         "reused": summary.get("ledger", {}).get("reused", 0),
@@ -203,7 +201,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     count = len(rows)
     cells = [_cells(row["run"], str(row["seed"]), row, star=bool(row["reused"])) for row in rows]
     cells.append(_cells(f"all {count} runs", "", result["ensemble"], star=False))
-    show_cells(HEAD, cells, console)
+    show_table(HEAD, cells, console)
     for line in _lines(result):
         console.print(line, soft_wrap=True, markup=False)
 

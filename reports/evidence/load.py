@@ -6,7 +6,6 @@ raises a single error that lists all problems.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from mainrun.stats import Noise, noise
 from mainrun.store import records
 from mainrun.store.rundir import RunDir, find
 from mainrun.ui.compare import SAME, load_summary
+from mainrun.ui.grouping import group_by_recipe, recipe_key
 
 Source = TypeVar("Source")
 Item = TypeVar("Item")
@@ -220,7 +220,7 @@ class ReportData:
         """
         groups: dict[str, dict[int, float]] = {}
         for recipe in self.recipes:
-            groups.setdefault(_recipe_key(recipe.cfg), {}).update(recipe.scores)
+            groups.setdefault(recipe_key(recipe.cfg), {}).update(recipe.scores)
         return noise([list(scores.values()) for scores in groups.values()])
 
     @cached_property
@@ -573,48 +573,13 @@ def shorten(names: Sequence[str], limit: int = 4) -> str:
 # -- recipes
 
 
-def recipe_fields(cfg: TrainConfig) -> dict[str, Any]:
-    """Return the config fields that define a recipe: all fields that affect training, except the seed."""
-    fields = cfg.model_dump()
-    return {k: v for k, v in fields.items() if k != "seed" and TrainConfig.class_of(k) != "inert"}
-
-
-def _recipe_key(cfg: TrainConfig) -> str:
-    return json.dumps(recipe_fields(cfg), sort_keys=True)
-
-
 def _group_into_recipes(runs: Sequence[Run]) -> tuple[Recipe, ...]:
-    presets: dict[str, dict[str, list[Run]]] = {}  # maps a preset and a recipe key to runs
-    for run in sorted(runs, key=lambda run: (run.cfg.preset, run.cfg.seed, run.id)):
-        recipes = presets.setdefault(run.cfg.preset, {})
-        recipes.setdefault(_recipe_key(run.cfg), []).append(run)
-    grouped = []
-    for preset, recipes in presets.items():
-        differing = _differing_fields([members[0].cfg for members in recipes.values()])
-        for key, members in recipes.items():
-            name = _recipe_name(preset, json.loads(key), differing)
-            grouped.append(Recipe(name, tuple(members)))
-    return tuple(grouped)
+    ordered = sorted(runs, key=lambda run: (run.cfg.preset, run.cfg.seed, run.id))
+    return tuple(Recipe(name, tuple(members)) for name, members in group_by_recipe(ordered, _cfg_of))
 
 
-def _differing_fields(cfgs: Sequence[TrainConfig]) -> list[str]:
-    """Return the names of the recipe fields that do not have the same value in all configs."""
-    first, *others = map(recipe_fields, cfgs)
-    return [name for name in first if any(fields[name] != first[name] for fields in others)]
-
-
-def _recipe_name(preset: str, config: Mapping[str, Any], differing: Sequence[str]) -> str:
-    """Return a recipe's name, which consists of its preset and the fields in `differing`."""
-    words = [preset]
-    for name in differing:
-        value = config[name]
-        if isinstance(value, float):
-            words.append(f"{name}={value:.6g}")
-        elif name != "growth":
-            words.append(f"{name}={value}")
-    if "growth" in differing and config["growth"]["ops"]:
-        words.append("with growth")
-    return " ".join(words)
+def _cfg_of(run: Run) -> TrainConfig:
+    return run.cfg
 
 
 def _select_pair(recipes: Sequence[Recipe]) -> tuple[Recipe | None, Recipe | None, str]:

@@ -62,6 +62,7 @@ def make_tables(data: ReportData) -> Iterator[Table]:
     """Yield every table for which the inputs of the report have data."""
     if data.runs:
         yield tables.runs(data)
+        yield tables.run_costs(data)
         yield tables.recipes(data)
     for make_optional in (
         headline,
@@ -116,6 +117,7 @@ def headline(data: ReportData) -> Table | None:
                 mean_of(runs, tables.get_official),
                 mean_of(runs, tables.get_coverage),
                 recipe.runs[0].summary["params"],
+                tables.get_members(recipe.runs[0]),
                 mean_of(runs, tables.get_flops),
                 mean_of(list(filter(tables.is_fresh, runs)), tables.get_seconds),
             ]
@@ -128,6 +130,7 @@ def headline(data: ReportData) -> Table | None:
         Column("official", fixed(4)),
         Column("covers %", fixed(1)),
         Column("parameters", integer),
+        tables.MEMBERS,
         Column("FLOPs", scientific),
         Column("seconds", fixed(1)),
     ]
@@ -135,7 +138,8 @@ def headline(data: ReportData) -> Table | None:
         "Means over the listed seeds, at the last step, in nats per character of val. "
         "The full score counts every token once. Recipes are ranked by the full score."
     )
-    return tables.with_forward_flops(Table("headline", "Both recipes in numbers", columns, rows, note, red))
+    made = Table("headline", "Both recipes in numbers", columns, rows, note, red)
+    return tables.with_members(tables.with_forward_flops(made))
 
 
 # -- the sections
@@ -246,6 +250,7 @@ def recipes(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowabl
         )
     yield from report.table("recipes")
     yield from report.table("runs")
+    yield from report.table("costs")
 
 
 def ablation(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:

@@ -19,7 +19,8 @@ from mainrun import stats
 from mainrun.config import MIN_COVERAGE
 from mainrun.plan.cost import layer_flops
 from mainrun.plan.routing import LETTERS
-from mainrun.ui.compare import forward_flops
+from mainrun.store import costs
+from mainrun.ui.compare import machine_letters, one_line
 from reports.evidence.load import (
     Recipe,
     ReportData,
@@ -175,7 +176,7 @@ class Table:
         path = folder / f"{self.name}.csv"
         with path.open("w", encoding="utf-8", newline="") as f:
             writer = csv.writer(f, lineterminator="\n")
-            writer.writerow(head.replace("\n", " ") for head in self.heads)
+            writer.writerow(map(one_line, self.heads))
             for row in self.rows:
                 writer.writerow(map(_csv_value, row))
         return path
@@ -225,12 +226,17 @@ def get_seconds(run: Run) -> float:
 
 def get_forward_flops(run: Run) -> float:
     """Return the number of FLOPs per token in a forward pass of the scored model."""
-    flops = forward_flops(run.summary)
+    flops = costs.forward_flops(run.summary)
     assert flops is not None, "a report refuses a run without FLOPs"
     return flops
 
 
+def get_members(run: Run) -> int:
+    return costs.members(run.summary)
+
+
 FORWARD_FLOPS = Column("forward\nFLOPs", compact)
+MEMBERS = Column("members", integer)
 
 
 def with_forward_flops(table: Table) -> Table:
@@ -239,7 +245,21 @@ def with_forward_flops(table: Table) -> Table:
     if len({compact(row[place]) for row in table.rows}) > 1:
         table.note += " forward FLOPs is the cost per token of a forward pass of the scored model."
         return table
-    table.columns = [column for column in table.columns if column is not FORWARD_FLOPS]
+    return _without(table, FORWARD_FLOPS)
+
+
+def with_members(table: Table) -> Table:
+    """Explain the column of the members, or remove it if no row has several members."""
+    place = table.columns.index(MEMBERS)
+    if any(row[place] > 1 for row in table.rows):
+        table.note += " members is the number of models whose mean of probabilities is scored."
+        return table
+    return _without(table, MEMBERS)
+
+
+def _without(table: Table, removed: Column) -> Table:
+    place = table.columns.index(removed)
+    table.columns = [column for column in table.columns if column is not removed]
     for row in table.rows:
         del row[place]
     return table
@@ -266,6 +286,7 @@ def recipes(data: ReportData) -> Table:
         Column("official", fixed(4)),
         Column("covers %", fixed(1)),
         Column("params", integer),
+        MEMBERS,
         Column("FLOPs", scientific),
         Column("seconds", fixed(1)),
     ]
@@ -275,7 +296,7 @@ def recipes(data: ReportData) -> Table:
         f"scores that cover less than {MIN_COVERAGE:.0%} of val are not compared. Seconds exclude runs "
         "that reused steps from the store."
     )
-    return with_forward_flops(Table("recipes", "Recipes", columns, rows, note, red))
+    return with_members(with_forward_flops(Table("recipes", "Recipes", columns, rows, note, red)))
 
 
 def _rank(recipe: Recipe) -> tuple[bool, float]:
@@ -298,6 +319,7 @@ def _recipe_row(recipe: Recipe) -> Row:
         mean_of(valid, get_official),
         mean_of(shown, get_coverage),
         shown[0].summary["params"],
+        get_members(shown[0]),
         mean_of(shown, get_flops),
         mean_of(list(filter(is_fresh, shown)), get_seconds),
     ]
@@ -359,6 +381,53 @@ def _guard_result(run: Run) -> str:
     if flags:
         return f"ok, {flags} flag"
     return "ok"
+
+
+def run_costs(data: ReportData) -> Table:
+    """Make the table that lists the cost of every run beside its scores."""
+    letters = machine_letters(costs.machine(run.summary) for run in data.runs)
+    rows: list[Row] = []
+    red = set()
+    for i, run in enumerate(data.runs):
+        rows.append(_cost_row(run))
+        if run.failed_guards:
+            red.add(i)
+    columns = [
+        Column("run", text, 0.3),
+        Column("full", fixed(4)),
+        Column("official", fixed(4)),
+        Column("covers\n%", fixed(1)),
+        Column("params", integer),
+        MEMBERS,
+        Column("seen/\nepoch", integer),
+        Column("train\nFLOPs", scientific),
+        Column("FLOPs/\ntoken", compact),
+        Column("seconds", fixed(1)),
+        Column("machine", lambda name: letters[name]),
+    ]
+    machines = "; ".join(f"{letter}: {name}" for name, letter in letters.items())
+    note = (
+        "seen/epoch is how often an epoch shows each token of train, over all passes and members. "
+        "FLOPs/token is the cost of a forward pass of what is scored. Seconds exclude steps that were reused "
+        f"from the store. Machine {machines}."
+    )
+    return Table("costs", "What the runs cost", columns, rows, note, red)
+
+
+def _cost_row(run: Run) -> Row:
+    return [
+        run.id,
+        run.full,
+        get_official(run),
+        get_coverage(run),
+        run.summary["params"],
+        get_members(run),
+        costs.presentations_per_epoch(run.summary),
+        get_flops(run),
+        get_forward_flops(run),
+        get_seconds(run),
+        costs.machine(run.summary),
+    ]
 
 
 # -- ablation

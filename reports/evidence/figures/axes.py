@@ -62,6 +62,22 @@ def format_panel_ticks(axis: Axis, values: Sequence[float]) -> None:
     format_ticks(axis, 3)
 
 
+def format_cost_ticks(axis: Axis) -> None:
+    """Set about four to ten ticks on a logarithmic axis of costs, at round numbers."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low)
+    digits: tuple[float, ...] = (1.0,)
+    if decades < 1:
+        digits = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
+    elif decades < 3:
+        digits = (1.0, 2.0, 5.0)
+    axis.set_major_locator(LogLocator(10, digits))
+    axis.set_minor_locator(NullLocator())
+    format_ticks(axis)
+
+
 def set_row_names(axes: Axes, names: Sequence[str]) -> None:
     """Label the rows of a horizontal chart, with the first row at the top."""
     axes.set_yticks(range(len(names)), names)

@@ -25,6 +25,7 @@ from reports.evidence.figures import (
     schedules,
     seeds,
     slices,
+    training_flops,
     waterfall,
 )
 from reports.evidence.load import ReportData, Study
@@ -61,6 +62,7 @@ class StudyFigure:
 RUNS = {
     "headline": RunFigure(RESULT, headline.draw, headline.caption),
     "curves": RunFigure(COST, curves.draw, curves.caption),
+    "training-flops": RunFigure(COST, training_flops.draw, training_flops.caption),
     "forward-flops": RunFigure(COST, forward_flops.draw, forward_flops.caption),
     "seeds": RunFigure(COST, seeds.draw, seeds.caption),
     "waterfall": RunFigure(ABLATION, waterfall.draw, waterfall.caption),
