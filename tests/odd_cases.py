@@ -329,6 +329,7 @@ TEXT: dict[str, Draw] = {
     "--set": setting,
     "--store": store,
     "--store-size": size,
+    "--memory": choice("16GB", "1KB", "0", "-1GB", "16 apples", ""),
     "--prompt": word,
     "--tasks": choice("no_such_task", "a,,b", ",", " "),
     "--route": choice("own", "student", "Own", ""),

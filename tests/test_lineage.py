@@ -211,6 +211,7 @@ CASES: dict[str, Case] = {
     "eval_interval": Case(3, None),
     "official_geometry": Case("3x8", None),
     "log_every": Case(3, None),
+    "grad_norm_steps": Case(3, None),
     "checkpoint_every": Case(2, None),
 }
 # These fields are static, but two runs can have equal weights. Small tensors use only one thread, and `route`

@@ -106,11 +106,10 @@ def largest(memory_with: Callable[[int], int], usable: int, cap: int) -> int:
     if memory_with(1) > usable:
         return 0
     low = 1
-    while low < cap and memory_with(min(2 * low, cap)) <= usable:
-        low = min(2 * low, cap)
-    if low == cap:
-        return cap
-    high = min(2 * low, cap)
+    high = min(4, cap)
+    while low < cap and memory_with(high) <= usable:
+        low = high
+        high = min(4 * low, cap)
     while high - low > 1:
         # The memory is almost linear, so the largest number is often the one that a line predicts.
         below = memory_with(low)
