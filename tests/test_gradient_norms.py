@@ -52,7 +52,9 @@ def test_each_layer_has_the_norm_of_its_own_parameters() -> None:
     assert list(found) == list(layers)
     for name, modules in layers.items():
         grads = [p.grad.double() for module in modules for p in module.parameters()]  # type: ignore[union-attr]
-        assert found[name] == pytest.approx(math.sqrt(sum(float((g * g).sum()) for g in grads)), rel=1e-4), name
+        assert found[name] == pytest.approx(math.sqrt(sum(float((g * g).sum()) for g in grads)), rel=1e-4), (
+            name
+        )
 
 
 def test_only_the_first_steps_have_norms_and_the_bits_stay_the_same(tmp_path: Path) -> None:

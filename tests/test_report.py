@@ -893,7 +893,10 @@ def run_with_norms(preset: str, norms: list[dict[str, float]], **options: Any) -
 
 
 def test_gradient_norms_are_drawn_by_layer_with_their_median_over_the_steps() -> None:
-    shallow = [{"embedding": 4.0, "block_0": 0.0, "head": 1.0}, {"embedding": 2.0, "block_0": 0.0, "head": 0.5}]
+    shallow = [
+        {"embedding": 4.0, "block_0": 0.0, "head": 1.0},
+        {"embedding": 2.0, "block_0": 0.0, "head": 0.5},
+    ]
     deep = [{"embedding": 3.0, "block_0": 0.5, "block_1": 0.25, "head": 0.125}]
     recipes = [
         load.Recipe("normal", (make_run(), run_with_norms("baseline", shallow, seed=2))),

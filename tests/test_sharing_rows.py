@@ -617,7 +617,9 @@ def test_a_node_without_needed_gradient_norms_is_reused_only_after_their_steps()
     assert usable_steps(run) == []
     assert [node.step for node, _ in run.sharing.reader.usable(2)] == []
     assert [node.step for node, _ in run.sharing.reader.usable(3)] == [18]
-    logged = [row | {"grad_norms": {"head": 1.0}} if row["event"] == "step" else row for row in run.rows(0, 18)]
+    logged = [
+        row | {"grad_norms": {"head": 1.0}} if row["event"] == "step" else row for row in run.rows(0, 18)
+    ]
     run.store.nodes.clear()
     run.add(run.node(18, rows=tuple(logged)))
     assert usable_steps(run) == [18]

@@ -135,7 +135,7 @@ def starting_keys(store: Store, plans: dict[str, Plan], chains: dict[str, list[s
 def _reachable_step(
     store: Store, states: Container[str], keys: Container[str], plan: Plan, chain: list[str]
 ) -> int:
-    """Return the last step that a run can reach by reusing stored nodes, without missing a required row."""
+    """Return the last step that a run can reach by reusing stored nodes, without missing a required score."""
     step = 0
     while True:
         for target in range(len(chain) - 1, step, -1):
@@ -152,9 +152,6 @@ def _can_use(store: Store, states: Container[str], plan: Plan, key: str, step: i
         node = store.node(key)
         path: list[Node] = list(store.history(node, step))
     except Damaged:
-        return False
-    normed = {row["step"] for ancestor in path for row in ancestor.rows if "grad_norms" in row}
-    if not plan.steps_with_norms(step, target) <= normed:
         return False
     scored: set[int] = set()
     for ancestor in path:
