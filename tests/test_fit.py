@@ -32,7 +32,7 @@ def setup(**changes: Any) -> Setup:
 
 @pytest.fixture
 def linear(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace the estimate of the memory, which takes a moment: a row of a layer takes 1 MB, the rest 100 MB."""
+    """Replace the estimate of the memory, which takes a moment. A row of a layer takes 1 MB, the rest 100 MB."""
 
     def memory_of(configs: list[TrainConfig], device: Any, vocab_size: int, store: bool) -> int:
         rows = [cfg.batch_size // cfg.grad_accum * cfg.passes * cfg.n_layer for cfg in configs]
@@ -112,7 +112,7 @@ def test_train_limits_the_rows() -> None:
 
 @pytest.mark.usefixtures("linear")
 def test_memory_without_room_for_one_row_is_refused_with_the_numbers() -> None:
-    words = "one row needs about 102.0MB, .* only 101.7MB .113.0MB less a margin of 10%.; lower block_size"
+    words = r"one row needs about 102.0MB, .* only 101.7MB .113.0MB less a margin of 10%.; lower block_size"
     with pytest.raises(UsageError, match=words):
         fit(setup(), store=False, memory=113_000_000)
 
@@ -144,7 +144,7 @@ def test_grad_accum_is_the_smallest_divisor_that_fits(
 
 def test_a_growth_schedule_that_sets_too_large_micro_batches_is_refused() -> None:
     cfg = from_dict(TINY | {"growth": {"ops": [op("set_grad_accum", 1), op("set_batch_size", 32)]}})
-    with pytest.raises(UsageError, match="at most 8 rows .* set_batch_size or set_grad_accum"):
+    with pytest.raises(UsageError, match=r"at most 8 rows .* set_batch_size or set_grad_accum"):
         smallest_grad_accum(cfg, 8, 1)
 
 
@@ -190,7 +190,7 @@ def test_fit_follows_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     found = fit(one, store=False, memory=limit)
     assert (found["largest_micro_batch"], found["grad_accum"], found["proved"]) == (20, 4, True)
     monkeypatch.setattr(module, "prove", lambda *_: module.Proof(0, False))
-    with pytest.raises(UsageError, match="one row does not fit: .* ran out of it"):
+    with pytest.raises(UsageError, match=r"one row does not fit: .* ran out of it"):
         fit(one, store=False, memory=limit)
 
 

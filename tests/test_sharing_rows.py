@@ -623,7 +623,7 @@ def test_a_node_without_needed_gradient_norms_is_reused_only_after_their_steps()
     run.store.nodes.clear()
     run.add(run.node(18, rows=tuple(logged)))
     assert usable_steps(run) == [18]
-    copied = [row for row in run.sharing.reader.rows_for_run([run.node(18, rows=tuple(logged))], 0)]
+    copied = list(run.sharing.reader.rows_for_run([run.node(18, rows=tuple(logged))], 0))
     assert [row["step"] for row in copied if "grad_norms" in row] == [1, 2, 3], "as this run would log them"
     assert [row["step"] for row in copied if row["event"] == "step"] == list(range(1, 19))
     assert 0 not in RunWithStore().sharing.course.stops
