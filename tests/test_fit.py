@@ -32,7 +32,7 @@ def setup(**changes: Any) -> Setup:
 
 @pytest.fixture
 def linear(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace the estimate of the memory, which takes a moment. A row of a layer takes 1 MB, the rest 100 MB."""
+    """Replace the slow estimate of the memory: a row of a layer takes 1 MB, and the rest takes 100 MB."""
 
     def memory_of(configs: list[TrainConfig], device: Any, vocab_size: int, store: bool) -> int:
         rows = [cfg.batch_size // cfg.grad_accum * cfg.passes * cfg.n_layer for cfg in configs]
