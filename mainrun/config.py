@@ -334,6 +334,9 @@ class TrainConfig(BaseModel):
         "", "batch shape of the official score as ROWSxTOKENS; empty: batch_size x block_size"
     )
     log_every: int = inert(1, "steps between two rows of the training loss", ge=1, le=1_000_000)
+    grad_norm_steps: int = inert(
+        0, "number of first steps whose rows have the gradient norm of each layer", ge=0, le=1_000_000
+    )
     checkpoint_every: int = inert(
         0, "steps between two checkpoints; 0: one checkpoint per epoch", ge=0, le=1_000_000_000
     )

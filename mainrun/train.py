@@ -30,6 +30,7 @@ from mainrun.config import TrainConfig
 from mainrun.core.average import Average, copy_tensors
 from mainrun.core.device import Device
 from mainrun.core.dropout import Masks, dropout_sites
+from mainrun.core.gradient_norms import gradient_norms
 from mainrun.core.kernels import attend, cross_entropy, gelu, linear, rdrop
 from mainrun.core.layers import Context, Linear, RMSNorm, bias_of, cast, make_norm, rope_table, rotate
 from mainrun.core.optimizers import Optimizers
@@ -507,9 +508,10 @@ class TrainStep:
         # new values outside the gradients must not make the CUDA graph invalid
         state.model.set_sharpness(inputs)
         self.inputs = inputs._replace(**OUTSIDE_GRADIENTS)
+        self.first = state.step < state.cfg.grad_norm_steps
         before = state.tokens
         with device.compiling():
-            numbers = self.forward_backward((self.inputs, x.shape), self._forward_backward, x, y)
+            numbers = self.forward_backward((self.inputs, x.shape, self.first), self._forward_backward, x, y)
         assert numbers is not None
         self.tokens_per_replay = state.tokens - before or self.tokens_per_replay
         state.tokens = before + self.tokens_per_replay
@@ -536,9 +538,10 @@ class TrainStep:
                 (loss.minimized / inputs.grad_accum).backward()
             total += numbers_of(loss.plain, loss.routing) / inputs.grad_accum
             del loss, pool  # free this memory before the next micro-batch
+        layers = gradient_norms(model) if self.first else total[:0]
         norm = clip_gradients(model, cfg.clip or math.inf)
         total = device.mean(total)
-        return torch.cat((total[:1], norm.view(1), total[1:]))
+        return torch.cat((total[:1], norm.view(1), total[1:], layers))
 
     def update(self, inputs: StepInputs) -> None:
         """Update the weights from the gradients. Then update the weight average, if the config has one."""

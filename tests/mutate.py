@@ -64,6 +64,7 @@ MIRRORS = {
     "mainrun/core/cuda_graph.py": "test_estimate test_train_rows",
     "mainrun/core/dropout.py": "test_model test_kernels test_train_rows test_routed_steps",
     "mainrun/core/frozen_torch.py": "test_plain_run test_train",
+    "mainrun/core/gradient_norms.py": "test_gradient_norms",
     "mainrun/core/hardware.py": "test_device test_kernels",
     "mainrun/core/layers.py": "test_model test_train_rows test_routing",
     "mainrun/core/lora.py": "test_layers test_layers_rows test_lora",

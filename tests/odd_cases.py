@@ -330,6 +330,7 @@ TEXT: dict[str, Draw] = {
     "--store": store,
     "--store-size": size,
     "--paired": choice("small,custom", "small,small", "small,custom,0.1", "small,custom,nan", ",", "a,b,-1"),
+    "--memory": choice("16GB", "1KB", "0", "-1GB", "16 apples", ""),
     "--prompt": word,
     "--tasks": choice("no_such_task", "a,,b", ",", " "),
     "--split": choice("val", "dev", "train", "Val", ""),

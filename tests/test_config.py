@@ -46,7 +46,7 @@ OTHER: dict[str, Any] = {
     "resid_dropout": 0.2, "label_smoothing": 0.1, "ema": 0.99, "swa": 0.3, "eval_per_epoch": 5,
     "eval_interval": 20,
     "official_geometry": "8x64",
-    "log_every": 10, "checkpoint_every": 50, "token_scores": True,
+    "log_every": 10, "grad_norm_steps": 3, "checkpoint_every": 50, "token_scores": True,
     "growth": {"ops": [{"name": "set_lr", "value": 0.01, "trigger": {"budget_frac": 0.5}}]},
     "block_pattern": "DSM", "capacity": 0.25, "gate": "straight", "route": "student", "prior_factor": 0.125,
     "sharpness": 0.5, "sharpness_end": 3.0, "prior_loss": 0.1, "student_loss": 0.02, "router_loss": 0.02,

@@ -108,6 +108,7 @@ NUMBERS: list[tuple[str, str, Any, Any, Any]] = [
     ("eval_per_epoch", "inert", 3, 0, 10_000),
     ("eval_interval", "inert", 0, 0, 1_000_000_000),
     ("log_every", "inert", 1, 1, 1_000_000),
+    ("grad_norm_steps", "inert", 0, 0, 1_000_000),
     ("checkpoint_every", "inert", 0, 0, 1_000_000_000),
 ]
 CHOICES: list[tuple[str, str, Any, list[Any]]] = [  # field, class, default, allowed values

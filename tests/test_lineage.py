@@ -211,6 +211,7 @@ CASES: dict[str, Case] = {
     "eval_interval": Case(3, None),
     "official_geometry": Case("3x8", None),
     "log_every": Case(3, None),
+    "grad_norm_steps": Case(3, None),
     "checkpoint_every": Case(2, None),
     "token_scores": Case(True, None),
 }

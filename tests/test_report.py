@@ -24,7 +24,7 @@ from mainrun import stats
 from mainrun.errors import RunError
 from reports import cli
 from reports.evidence import findings, load, studies, tables
-from reports.evidence.figures import forward_flops, registry, routing, style
+from reports.evidence.figures import forward_flops, grad_norms, registry, routing, style
 
 T3 = 4.302653  # the 97.5% quantile of Student's t with 2 degrees of freedom, from a printed table
 
@@ -835,8 +835,8 @@ def test_each_figure_is_on_a_page_with_its_caption(pages: Path) -> None:
     captions |= {f"study-1-{name}": row.caption for name, row in registry.STUDY.items()}
     for name, caption in captions.items():
         drawn = (pages / "figures" / f"{name}.svg").is_file()
-        assert drawn == (name not in ("waterfall", "study-1-forward-flops")), (
-            "these runs are no ablation, and the trials of the study do not differ in FLOPs"
+        assert drawn == (name not in ("waterfall", "grad-norms", "study-1-forward-flops")), (
+            "these runs are no ablation and log no norms, and the trials of the study do not differ in FLOPs"
         )
         assert (caption in text) == drawn, name
 
@@ -883,6 +883,49 @@ def test_the_figure_of_a_routed_run_shows_shares_accuracy_and_flops() -> None:
     assert [y for _, y in points_of(accuracy, "_child1")] == [0.75, 0.75], "a constant is right for 75%"
     heights = [bar.get_height() for bar in flops.patches]
     assert heights == [1, tables.routing(run, 1).rows[1][5]]
+
+
+def run_with_norms(preset: str, norms: list[dict[str, float]], **options: Any) -> load.Run:
+    run = make_run(preset, **options)
+    for row, values in zip(run.steps, norms, strict=False):
+        row["grad_norms"] = values
+    return run
+
+
+def test_gradient_norms_are_drawn_by_layer_with_their_median_over_the_steps() -> None:
+    shallow = [
+        {"embedding": 4.0, "block_0": 0.0, "head": 1.0},
+        {"embedding": 2.0, "block_0": 0.0, "head": 0.5},
+    ]
+    deep = [{"embedding": 3.0, "block_0": 0.5, "block_1": 0.25, "head": 0.125}]
+    recipes = [
+        load.Recipe("normal", (make_run(), run_with_norms("baseline", shallow, seed=2))),
+        load.Recipe("kaiming", (run_with_norms("optimized", deep),)),
+        make_recipe("silent", {1: 2.0}),
+    ]
+    figure = grad_norms.draw(make_data(*recipes))
+    assert figure is not None
+    (axes,) = figure.get_axes()
+    assert points_of(axes, "kaiming, 1 step") == [(-1, 3.0), (0, 0.5), (1, 0.25), (2, 0.125)]
+    (first, frozen, last) = points_of(axes, "normal, 2 steps")
+    assert (first, last) == ((-1, 3.0), (2, 0.75)), "the heads of both models are in one place"
+    assert frozen[0] == 0 and frozen[1] != frozen[1], "a logarithmic axis cannot show a norm of 0"
+    assert axes.get_yscale() == "log" and len(axes.get_lines()) == 2
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["embedding", "0", "1", "head"]
+    low, high = axes.get_ylim()
+    assert low < 0.125 and high > 4, "the band of all steps fits"
+    assert grad_norms.draw(make_data(make_recipe("silent", {1: 2.0}))) is None
+    assert grad_norms.draw(make_data()) is None
+
+
+def test_steps_after_a_growth_operation_and_damaged_norms_are_not_drawn() -> None:
+    before = {"embedding": 2.0, "block_0": 0.5, "head": 1.0}
+    after = {"embedding": 9.0, "block_0": 9.0, "block_1": 9.0, "head": 9.0}
+    assert grad_norms.norms_of(load.Recipe("a", (run_with_norms("a", [before, after, {"x": 1.0}]),))) == {
+        "embedding": [2.0], "block_0": [0.5], "head": [1.0]
+    }  # fmt: skip
+    for damaged in ({}, {"x": 1.0}, {"head": 1.0, "embedding": 1.0}):
+        assert grad_norms.norms_of(load.Recipe("a", (run_with_norms("a", [damaged]),))) == {}
 
 
 def test_many_statistics_of_a_router_are_averaged_over_windows() -> None:

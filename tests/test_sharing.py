@@ -220,6 +220,9 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "the official score in another geometry": ({}, {"official_geometry": "2x8"}, 36),
     "fewer rows": ({}, {"log_every": 7}, 37),
     "more rows": ({"log_every": 7}, {}, 37),
+    "gradient norms that the other run lacks": ({}, {"grad_norm_steps": 3}, 34),
+    "gradient norms of the other run": ({"grad_norm_steps": 9}, {"grad_norm_steps": 3}, 37),
+    "no gradient norms": ({"grad_norm_steps": 3}, {}, 37),
     "with a dev split": ({"dev_frac": 0.2}, {"dev_frac": 0.2, "decay_shape": "cosine"}, 21),
     "titles in a new order": (
         {"order": "shuffle_titles", "epochs": 2},
@@ -237,7 +240,7 @@ SLOW_PAIRS = {
     "an average throughout, and a later decay", "scores elsewhere", "another weight decay, late",
     "another rate, late",
     "another average at the end", "titles in a new order", "fewer scores", "sgd with momentum",
-    "two passes a step", "bfloat16",
+    "two passes a step", "bfloat16", "no gradient norms",
 }  # fmt: skip
 
 

@@ -425,6 +425,22 @@ def test_a_run_waits_for_another_one_that_trains_its_steps_and_scores(
 
 
 @pytest.mark.parametrize(
+    ("step", "logged", "meets"),
+    [(0, 5, 18), (0, 9, 18), (0, 4, None), (4, 4, None), (5, 0, 18), (0, None, None), (0, "9", None)],
+)
+def test_a_run_waits_only_for_a_run_that_logs_the_gradient_norms_it_needs(
+    step: int, logged: Any, meets: int | None
+) -> None:
+    run = RunWithStore(grad_norm_steps=5)
+    held = other_lease(run, 18, config=run.cfg.model_dump(mode="json") | {"grad_norm_steps": logged})
+    run.sharing.holder.leases = FakeLeases({run.keys[18]: held})
+    other = run.sharing._other_run(step)
+    assert (other and other.meets) == meets
+    run.sharing.holder.leases = FakeLeases({run.keys[18]: held | {"config": "x"}})
+    assert (run.sharing._other_run(step) is None) == (step < 5)
+
+
+@pytest.mark.parametrize(
     ("at", "meets"), [(0, 27), (26, 27), (27, None), (30, None), ("0", None), (None, None)]
 )
 def test_a_run_waits_for_another_one_up_to_the_fork(at: Any, meets: int | None) -> None:
@@ -592,6 +608,25 @@ def test_a_node_without_a_needed_score_is_not_reused_and_the_step_is_kept() -> N
     several.sharing.course.stops -= {9}
     assert not several.sharing._reuse(FakeState(), several.growth, None)
     assert 9 not in several.sharing.course.stops and not several.sharing.reader.extra_stops
+
+
+def test_a_node_without_needed_gradient_norms_is_reused_only_after_their_steps() -> None:
+    run = RunWithStore(grad_norm_steps=3)
+    assert 3 in run.sharing.course.stops
+    run.add(run.node(18))
+    assert usable_steps(run) == []
+    assert [node.step for node, _ in run.sharing.reader.usable(2)] == []
+    assert [node.step for node, _ in run.sharing.reader.usable(3)] == [18]
+    logged = [
+        row | {"grad_norms": {"head": 1.0}} if row["event"] == "step" else row for row in run.rows(0, 18)
+    ]
+    run.store.nodes.clear()
+    run.add(run.node(18, rows=tuple(logged)))
+    assert usable_steps(run) == [18]
+    copied = list(run.sharing.reader.rows_for_run([run.node(18, rows=tuple(logged))], 0))
+    assert [row["step"] for row in copied if "grad_norms" in row] == [1, 2, 3], "as this run would log them"
+    assert [row["step"] for row in copied if row["event"] == "step"] == list(range(1, 19))
+    assert 0 not in RunWithStore().sharing.course.stops
 
 
 @pytest.mark.parametrize(

@@ -491,7 +491,7 @@ def test_no_command_prints_json_or_a_traceback_unless_asked() -> None:
     ],
 )
 def test_a_size_is_a_number_of_bytes_with_a_letter(text: str, size: int) -> None:
-    assert cli._parse_size(text) == size
+    assert cli.parse_size(text) == size
 
 
 @pytest.mark.parametrize(
@@ -499,13 +499,13 @@ def test_a_size_is_a_number_of_bytes_with_a_letter(text: str, size: int) -> None
 )
 def test_any_other_size_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"--store-size.*like 20GB"):
-        cli._parse_size(text)
+        cli.parse_size(text)
 
 
 def test_a_size_that_is_refused_is_cut_to_eighty_characters() -> None:
     for length, whole in ((78, True), (79, False)):
         with pytest.raises(UsageError) as e:
-            cli._parse_size("x" * length)
+            cli.parse_size("x" * length)
         assert ("x" * length in str(e.value)) is whole
 
 

@@ -405,6 +405,21 @@ def test_the_tolerance_depends_on_the_dtype(
         case.result["rows"][0][name] = value
 
 
+def test_the_tolerance_applies_to_the_gradient_norm_of_each_layer(case: Case) -> None:
+    case.edit_rows(lambda rows: rows[0].update(grad_norms={"embedding": 1.0, "head": 0.0}))
+    for change, same_class, verified in (
+        (1.0, True, True),
+        (1.001, True, False),
+        (1.005, False, True),
+        (1.02, False, False),
+    ):
+        case.result["rows"][0]["grad_norms"] = {"embedding": change, "head": 0.0}
+        case.result["machine_class"] = MACHINE if same_class else MACHINE | {"device": "cuda"}
+        assert case.verify().verified == verified, (change, same_class)
+    case.result["rows"][0]["grad_norms"] = {"embedding": 1.0, "head": 0.0, "block_0": 0.0}
+    assert "step 1: grad_norms is" in case.refusal()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_tolerance_of_the_last_weights(
     tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory

@@ -162,6 +162,7 @@ def near(got: Values, want: Values) -> None:
 def test_the_names_of_a_step() -> None:
     row = {"event": "step", "step": 7, "steps": 9, "tokens": 70, "lr": 0.5, "loss": 2.0, "grad_norm": 1.5}
     row |= {"seconds": 0.25, "reused": True, "aux": {"prior": 0.1, "z": 0.2}}
+    row |= {"grad_norms": {"embedding": 1.25, "block_0": 0.5, "head": 0.125}}
     row["routers"] = [{"layer": 1, "g": 0.75, "selected": 0.5}, {"layer": 3, "g": 0.25, "selected": 0.125}]
     assert values_of(row) == {
         "train/tokens": 70,
@@ -171,6 +172,9 @@ def test_the_names_of_a_step() -> None:
         "train/seconds": 0.25,
         "aux/prior": 0.1,
         "aux/z": 0.2,
+        "grad_norm/embedding": 1.25,
+        "grad_norm/block_0": 0.5,
+        "grad_norm/head": 0.125,
         "router/layer_1/g": 0.75,
         "router/layer_1/selected": 0.5,
         "router/layer_3/g": 0.25,

@@ -15,11 +15,13 @@ from mainrun.config import TrainConfig
 from mainrun.core.cuda_graph import CudaGraph
 from mainrun.core.dropout import Site, random_bytes, threshold
 from mainrun.core.hardware import (
+    available_memory,
     cores,
     cpp_compiler,
     cpu_flags,
     cpu_limits,
     cpu_name,
+    resident_memory,
     total_memory,
     tune_allocator,
 )
@@ -113,6 +115,18 @@ class Device(ProcessGroup):
         if self.torch_device.type == "cuda":
             return torch.cuda.get_device_properties(self.torch_device).total_memory
         return total_memory() // local_processes()
+
+    @property
+    def free_memory(self) -> int:
+        """The memory in bytes that a run of this process may use now, or 0 if it is unknown.
+
+        On a CPU, a run in this process would include the memory that the process uses already.
+        """
+        if self.torch_device.type == "cuda":
+            torch.cuda.empty_cache()
+            return torch.cuda.mem_get_info(self.torch_device)[0]
+        available = available_memory()
+        return available and available // local_processes() + resident_memory()
 
     def settle(self, cfg: TrainConfig, plan: Plan) -> None:
         """If compile=auto is set, decide whether to compile the model.

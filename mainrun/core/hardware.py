@@ -86,13 +86,26 @@ def release_free_memory() -> None:
         trim(0)
 
 
+def _kernel_number(path: Path, name: str) -> int:
+    """Return a number in bytes from a file with lines such as `VmRSS: 1234 kB`, or 0 if it is not there."""
+    with suppress(OSError):
+        for line in path.read_bytes().splitlines():
+            if line.startswith(f"{name}:".encode()):
+                return 1024 * int(line.split()[1])
+    return 0
+
+
+def resident_memory() -> int:
+    """Return the memory in bytes that this process uses now, or 0 if it is unknown."""
+    return _kernel_number(Path("/proc/self/status"), "VmRSS")
+
+
 def peak_memory() -> int:
     """Return the peak memory of this process in bytes."""
     # On Linux, the peak memory that getrusage reports can include the memory of the parent process.
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_bytes().splitlines():
-            if line.startswith(b"VmHWM:"):
-                return 1024 * int(line.split()[1])
+    recorded = _kernel_number(Path("/proc/self/status"), "VmHWM")
+    if recorded:
+        return recorded
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -111,6 +124,23 @@ def total_memory() -> int:
     with suppress(OSError, ValueError):
         total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return total
+
+
+def available_memory() -> int:
+    """Return the memory in bytes that is still available to processes, or 0 if it is unknown.
+
+    A container may have a lower limit than the machine.
+    """
+    available = _kernel_number(Path("/proc/meminfo"), "MemAvailable") or total_memory()
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):  # without a limit, memory.max contains the word "max"
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        # the system drops the cache of files before it refuses memory to a process
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used -= int(statistics.get("inactive_file", 0))
+        available = min(available, max(limit - used, 0))
+    return available
 
 
 def cores() -> int:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mainrun.core.routing import routing_fields
+from mainrun.core.gradient_norms import named_norms
+from mainrun.core.routing import count_numbers, routing_fields
 from mainrun.errors import Diverged
 
 
@@ -20,22 +21,29 @@ class StepRow(NamedTuple):
     loss: float
     grad_norm: float
     routing: dict[str, Any] | None = None  # the losses and statistics of the routers
+    grad_norms: dict[str, float] | None = None  # the gradient norm of each layer, at the first steps
 
     def fields(self) -> dict[str, Any]:
         """Return the results as metrics.jsonl contains them."""
         row = self._asdict()
         routing = row.pop("routing")
+        if self.grad_norms is None:
+            del row["grad_norms"]
         return row | (routing or {})
 
 
 def step_row(step: int, lr: float, numbers: list[float], layers: tuple[int, ...]) -> StepRow:
     """Return the results of a step.
 
-    numbers: the loss, the gradient norm, and then the losses and statistics of the routers.
+    numbers: the loss, the gradient norm, the losses and statistics of the routers, and then the gradient norm
+        of each layer, if the step computed them.
     layers: the layers that have routers.
     """
     loss, norm, *rest = numbers
-    return StepRow(step, lr, loss, norm, routing_fields(rest, layers) if layers else None)
+    end = count_numbers(layers) - 1
+    routing = routing_fields(rest[:end], layers) if layers else None
+    by_layer = named_norms(rest[end:]) if rest[end:] else None
+    return StepRow(step, lr, loss, norm, routing, by_layer)
 
 
 def advice(row: StepRow) -> str:

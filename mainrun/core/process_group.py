@@ -94,6 +94,14 @@ class ProcessGroup:
         dist.broadcast(leaders, src=0)
         return tuple(leaders.tolist())
 
+    def smallest(self, number: int) -> int:
+        """Return the smallest number of all processes."""
+        if self.world == 1:
+            return number
+        numbers = torch.tensor([number], device=self.torch_device)
+        dist.all_reduce(numbers, dist.ReduceOp.MIN)
+        return int(numbers.item())
+
     def mean(self, value: Tensor) -> Tensor:
         """Return the mean of a tensor over all processes."""
         if self.world == 1:

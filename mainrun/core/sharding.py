@@ -169,6 +169,23 @@ def clear_gradients(model: nn.Module) -> None:
         tensor.grad = None
 
 
+def layer_gradients(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the gradients that this process holds, each with the name of its parameter."""
+    shards = shards_of(model)
+    if shards:
+        shards.take_gradients()
+    return [(name, p.grad) for name, p in trained_tensors(model).items() if p.grad is not None]
+
+
+def norms_of_whole(model: nn.Module, norms: Tensor) -> Tensor:
+    """Return the norms over the whole model, from the norms of the parts that the processes hold."""
+    if not shards_of(model):
+        return norms
+    squares = norms.square()
+    dist.all_reduce(squares)
+    return squares.sqrt()
+
+
 def clip_gradients(model: nn.Module, limit: float) -> Tensor:
     """Clip the gradients of a model. Return their norm before the clipping."""
     shards = shards_of(model)

@@ -434,6 +434,15 @@ class Plan:
             "last_step": self._shown(self.steps - 1),
         }
 
+    def logs(self, step: int) -> bool:
+        """Return whether metrics.jsonl has the row of a step, counted from 1."""
+        due = step % self.cfg.log_every == 0 or step == self.steps
+        return due or step <= self.cfg.grad_norm_steps
+
+    def steps_with_norms(self, begin: int, end: int) -> set[int]:
+        """Return the steps after `begin`, up to `end`, whose rows have the gradient norm of each layer."""
+        return set(range(begin + 1, min(end, self.cfg.grad_norm_steps) + 1))
+
     def _shown(self, step: int) -> dict[str, float]:
         """Return the scheduled values of a step, without values that no part of the model uses."""
         values = self.at(step)._asdict()

@@ -358,7 +358,7 @@ class Session:
         row: Row = {"event": "step", "step": step.step, "tokens": plan.tokens(step.step)}
         row |= step.fields() | {"seconds": seconds}
         self.sharing.add_row(row)
-        if step.step % self.cfg.log_every == 0 or step.step == plan.steps:
+        if plan.logs(step.step):
             self.run_log.step(row, plan.steps)
 
     def evaluate(self) -> None:

@@ -87,6 +87,9 @@ class Course:
         self.until = min(self._until or plan.steps, plan.steps)
         # exclude step 1: it is always scored, but a node after step 1 would save only one step
         stops = {*plan.breaks, *plan.eval_steps - {1}, *self._keep, self.until}
+        # A run must train its first steps itself if no other run has logged the gradient norms of the layers.
+        # After these steps, the run can continue from any node.
+        stops.add(plan.cfg.grad_norm_steps)
         self.stops = stops & set(range(1, self.until + 1))
         self.steps = {key: step for step, key in enumerate(self.keys[: self.until + 1]) if step}
 
@@ -129,7 +132,11 @@ class NodeReader:
             path = self._path(key, target, step, states)
             if not path:
                 continue
-            scored = {row["step"] for row in self.rows_for_run(path, step) if row["event"] == "eval"}
+            rows = list(self.rows_for_run(path, step))
+            normed = {row["step"] for row in rows if "grad_norms" in row}
+            if not course.plan.steps_with_norms(step, target) <= normed:
+                continue
+            scored = {row["step"] for row in rows if row["event"] == "eval"}
             missing = set(course.scores_between(step, target)) - scored
             if not missing:
                 yield path[-1], path
@@ -173,7 +180,9 @@ class NodeReader:
                 if step <= since:
                     continue
                 if row["event"] == "step":
-                    if step % course.cfg.log_every == 0 or step == course.plan.steps:
+                    if "grad_norms" in row and step > course.cfg.grad_norm_steps:
+                        row = {name: value for name, value in row.items() if name != "grad_norms"}
+                    if course.plan.logs(step):
                         yield row
                     continue
                 score = (step, row["split"])
@@ -254,7 +263,7 @@ class LeaseHolder:
                 continue
             fork = min(self.fork(key, holder), limit)
             meets = self._meeting(key, holder, fork, limit)
-            if meets > step and self._leaves_scores(holder, step, meets):
+            if meets > step and self._leaves_rows(holder, step, meets):
                 others.append(OtherRun(meets, fork, key, str(holder.get("run"))))
         return max(others, default=None)
 
@@ -267,8 +276,17 @@ class LeaseHolder:
         at = holder.get("at")
         return fork if isinstance(at, int) and at < fork else 0
 
+    def _leaves_rows(self, holder: Row, step: int, meets: int) -> bool:
+        """Return whether another run logs all rows that this run needs before the step `meets`."""
+        return self._leaves_norms(holder, step, meets) and self._leaves_scores(holder, step, meets)
+
+    def _leaves_norms(self, holder: Row, step: int, meets: int) -> bool:
+        needed = self.course.plan.steps_with_norms(step, meets)
+        config = holder.get("config")
+        logged = config.get("grad_norm_steps") if isinstance(config, dict) else None
+        return not needed or (isinstance(logged, int) and logged >= max(needed))
+
     def _leaves_scores(self, holder: Row, step: int, meets: int) -> bool:
-        """Return whether another run computes all scores that this run needs before the step `meets`."""
         needed = self.course.scores_between(step, meets)
         if not needed:
             return True

@@ -113,6 +113,7 @@ def values_of(row: Row) -> dict[str, float]:
     group = row.get("split", "train")
     values = numbers(group, row)
     values |= numbers("aux", row.get("aux", {}))
+    values |= numbers("grad_norm", row.get("grad_norms", {}))
     for router in row.get("routers", []):
         layer = f"layer_{router['layer']}"
         path = f"router/{layer}" if group == "train" else f"{group}/router/{layer}"

@@ -345,6 +345,7 @@ STEP_ROW = {
     "seconds?": not_negative,
     "reused?": true_or_false,
     "aux?": table_of(any_number),
+    "grad_norms?": table_of(not_negative),
     "routers?": [{"layer": count, **dict.fromkeys(STATS, any_number)}],
 }
 EVAL_ROW = SCORE | {
@@ -451,7 +452,7 @@ def _is_plain_step(row: Any) -> bool:
         return False
     if type(tokens) is not int or not 0 <= tokens <= MAX_COUNT:
         return False
-    if "routers" in row or "aux" in row:
+    if "routers" in row or "aux" in row or "grad_norms" in row:
         return False
     figures = (row.get("lr"), row.get("loss"), row.get("grad_norm"), row.get("seconds"))
     return all(type(value) is float and 0 <= value <= MAX_NUMBER for value in figures)

@@ -62,6 +62,7 @@ class LoggedStep(TypedDict):
     grad_norm: float
     seconds: float
     aux: NotRequired[dict[str, float]]  # the losses of the routers
+    grad_norms: NotRequired[dict[str, float]]  # the gradient norm of each layer, at the first steps
     routers: NotRequired[list[dict[str, Any]]]  # the statistics of the routers
     reused: NotRequired[bool]  # whether this step was copied from the store instead of being trained
 

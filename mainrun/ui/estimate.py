@@ -37,7 +37,7 @@ from mainrun.plan.optimizers import state_tensors
 from mainrun.plan.plan import Plan, StepInputs
 from mainrun.run.resume import check_spans
 from mainrun.run.summary import describe_start
-from mainrun.train import GPT, State, TrainStep, build, compute_loss, set_up
+from mainrun.train import GPT, Setup, State, TrainStep, build, compute_loss, set_up
 
 PROBE_STEPS = 3  # the number of steps to measure; the estimate uses their median time
 STEP_EFFICIENCY = 0.6  # the assumed speed of a training step, relative to the speed of a matrix product
@@ -51,7 +51,12 @@ def estimate(cfg: TrainConfig, probe: bool = False, store: bool = False) -> dict
 
     store: whether the run saves states in a store.
     """
-    setup = set_up(cfg)
+    return estimate_setup(set_up(cfg), probe, store)
+
+
+def estimate_setup(setup: Setup, probe: bool, store: bool) -> dict[str, Any]:
+    """Return the resolved plan of a run that is set up, and its estimated cost."""
+    cfg = setup.cfg
     device = setup.device
     data = setup.data
     plan = setup.plan
@@ -135,7 +140,7 @@ def probe_time(
     cost_growth: the mean cost of a token during the run, relative to the cost of a token at the start.
     """
     compiles = device.compile
-    with _compiling_off(device):  # compiling the model would take longer than the measurement
+    with compiling_off(device):  # compiling the model would take longer than the measurement
         probe = StepProbe(cfg, device, plan, data.tokenizer.vocab_size)
     batches = Batches(cfg, data.splits["train"])
 
@@ -179,7 +184,7 @@ def probe_time(
 
 
 @contextmanager
-def _compiling_off(device: Device) -> Iterator[None]:
+def compiling_off(device: Device) -> Iterator[None]:
     before = device.compile
     device.compile = False
     try:
@@ -251,6 +256,11 @@ def estimate_memory(plan: Plan, device: Device, vocab_size: int, store: bool = F
     For a run with a store, the estimate also includes the copy of the state that is written in the
     background.
     """
+    return memory_of(configs_of(plan), device, vocab_size, store)
+
+
+def configs_of(plan: Plan) -> list[TrainConfig]:
+    """Return the configs of all segments of a run that have a step, in the order of the run."""
     configs = []
     ends = [*(segment.first for segment in plan.segments[1:]), plan.steps]
     for segment, end in zip(plan.segments, ends, strict=True):
@@ -258,12 +268,17 @@ def estimate_memory(plan: Plan, device: Device, vocab_size: int, store: bool = F
             configs.append(segment.cfg)
     # Add the models of growth operations that are triggered by a loss, because they are not in the plan yet.
     configs += plan.cfg.segment_configs[len(plan.segments) :]
-    peaks = [_segment_memory(cfg, device, vocab_size, store) for cfg in _largest_segments(configs)]
+    return configs
+
+
+def memory_of(configs: list[TrainConfig], device: Device, vocab_size: int, store: bool = False) -> int:
+    """Return the peak memory in bytes of a run whose segments have these configs."""
+    peaks = [_segment_memory(cfg, device, vocab_size, store) for cfg in largest_segments(configs)]
     peaks += _operation_memory(configs, device, vocab_size)
     return max(peaks)
 
 
-def _largest_segments(configs: list[TrainConfig]) -> list[TrainConfig]:
+def largest_segments(configs: list[TrainConfig]) -> list[TrainConfig]:
     """Return, for each model of a run, the config that needs the most memory.
 
     The config with the most rows per forward pass needs the most memory. Among configs with the same number

@@ -73,7 +73,7 @@ def _open(place: str, size: str) -> Store:
     from mainrun.store import nodes
 
     try:
-        return nodes.Store(place, _parse_size(size))
+        return nodes.Store(place, parse_size(size))
     except MainrunError:
         raise
     except Exception as e:
@@ -81,12 +81,12 @@ def _open(place: str, size: str) -> Store:
         raise UsageError(f"store {inputs.shown(place, 80)} cannot be opened ({why}); {ALLOWED}") from None
 
 
-def _parse_size(text: str) -> int:
-    """Parse a size such as 20GB and return the number of bytes."""
+def parse_size(text: str, option: str = "--store-size") -> int:
+    """Parse the value of an option such as 20GB and return the number of bytes."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) *([kmgt]?)b?", text.strip().lower())
     if not match:
         fix = "give a number with the unit KB, MB, GB or TB, like 20GB"
-        raise UsageError(f"got --store-size {inputs.shown(text, 80)}; {fix}")
+        raise UsageError(f"got {option} {inputs.shown(text, 80)}; {fix}")
     number, unit = match.groups()
     return int(float(number) * 1000 ** " kmgt".index(unit or " "))
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mainrun.errors import Diverged, Interrupted, MainrunError, RunError, UsageError
+from mainrun.files.inputs import shown
 from mainrun.ui.console import (
     Debug,
     Json,
@@ -29,7 +30,7 @@ from mainrun.ui.console import (
     show_table,
     stoppable,
 )
-from mainrun.ui.store_cli import StorePlace, open_store
+from mainrun.ui.store_cli import StorePlace, open_store, parse_size
 
 if TYPE_CHECKING:
     from mainrun.config import TrainConfig
@@ -46,6 +47,18 @@ DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show the resolved plan and its cost, without training.")
 ]
 Probe = Annotated[bool, typer.Option("--probe", help="With --dry-run, measure the time of a few steps.")]
+Fit = Annotated[
+    bool,
+    typer.Option("--fit", help="With --dry-run, find the largest micro-batch that fits into memory."),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="With --fit, the memory per process. The default is the free memory of the device.",
+    ),
+]
 ShowPlan = Annotated[
     bool, typer.Option("--plan", help="Show which steps are already trained, without training.")
 ]
@@ -90,6 +103,16 @@ class TrainOptions:
     trackers: list[Tracker]
 
 
+@dataclass(frozen=True)
+class EstimateOptions:
+    """The options of `mainrun train --dry-run`."""
+
+    probe: bool
+    store: bool  # whether the run saves states in a store
+    fit: bool
+    memory: int  # the value of --memory in bytes, or 0 for the free memory
+
+
 @dataclass
 class Results:
     """The results of all runs that one command trains."""
@@ -106,6 +129,8 @@ def train(
     fresh: Fresh = False,
     dry_run: DryRun = False,
     probe: Probe = False,
+    fit: Fit = False,
+    memory: Memory = None,
     plan: ShowPlan = False,
     until: Until = 0,
     no_store: NoStore = False,
@@ -126,8 +151,10 @@ def train(
     from mainrun.plan.recipes import load
     from mainrun.run.tracking import parse_trackers
 
-    if probe and not dry_run:
-        raise UsageError("got --probe without --dry-run; add --dry-run, or remove --probe to train")
+    for option, given in (("--probe", probe), ("--fit", fit)):
+        if given and not dry_run:
+            raise UsageError(f"got {option} without --dry-run; add --dry-run, or remove {option} to train")
+    limit = _memory_limit(memory, fit)
     _refuse_conflicts(dry_run=dry_run, plan=plan, until=until, fresh=fresh, no_store=no_store, place=place)
     if track and (dry_run or plan):
         other = "--dry-run" if dry_run else "--plan"
@@ -141,12 +168,24 @@ def train(
             _show_plan(configs, store, out, as_json)
     elif dry_run:
         with process_group():
-            _show_estimates(configs, probe, store is not None, as_json)
+            _show_estimates(configs, EstimateOptions(probe, store is not None, fit, limit), as_json)
     else:
         quiet = quiet or not is_leader()
         with process_group():
             results = _train_all(configs, TrainOptions(out, fresh, quiet, until, store, trackers))
         _report(configs, results, out, as_json, quiet)
+
+
+def _memory_limit(memory: str | None, fit: bool) -> int:
+    """Return the value of --memory in bytes, or 0 if the option was not given."""
+    if memory is None:
+        return 0
+    if not fit:
+        raise UsageError(f"got --memory {shown(memory, 80)} without --fit; add --fit, or remove --memory")
+    limit = parse_size(memory, "--memory")
+    if not limit:
+        raise UsageError(f"got --memory {shown(memory, 80)}; give a size above 0, like 16GB")
+    return limit
 
 
 def _refuse_conflicts(
@@ -397,10 +436,23 @@ def _show_plan(configs: list[TrainConfig], store: Store | None, out: Path, as_js
 # -- --dry-run
 
 
-def _show_estimates(configs: list[TrainConfig], probe: bool, store: bool, as_json: bool) -> None:
-    from mainrun.ui.estimate import estimate
+def _estimate(cfg: TrainConfig, options: EstimateOptions) -> dict[str, Any]:
+    from mainrun.train import set_up
+    from mainrun.ui.estimate import estimate_setup
 
-    estimates = [estimate(cfg, probe, store) for cfg in configs]
+    setup = set_up(cfg)
+    if not options.fit:
+        return estimate_setup(setup, options.probe, options.store)
+    from mainrun.ui.fit import fit
+
+    # measure the free memory before --probe allocates a part of it
+    found = fit(setup, store=options.store, memory=options.memory, probe=options.probe)
+    cost = estimate_setup(setup, options.probe, options.store)
+    return cost | {"fit": found}
+
+
+def _show_estimates(configs: list[TrainConfig], options: EstimateOptions, as_json: bool) -> None:
+    estimates = [_estimate(cfg, options) for cfg in configs]
     if not is_leader():
         return
     if as_json:
@@ -409,11 +461,19 @@ def _show_estimates(configs: list[TrainConfig], probe: bool, store: bool, as_jso
     from rich.table import Table
 
     screen = console()
-    for cost in estimates:
+    for cfg, cost in zip(configs, estimates, strict=True):
         table = Table(title=f"{cost['run']} (dry run)", title_justify="left", show_header=False)
-        for name, value in _estimate_rows(cost):
+        for name, value in [*_fit_rows(cfg, cost), *_estimate_rows(cost)]:
             table.add_row(name, value)
         screen.print(table)
+
+
+def _fit_rows(cfg: TrainConfig, cost: dict[str, Any]) -> list[tuple[str, str]]:
+    if "fit" not in cost:
+        return []
+    from mainrun.ui.fit import fit_rows
+
+    return fit_rows(cfg, cost["fit"], cost["machine_class"]["processes"])
 
 
 def _estimate_rows(cost: dict[str, Any]) -> Iterator[tuple[str, str]]:

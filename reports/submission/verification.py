@@ -269,7 +269,7 @@ def _compare_rows(
                 verdict.differences.append(f"{place}: the log has no score")
             continue
         for name in sorted((row.keys() | logged_row.keys()) - NOT_COMPARED):
-            allowed = tolerance * GRAD_NORM_FACTOR if name == "grad_norm" else tolerance
+            allowed = tolerance * GRAD_NORM_FACTOR if name.startswith("grad_norm") else tolerance
             expected = logged_row.get(name)
             value = row.get(name)
             if not _same(expected, value, allowed):
@@ -281,6 +281,8 @@ def _compare_rows(
 def _same(a: Any, b: Any, tolerance: float) -> bool:
     if a == b and type(a) is type(b):
         return True
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[name], b[name], tolerance) for name in a)
     if not tolerance or not isinstance(a, float) or not isinstance(b, float):
         return False
     return math.isclose(a, b, rel_tol=tolerance)

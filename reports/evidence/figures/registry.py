@@ -14,6 +14,7 @@ from reports.evidence.figures import (
     curves,
     forward_flops,
     gap,
+    grad_norms,
     growth,
     headline,
     history,
@@ -67,6 +68,9 @@ RUNS = {
     "seeds": RunFigure(COST, seeds.draw, seeds.caption),
     "waterfall": RunFigure(ABLATION, waterfall.draw, waterfall.caption),
     "gap": RunFigure(TRAINING, gap.draw, gap.caption, "Train and validation"),
+    "grad-norms": RunFigure(
+        TRAINING, grad_norms.draw, grad_norms.caption, "Gradient norms by layer at the first steps"
+    ),
     "schedules": RunFigure(TRAINING, schedules.draw, schedules.caption, "Schedules"),
 }
 STUDY = {

@@ -1,0 +1,247 @@
+"""`mainrun train --dry-run --fit`: find the largest micro-batch that fits into the memory of the device.
+
+The memory of a micro-batch is estimated. On one GPU, or with --probe, real training steps then prove that
+the largest micro-batch fits.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+
+from mainrun.config import TrainConfig, from_dict
+from mainrun.core.cuda_graph import WARM
+from mainrun.core.hardware import peak_memory
+from mainrun.errors import ConfigError, UsageError
+from mainrun.plan.cost import SAVE_MEMORY
+from mainrun.plan.ops import Schedule
+from mainrun.plan.plan import Plan
+from mainrun.run.progress import short
+from mainrun.train import Setup
+from mainrun.ui.estimate import StepProbe, compiling_off, configs_of, largest_segments, memory_of
+
+MARGIN = 0.1  # the share of the memory that stays free, because the estimate is not exact
+MOST_ROWS = 65_536  # the largest batch_size that a config allows
+
+
+class Proof(NamedTuple):
+    """The result of training with the largest micro-batch. The number of rows may be lower than estimated."""
+
+    rows: int
+    proved: bool
+    peak: int | None = None  # the measured peak of the memory, in bytes
+    why_not: str = ""
+
+
+def fit(setup: Setup, *, store: bool, memory: int = 0, probe: bool = False) -> dict[str, Any]:
+    """Return the largest micro-batch that fits, and the settings that follow from it.
+
+    memory: the memory in bytes that a process may use. The value 0 means the free memory of its device.
+
+    probe: whether to prove the estimate with a training step even on a CPU.
+    """
+    device = setup.device
+    limit = device.smallest(memory or device.free_memory)
+    if not limit:
+        raise UsageError("the free memory of this machine is unknown; give --memory SIZE, like --memory 16GB")
+    usable = int((1 - MARGIN) * limit)
+    configs = configs_of(setup.plan)
+    vocab_size = setup.data.tokenizer.vocab_size
+
+    @cache
+    def memory_with(rows: int) -> int:
+        return memory_of(with_rows(configs, rows, device.world), device, vocab_size, store)
+
+    cap = most_rows(setup)
+    estimated = largest(memory_with, usable, cap)
+    if not estimated:
+        raise UsageError(_too_small(memory_with(1), limit, usable))
+    proof = prove(setup, configs, estimated, limit, probe)
+    if not proof.rows:
+        raise UsageError(
+            f"a micro-batch of one row does not fit: the GPU has {short(limit)}B of free memory, and a "
+            f"training step ran out of it (estimate: {short(memory_with(1))}B); {SAVE_MEMORY}"
+        )
+    grad_accum = smallest_grad_accum(setup.cfg, proof.rows, device.world)
+    micro_batch = setup.cfg.batch_size // grad_accum // device.world
+    return {
+        "memory": limit,
+        "margin": MARGIN,
+        "usable": usable,
+        "largest_micro_batch": proof.rows,
+        "largest_memory": memory_with(proof.rows),
+        "all_of_train": proof.rows == cap,
+        "proved": proof.proved,
+        "measured_peak": proof.peak,
+        "why_not_proved": proof.why_not,
+        "grad_accum": grad_accum,
+        "micro_batch": micro_batch,
+        "micro_batch_memory": memory_with(micro_batch),
+        "set": f"--set grad_accum={grad_accum}",
+        "largest_batch": rates_for(setup.cfg, proof.rows * device.world),
+    }
+
+
+def _too_small(needed: int, limit: int, usable: int) -> str:
+    return (
+        f"a micro-batch of one row needs about {short(needed)}B, but a process may use only {short(usable)}B "
+        f"({short(limit)}B less a margin of {MARGIN:.0%}); lower block_size, d_model, n_layer or vocab_size, "
+        "or train only low-rank terms with base_frozen=true, or use a device with more memory"
+    )
+
+
+# -- the search
+
+
+def largest(memory_with: Callable[[int], int], usable: int, cap: int) -> int:
+    """Return the largest number of rows, from 1 to `cap`, whose memory is usable, or 0 if there is none.
+
+    memory_with: the memory of a number of rows, which never falls as the number rises.
+    """
+    if memory_with(1) > usable:
+        return 0
+    low = 1
+    high = min(4, cap)
+    while low < cap and memory_with(high) <= usable:
+        low = high
+        high = min(4 * low, cap)
+    while high - low > 1:
+        # The memory is almost linear, so the largest number is often the one that a line predicts.
+        below = memory_with(low)
+        guess = low + int((usable - below) / (memory_with(high) - below) * (high - low))
+        for middle in (guess, guess + 1, (low + high) // 2):
+            if not low < middle < high:
+                continue
+            if memory_with(middle) <= usable:
+                low = middle
+            else:
+                high = middle
+    return low
+
+
+def most_rows(setup: Setup) -> int:
+    """Return the most rows that a process can have in a step, because train has no more tokens."""
+    longest = (setup.plan.train_tokens - 1) // setup.cfg.block_size
+    return max(1, min(longest, MOST_ROWS) // setup.device.world)
+
+
+def with_rows(configs: list[TrainConfig], rows: int, world: int) -> list[TrainConfig]:
+    """Return the configs with one micro-batch of `rows` rows per process."""
+    return [cfg.model_copy(update={"batch_size": rows * world, "grad_accum": 1}) for cfg in configs]
+
+
+def smallest_grad_accum(cfg: TrainConfig, rows: int, world: int) -> int:
+    """Return the smallest grad_accum with which no micro-batch of the run has more than `rows` rows."""
+    for grad_accum in range(1, cfg.batch_size // world + 1):
+        if cfg.batch_size % (grad_accum * world):
+            continue
+        try:
+            changed = from_dict(cfg.model_dump() | {"grad_accum": grad_accum})
+        except ConfigError:  # an operation changes batch_size to a number that grad_accum does not divide
+            continue
+        if all(_fits(segment, rows, world) for segment in changed.segment_configs):
+            return grad_accum
+    raise UsageError(
+        f"a micro-batch of at most {rows} rows per process fits, but no grad_accum gives all steps of the "
+        "growth schedule such a micro-batch; change the set_batch_size or set_grad_accum operations"
+    )
+
+
+def _fits(cfg: TrainConfig, rows: int, world: int) -> bool:
+    pieces = cfg.grad_accum * world
+    return cfg.batch_size % pieces == 0 and cfg.batch_size // pieces <= rows
+
+
+# -- the proof
+
+
+def prove(setup: Setup, configs: list[TrainConfig], rows: int, limit: int, probe: bool) -> Proof:
+    """Train with the largest micro-batch. On a GPU, halve the micro-batch until it fits."""
+    device = setup.device
+    on_gpu = device.torch_device.type == "cuda"
+    if device.world > 1:
+        return Proof(rows, False, why_not="a proof needs a single process")
+    if not on_gpu and not probe:
+        return Proof(rows, False, why_not="on a CPU, --probe trains one step to prove it")
+    while rows:
+        try:
+            peak = max(train_steps(setup, cfg, rows) for cfg in largest_segments(configs))
+        except torch.cuda.OutOfMemoryError:
+            peak = 0
+        if 0 < peak <= limit:
+            return Proof(rows, True, peak)
+        if peak and not on_gpu:  # the peak of a process never falls, so fewer rows cannot be measured
+            return Proof(rows, False, peak, f"a step used {short(peak)}B; try --memory with a lower size")
+        rows //= 2
+    return Proof(0, False)
+
+
+def train_steps(setup: Setup, cfg: TrainConfig, rows: int) -> int:
+    """Train with a micro-batch of random tokens, and return the peak memory in bytes.
+
+    On a CPU, one step is trained. On a GPU, the steps include one that is recorded as a CUDA graph.
+    """
+    device = setup.device
+    (cfg,) = with_rows([cfg.model_copy(update={"growth": Schedule(), "start": ""})], rows, device.world)
+    on_gpu = device.torch_device.type == "cuda"
+    if on_gpu:
+        gc.collect()  # the weights of an earlier step may still be in use by a cycle of objects
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device.torch_device)
+    plan = Plan(cfg, 2 * rows * cfg.block_size)
+    vocab_size = setup.data.tokenizer.vocab_size
+    tokens = torch.randint(vocab_size, (rows, cfg.block_size + 1)).to(device.torch_device)
+    with compiling_off(device):  # compiling takes minutes and lowers the memory
+        probe = StepProbe(cfg, device, plan, vocab_size)
+    probe.step(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), WARM + 2 if on_gpu else 1)
+    if on_gpu:
+        return torch.cuda.max_memory_allocated(device.torch_device)
+    return peak_memory()
+
+
+# -- the learning rates for another batch
+
+
+def rates_for(cfg: TrainConfig, batch_size: int) -> dict[str, Any]:
+    """Return the learning rates for another batch_size, by the linear rule and by the square-root rule."""
+    factor = batch_size / cfg.batch_size
+    rules = {"linear": factor, "square_root": math.sqrt(factor)}
+    rates: dict[str, Any] = {"batch_size": batch_size, "factor": factor}
+    for rule, by in rules.items():
+        rates[rule] = {"lr": cfg.lr * by, "lr_aux": cfg.lr_aux * by}
+    return rates
+
+
+# -- the rows of the table
+
+
+def fit_rows(cfg: TrainConfig, found: dict[str, Any], world: int) -> list[tuple[str, str]]:
+    """Return the rows of the table that `--fit` adds."""
+    memory = f"{short(found['memory'])}B less a margin of {found['margin']:.0%}: {short(found['usable'])}B"
+    each = " per process" if world > 1 else ""
+    twice = ", each of which passes twice (rdrop)" if cfg.rdrop else ""
+    end = "; train has no more rows" if found["all_of_train"] else ""
+    most = f"{found['largest_micro_batch']} rows{each}{twice}, about {short(found['largest_memory'])}B{end}"
+    proof = f"estimated, not proved: {found['why_not_proved']}"
+    if found["proved"]:
+        proof = f"by training: the peak was {short(found['measured_peak'])}B"
+    setting = (
+        f"{found['set']} keeps batch_size={cfg.batch_size} with micro-batches of {found['micro_batch']} "
+        f"rows{each}, about {short(found['micro_batch_memory'])}B"
+    )
+    rows = [("fit: memory", memory + each), ("fit: largest micro-batch", most), ("fit: proof", proof)]
+    rows.append(("fit: use", setting))
+    batch = found["largest_batch"]
+    if batch["batch_size"] == cfg.batch_size:
+        return rows
+    change = f"--set batch_size={batch['batch_size']} --set grad_accum=1"
+    rows.append(("fit: largest batch", f"{change} (k = {batch['factor']:.4g})"))
+    for rule, name in (("linear", "linear rule, lr x k"), ("square_root", "square-root rule, lr x sqrt(k)")):
+        rates = [f"--set {key}={rate:.4g}" for key, rate in batch[rule].items() if rate]
+        rows.append((f"fit: {name}", " ".join(rates)))
+    return rows
