@@ -1,4 +1,6 @@
-"""The whole trainer in one file: the model, the loss, the training step and the training loop.
+"""The trainer in one file: the model, the loss, the training step and the training loop.
+
+The model uses attention and other layers from `mainrun/core`.
 
     python -m mainrun.train --preset demo:optimized    # without checkpoints, store and growth
     mainrun train --preset optimized                   # with checkpoints, store and growth
@@ -38,6 +40,7 @@ from mainrun.core.parameters import freeze, saved_parameters
 from mainrun.core.pending_losses import PendingLosses, StepRow
 from mainrun.core.routing import Router, RoutingInfo, combine, count_numbers, numbers_of, selected_shares
 from mainrun.core.sharding import clear_gradients, clip_gradients, parts_of, whole_tensors
+from mainrun.core.shortcuts import InputMix, Skips, add_shortcuts
 from mainrun.data import scoring
 from mainrun.data.batches import Batches
 from mainrun.data.corpus import Corpus, load_corpus
@@ -96,6 +99,7 @@ class Block(nn.Module):
         self.attn_scale = self.make_scale(cfg)
         self.mlp_scale = self.make_scale(cfg)
         self.router: Router | None = None
+        self.mix: InputMix | None = None
         self.dropout = 0.0
 
     @staticmethod
@@ -113,6 +117,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, context: Context, dropout: bool = True) -> tuple[Tensor, Tensor]:
         """Process all tokens of `x`. Return the output (B, T, D) and the attention values (B, K, T, h)."""
         masks = context.masks if dropout else None
+        if self.mix is not None:
+            x = self.mix(x, context)
         y, v = self.attn(self.attn_norm(x), context, dropout)
         x = x + self.branch(y, self.attn_scale, masks)
         y = self.mlp(self.mlp_norm(x))
@@ -140,7 +146,7 @@ class GPT(nn.Module):
         causal = torch.ones(cfg.block_size, cfg.block_size, dtype=torch.bool).tril()
         self.register_buffer("causal", causal, persistent=False)
         if cfg.position == "rope":
-            cos, sin = rope_table(cfg.block_size, cfg.head_width, cfg.rope_theta)
+            cos, sin = rope_table(cfg.block_size, cfg.rotated_channels, cfg.rope_theta)
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
         if cfg.has_low_rank:
@@ -149,6 +155,8 @@ class GPT(nn.Module):
             add_low_rank(self, cfg)
         self.init_weights()
         self.add_routers()
+        # shortcuts come last, so that the other weights do not depend on them
+        add_shortcuts(self, cfg)
         freeze(cfg, self)
 
     def init_weights(self) -> None:
@@ -168,7 +176,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(start_at_zero.weight)
 
     def add_routers(self) -> None:
-        """Add the routers. They are last, so that a dense model of the same seed has the same weights."""
+        """Add the routers. They come late, so that a dense model of the same seed has the same weights."""
         if not self.cfg.routed_layers:
             return
         for layer in self.cfg.routed_layers:
@@ -231,13 +239,19 @@ class GPT(nn.Module):
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=self.cfg.dtype == "bfloat16"):
             context = self.context(idx, pool)
             x = self.embed(idx)  # (B, T, D)
+            if self.cfg.value_shortcut:
+                context = context._replace(embedded=cast(x))
             if self.positions is not None:
                 x = x + self.positions.weight[: idx.size(1)]
             if context.masks:
                 x = context.masks.drop(x, self.dropout)
+            if self.cfg.x0_shortcut:
+                context = context._replace(x0=x)
+            skips = Skips(self.cfg)
             x_before = x
             infos = []
-            for block in self.blocks:
+            for layer, block in enumerate(self.blocks):
+                context = context._replace(skip=skips.into(layer))
                 x_in = x
                 if block.router is None:
                     x, v = block(x, context)
@@ -248,6 +262,7 @@ class GPT(nn.Module):
                     x, info = block.router(block, x, x_before, context, self.sharpness, look_ahead)
                     infos.append(info)
                 x_before = x_in
+                skips.keep(layer, x)
             logits = linear(self.norm(x), self.output_weight())  # (B, T, V)
             if self.cfg.softcap:
                 logits = self.cfg.softcap * torch.tanh(logits / self.cfg.softcap)

@@ -19,6 +19,7 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mainrun.config import TrainConfig
+from mainrun.core.attention import Attention
 from mainrun.core.device import Device
 from mainrun.core.dropout import Masks
 from mainrun.core.layers import RMSNorm

@@ -12,10 +12,15 @@ from torch import Tensor, nn
 from mainrun.config import TrainConfig
 from mainrun.core.kernels import attend, linear
 from mainrun.core.layers import Context, Linear, RMSNorm, cast, rotate
+from mainrun.core.shortcuts import ValueShortcut
 
 
 class Attention(nn.Module):
-    """Causal self-attention with optional grouped keys and values, QK norm, gates and value residuals."""
+    """Causal self-attention.
+
+    Optional parts are grouped keys and values, QK norm, gates, value residuals, value shortcuts and shifted
+    keys.
+    """
 
     def __init__(self, cfg: TrainConfig, first: bool) -> None:
         super().__init__()
@@ -38,6 +43,8 @@ class Attention(nn.Module):
         self.first_share: nn.Parameter | None = None
         if cfg.value_residual and not first:
             self.first_share = nn.Parameter(torch.tensor(0.5))
+        self.shortcut: ValueShortcut | None = None
+        self.unshifted = cfg.rotated_channels if cfg.key_shift else 0
         self.fused = False
         self.dropout = 0.0
 
@@ -64,9 +71,14 @@ class Attention(nn.Module):
         k = self.k_norm(k)  # (B, K, T, h)
         if self.first_share is not None and context.v_first is not None:
             v = torch.lerp(v, context.v_first, self.first_share.to(v.dtype))  # (B, K, T, h)
+        if self.shortcut is not None:
+            assert context.embedded is not None
+            v = v + self.shortcut(context.embedded)  # (B, K, T, h)
         if context.rope:
             q = rotate(q, *context.rope)
             k = rotate(k, *context.rope)
+        if self.unshifted:
+            k = shift_keys(k, self.unshifted, context.bias)
         values = v
         if self.kv_heads != self.heads:
             k = k.repeat_interleave(self.heads // self.kv_heads, dim=1)  # (B, H, T, h)
@@ -99,3 +111,17 @@ class Attention(nn.Module):
         # autocast would convert the attention scores to float32 and back
         with torch.autocast(q.device.type, enabled=False):
             return attend(q * self.width**-0.5, k, v, bias, mask, self.dropout)
+
+
+def shift_keys(k: Tensor, first: int, bias: Tensor | None) -> Tensor:
+    """Take the channels of the keys (B, K, T, h) from `first` on from the token before.
+
+    The first token of a row has no token before, and gets zeros. With `title_mask`, so does the first token
+    of a title.
+    """
+    before = k[..., :-1, first:]
+    if bias is not None and bias.dim() == 4:
+        # the bias is below 0 where a token may not attend to the token before, which is in another title
+        other_title = bias.diagonal(-1, -2, -1) < 0  # (B, 1, T - 1)
+        before = before.masked_fill(other_title.unsqueeze(-1), 0)
+    return torch.cat([k[..., :first], F.pad(before, (0, 0, 1, 0))], dim=-1)
