@@ -170,6 +170,15 @@ class TrainConfig(BaseModel):
         "learned", "learned: a table that starts at zero; rope: rotary position embedding"
     )
     rope_theta: float = static(10_000.0, "base of the rotary wavelengths", gt=1, le=1e9)
+    rope_share: float = static(
+        1.0,
+        "rope: share of a head's channels that are rotated, rounded to an even number of at least 2 channels",
+        gt=0,
+        le=1,
+    )
+    key_shift: bool = static(
+        False, "take the channels of the keys that are not rotated from the token before, within a title_mask"
+    )
     mlp: Literal["gelu", "relu2", "swiglu"] = static("gelu", "activation of the MLP; swiglu is gated")
     bias: bool = static(True, "biases in linear layers and LayerNorm (the head never has one)")
     qkv_bias: bool | None = static(None, "biases of the q, k and v projections; unset: same as bias")
@@ -182,6 +191,16 @@ class TrainConfig(BaseModel):
     )
     value_residual: bool = static(
         False, "mix the values of each layer with those of the first layer; the learned ratio starts at 1/2"
+    )
+    value_shortcut: bool = static(
+        False, "add a projection of the token embedding to the values, times a gate per head, 0 at first"
+    )
+    x0_shortcut: bool = static(
+        False,
+        "each block gets a * x + b * x0, where x0 is the input of the first block; at first, a = 1 and b = 0",
+    )
+    unet: bool = static(
+        False, "layer i also feeds layer n_layer - 1 - i, times a learned weight that is 0 at first"
     )
     title_mask: bool = static(False, "restrict attention to tokens of the same title")
     tie_head: bool = static(True, "use the token embedding as the weights of the head")
@@ -374,6 +393,7 @@ class TrainConfig(BaseModel):
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
         self._check_heads()
+        self._check_rotation()
         self._check_layers()
         self._check_pattern()
         self._check_low_rank()
@@ -404,6 +424,25 @@ class TrainConfig(BaseModel):
                 got = f"d_model/n_head = {self.head_width}; change d_model or n_head"
             raise ValueError(f"position=rope needs an even head width, got {got}")
 
+    def _check_rotation(self) -> None:
+        if self.rope_share < 1 and self.position != "rope":
+            raise ValueError(
+                f"rope_share={self.rope_share} needs position=rope, but position={self.position} rotates no "
+                "channels; set position=rope or rope_share=1"
+            )
+        if not self.key_shift or self.rotated_channels < self.head_width:
+            return
+        fix = "set rope_share=0.5"
+        if self.position != "rope":
+            fix = "set position=rope and rope_share=0.5"
+        if self.head_width < 4:
+            fix = "make the heads wider with head_dim=4 and rope_share=0.5"
+        raise ValueError(
+            f"key_shift=true needs channels that are not rotated, but position={self.position} with "
+            f"rope_share={self.rope_share} leaves none of the {self.head_width} channels of a head; "
+            f"{fix}, or set key_shift=false"
+        )
+
     def _fix_of_heads(self) -> str:
         """Suggest values of n_head that fit d_model, and a value of d_model that fits n_head."""
         width = 2 * self.n_head * max(1, round(self.d_model / (2 * self.n_head)))
@@ -414,6 +453,11 @@ class TrainConfig(BaseModel):
         return f"set n_head to one of {sorted(fitting[:3])}, or d_model={width}"
 
     def _check_layers(self) -> None:
+        if self.unet and self.n_layer < 2:
+            raise ValueError(
+                f"unet=true needs two layers to connect, but n_layer={self.n_layer}; "
+                "set n_layer to 2 or more, or unet=false"
+            )
         if self.experts and self.top_k > self.experts:
             raise ValueError(
                 f"top_k={self.top_k} is larger than experts={self.experts}; "
@@ -586,6 +630,16 @@ class TrainConfig(BaseModel):
     @property
     def head_width(self) -> int:
         return self.head_dim or self.d_model // self.n_head
+
+    @property
+    def rotated_channels(self) -> int:
+        """The number of channels of a head that `position=rope` rotates."""
+        return max(2, 2 * round(self.rope_share * self.head_width / 2))
+
+    @property
+    def skips(self) -> int:
+        """The number of layers in the first half that feed a layer of the second half."""
+        return self.n_layer // 2 if self.unet else 0
 
     @property
     def kv_heads(self) -> int:

@@ -1,4 +1,6 @@
-"""The whole trainer in one file: the model, the loss, the training step and the training loop.
+"""The trainer in one file: the model, the loss, the training step and the training loop.
+
+The model uses attention and other layers from `mainrun/core`.
 
     python -m mainrun.train --preset demo:optimized    # without checkpoints, store and growth
     mainrun train --preset optimized                   # with checkpoints, store and growth
@@ -27,17 +29,19 @@ from torch import Tensor, nn
 
 import mainrun.core.frozen_torch  # noqa: F401  imported first, because it speeds up the imports below
 from mainrun.config import TrainConfig
+from mainrun.core.attention import Attention
 from mainrun.core.average import Average, copy_tensors
 from mainrun.core.device import Device
 from mainrun.core.dropout import Masks, dropout_sites
 from mainrun.core.gradient_norms import gradient_norms
-from mainrun.core.kernels import attend, cross_entropy, gelu, linear, rdrop
-from mainrun.core.layers import Context, Linear, RMSNorm, bias_of, cast, make_norm, rope_table, rotate
+from mainrun.core.kernels import cross_entropy, gelu, linear, rdrop
+from mainrun.core.layers import Context, Linear, bias_of, cast, make_norm, rope_table
 from mainrun.core.optimizers import Optimizers
 from mainrun.core.parameters import freeze, saved_parameters
 from mainrun.core.pending_losses import PendingLosses, StepRow
 from mainrun.core.routing import Router, RoutingInfo, combine, count_numbers, numbers_of, selected_shares
 from mainrun.core.sharding import clear_gradients, clip_gradients, parts_of, whole_tensors
+from mainrun.core.shortcuts import InputMix, Skips, add_shortcuts
 from mainrun.data import scoring
 from mainrun.data.batches import Batches
 from mainrun.data.corpus import Corpus, load_corpus
@@ -51,93 +55,6 @@ from mainrun.plan.seeds import seed_from
 # ------------------------------------------------------------------------------------------------------------
 # The model. The letters in shapes mean: B rows, T tokens, D model width, H query heads, K key/value heads,
 # h head width, V vocabulary size.
-
-
-class Attention(nn.Module):
-    """Causal self-attention with optional grouped keys and values, QK norm, gates and value residuals."""
-
-    def __init__(self, cfg: TrainConfig, first: bool) -> None:
-        super().__init__()
-        self.heads = cfg.n_head
-        self.kv_heads = cfg.kv_heads
-        self.width = cfg.head_width
-        qkv_bias = cfg.qkv_bias
-        if qkv_bias is None:
-            qkv_bias = cfg.bias
-        self.q = Linear(cfg.d_model, cfg.n_head * cfg.head_width, bias=qkv_bias)
-        self.k = Linear(cfg.d_model, cfg.kv_heads * cfg.head_width, bias=qkv_bias)
-        self.v = Linear(cfg.d_model, cfg.kv_heads * cfg.head_width, bias=qkv_bias)
-        self.o = Linear(cfg.n_head * cfg.head_width, cfg.d_model, bias=cfg.bias)
-        self.q_norm: nn.Module = nn.Identity()
-        self.k_norm: nn.Module = nn.Identity()
-        if cfg.qk_norm:
-            self.q_norm = RMSNorm(cfg.head_width)
-            self.k_norm = RMSNorm(cfg.head_width)
-        self.gate = Linear(cfg.d_model, cfg.n_head, bias=False) if cfg.attn_gate else None
-        self.first_share: nn.Parameter | None = None
-        if cfg.value_residual and not first:
-            self.first_share = nn.Parameter(torch.tensor(0.5))
-        self.fused = False
-        self.dropout = 0.0
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute queries (B, H, T, h), keys (B, K, T, h) and values (B, K, T, h) in one matrix product."""
-        layers = (self.q, self.k, self.v)
-        weight = torch.cat([layer.effective_weight() for layer in layers])
-        bias = None
-        if self.q.bias is not None:
-            bias = torch.cat([layer.bias for layer in layers])
-        qkv = linear(x, weight, bias)  # (B, T, (H + 2K) h)
-        q, k, v = qkv.split([layer.out_features for layer in layers], dim=-1)
-        return self.split_heads(q), self.split_heads(k), self.split_heads(v)
-
-    def split_heads(self, x: Tensor) -> Tensor:
-        """Reshape (B, T, heads * h) to (B, heads, T, h)."""
-        return x.unflatten(-1, (-1, self.width)).transpose(1, 2)
-
-    def forward(self, x: Tensor, context: Context, dropout: bool = True) -> tuple[Tensor, Tensor]:
-        """Return the output (B, T, D) and the values (B, K, T, h). Later layers may reuse the values."""
-        x = cast(x)  # (B, T, D)
-        q, k, v = self.project(x)
-        q = self.q_norm(q)  # (B, H, T, h)
-        k = self.k_norm(k)  # (B, K, T, h)
-        if self.first_share is not None and context.v_first is not None:
-            v = torch.lerp(v, context.v_first, self.first_share.to(v.dtype))  # (B, K, T, h)
-        if context.rope:
-            q = rotate(q, *context.rope)
-            k = rotate(k, *context.rope)
-        values = v
-        if self.kv_heads != self.heads:
-            k = k.repeat_interleave(self.heads // self.kv_heads, dim=1)  # (B, H, T, h)
-            values = v.repeat_interleave(self.heads // self.kv_heads, dim=1)  # (B, H, T, h)
-        y = self.weigh(q, k, values, context, dropout)  # (B, H, T, h)
-        if self.gate is not None:
-            gate = 2 * torch.sigmoid(self.gate(x))  # (B, T, H)
-            y = y * gate.transpose(1, 2).unsqueeze(-1)
-        y = y.transpose(1, 2).reshape(*x.shape[:2], -1)  # (B, T, H h)
-        return self.o(y), v
-
-    def weigh(self, q: Tensor, k: Tensor, v: Tensor, context: Context, dropout: bool) -> Tensor:
-        """Return softmax(q k' / sqrt(h) + bias) v, with dropout on the attention weights.
-
-        The tensors q, k and v have the shape (B, H, T, h), like the result.
-        """
-        bias = context.bias
-        if self.fused:
-            # the fused kernel generates the dropout masks itself
-            p = self.dropout if self.training and dropout else 0.0
-            causal = bias is None
-            return F.scaled_dot_product_attention(
-                q.to(v.dtype), k.to(v.dtype), v, bias, dropout_p=p, is_causal=causal
-            )
-        mask = None
-        if context.masks and dropout and self.dropout:
-            B, H, T, _ = q.shape
-            mask = context.masks.take((B, H, T, T))
-        assert bias is not None
-        # autocast would convert the attention scores to float32 and back
-        with torch.autocast(q.device.type, enabled=False):
-            return attend(q * self.width**-0.5, k, v, bias, mask, self.dropout)
 
 
 class MLP(nn.Module):
@@ -183,6 +100,7 @@ class Block(nn.Module):
         self.attn_scale = self.make_scale(cfg)
         self.mlp_scale = self.make_scale(cfg)
         self.router: Router | None = None
+        self.mix: InputMix | None = None
         self.dropout = 0.0
 
     @staticmethod
@@ -200,6 +118,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, context: Context, dropout: bool = True) -> tuple[Tensor, Tensor]:
         """Process all tokens of `x`. Return the output (B, T, D) and the attention values (B, K, T, h)."""
         masks = context.masks if dropout else None
+        if self.mix is not None:
+            x = self.mix(x, context)
         y, v = self.attn(self.attn_norm(x), context, dropout)
         x = x + self.branch(y, self.attn_scale, masks)
         y = self.mlp(self.mlp_norm(x))
@@ -227,7 +147,7 @@ class GPT(nn.Module):
         causal = torch.ones(cfg.block_size, cfg.block_size, dtype=torch.bool).tril()
         self.register_buffer("causal", causal, persistent=False)
         if cfg.position == "rope":
-            cos, sin = rope_table(cfg.block_size, cfg.head_width, cfg.rope_theta)
+            cos, sin = rope_table(cfg.block_size, cfg.rotated_channels, cfg.rope_theta)
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
         if cfg.has_low_rank:
@@ -236,6 +156,8 @@ class GPT(nn.Module):
             add_low_rank(self, cfg)
         self.init_weights()
         self.add_routers()
+        # shortcuts come last, so that the other weights do not depend on them
+        add_shortcuts(self, cfg)
         freeze(cfg, self)
 
     def init_weights(self) -> None:
@@ -255,7 +177,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(start_at_zero.weight)
 
     def add_routers(self) -> None:
-        """Add the routers. They are last, so that a dense model of the same seed has the same weights."""
+        """Add the routers. They come late, so that a dense model of the same seed has the same weights."""
         if not self.cfg.routed_layers:
             return
         for layer in self.cfg.routed_layers:
@@ -318,13 +240,19 @@ class GPT(nn.Module):
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=self.cfg.dtype == "bfloat16"):
             context = self.context(idx, pool)
             x = self.embed(idx)  # (B, T, D)
+            if self.cfg.value_shortcut:
+                context = context._replace(embedded=cast(x))
             if self.positions is not None:
                 x = x + self.positions.weight[: idx.size(1)]
             if context.masks:
                 x = context.masks.drop(x, self.dropout)
+            if self.cfg.x0_shortcut:
+                context = context._replace(x0=x)
+            skips = Skips(self.cfg)
             x_before = x
             infos = []
-            for block in self.blocks:
+            for layer, block in enumerate(self.blocks):
+                context = context._replace(skip=skips.into(layer))
                 x_in = x
                 if block.router is None:
                     x, v = block(x, context)
@@ -335,6 +263,7 @@ class GPT(nn.Module):
                     x, info = block.router(block, x, x_before, context, self.sharpness, look_ahead)
                     infos.append(info)
                 x_before = x_in
+                skips.keep(layer, x)
             logits = linear(self.norm(x), self.output_weight())  # (B, T, V)
             if self.cfg.softcap:
                 logits = self.cfg.softcap * torch.tanh(logits / self.cfg.softcap)

@@ -59,6 +59,13 @@ MODERN: dict[str, Any] = {
     "title_mask": True,
     "init_depth_scaled": True,
 }
+SHORTCUTS: dict[str, Any] = {
+    "value_shortcut": True,
+    "x0_shortcut": True,
+    "unet": True,
+    "rope_share": 0.5,
+    "key_shift": True,
+}
 
 
 def grow(name: str, value: Any = None, **more: Any) -> dict[str, Any]:
@@ -176,6 +183,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "routed by surprise pairs": ("optimized", {"block_pattern": "DS", "capacity": 0.25}),
     "routed by temporal surprise": ("optimized", {"block_pattern": "DT", "gate": "straight"}),
     "grow set_capacity": ("baseline", growing(grow("set_capacity", 0.25), block_pattern="DM")),
+    "shortcuts": ("baseline", MUON | MODERN | SHORTCUTS | {"n_layer": 4, "dropout": 0.1}),
+    "routed with shortcuts": (
+        "baseline",
+        ADAMW | {"position": "rope", "block_pattern": "DMDT"} | SHORTCUTS | {"n_layer": 4, "dropout": 0.1},
+    ),
     "compiled, muon": ("baseline", MUON | {"compile": "on", "n_layer": 1, "dropout": 0.1}),
     "compiled, bfloat16": (
         "baseline",

@@ -228,7 +228,8 @@ def short_context(context: Context, selected: list[int]) -> Context:
     v_first = context.v_first
     if v_first is not None:
         v_first = v_first[:, :, selected]
-    return Context(bias, rope, v_first, None)
+    states = [None if x is None else x[:, selected] for x in (context.embedded, context.x0, context.skip)]
+    return Context(bias, rope, v_first, None, *states)
 
 
 def measured(letter: str, own: dict[str, Tensor], student: Tensor, selected: list[int], k: int) -> Routed:
@@ -273,10 +274,15 @@ def row_logits(model: GPT, ids: Tensor, topk: bool) -> tuple[Tensor, list[Routed
     x = model.embed.weight[ids]
     if model.positions is not None:
         x = x + model.positions.weight[: len(ids)]
+    context = context._replace(embedded=model.embed.weight[ids][None], x0=x[None])
     x_before = x
     routed = []
+    outputs: list[Tensor] = []
     for layer, letter in enumerate(model.cfg.letters):
         x_in = x
+        opposite = len(model.cfg.letters) - 1 - layer
+        if opposite < layer:
+            context = context._replace(skip=outputs[opposite][None])
         if letter == "D":
             y, v = model.blocks[layer](x[None], context)
             x = y[0]
@@ -286,6 +292,7 @@ def row_logits(model: GPT, ids: Tensor, topk: bool) -> tuple[Tensor, list[Routed
             x, decision = routed_block(model, layer, x, x_before, context, topk)
             routed.append(decision)
         x_before = x_in
+        outputs.append(x)
     logits = model.norm(x) @ model.output_weight().T
     if model.cfg.softcap:
         logits = model.cfg.softcap * torch.tanh(logits / model.cfg.softcap)

@@ -33,6 +33,7 @@ OTHER: dict[str, Any] = {
     "d_ff": 1024, "norm": "rmsnorm", "position": "rope", "rope_theta": 500.0, "mlp": "swiglu", "bias": False,
     "qkv_bias": True,
     "qk_norm": True, "attn_gate": True, "layer_scale": 0.1, "value_residual": True, "title_mask": True,
+    "value_shortcut": True, "x0_shortcut": True, "unet": True,
     "tie_head": False,
     "softcap": 15.0, "init_std": 0.01, "init_depth_scaled": True,
     "max_steps": 40,
@@ -55,6 +56,8 @@ OTHER: dict[str, Any] = {
 }  # fmt: skip
 NEEDS = {  # fields that need another field
     "rdrop": {"rdrop": 0.5, "dropout": 0.1},
+    "rope_share": {"rope_share": 0.5, "position": "rope"},
+    "key_shift": {"key_shift": True, "rope_share": 0.5, "position": "rope"},
     "documents": {"documents": True, "corpus": "file:texts.jsonl"},
     "lr_lora": {"lr_lora": 0.04, "mlp_lora_rank": 8},
     "base_frozen": {"base_frozen": True, "attn_lora_rank": 8},

@@ -61,6 +61,25 @@ SIZES: dict[str, tuple[dict[str, Any], tuple[int, int, int, int, int]]] = {
         {"value_residual": True},
         (11521, 11521, 11521, 68736, 0),
     ),
+    "shortcuts into values and inputs": (
+        {"value_shortcut": True, "x0_shortcut": True, "n_kv_head": 1},
+        (10976 + 2 * (16 * 8 + 1 + 2), 11238, 11238, 68736 - 6 * 2 * 128, 0),
+    ),
+    "a skip connection": ({"unet": True}, (11521, 11521, 11521, 68736, 0)),
+    "a frozen layer and its shortcuts": (
+        {"frozen": [1], "value_shortcut": True, "x0_shortcut": True, "unet": True, "optimizer": "muon"},
+        (
+            11521 + 2 * (256 + 2 + 2),
+            12041,
+            12041 - 3280 - 260 - 1,
+            68736 + 6 * 2 * 256,
+            4 * (3072 + 256) + 8 * (12041 - 3280 - 261 - 3072 - 256),
+        ),
+    ),
+    "layer 0 has no skip connection to freeze": (
+        {"frozen": [0], "unet": True},
+        (11521, 11521, 11521 - 3280, 68736, 0),
+    ),
     "one of four experts": (
         {"experts": 4, "top_k": 1, "router_weights": "softmax", "optimizer": "muon"},
         (

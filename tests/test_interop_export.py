@@ -585,7 +585,7 @@ def test_only_paths_are_shortened() -> None:
 WRONG: dict[str, Any] = {
     "norm": "layernorm", "position": "learned", "mlp": "gelu", "bias": True, "qkv_bias": False,
     "qk_norm": True, "attn_gate": True, "layer_scale": 0.5, "value_residual": True, "title_mask": True,
-    "softcap": 30.0, "experts": 2, "unused_ids": 3,
+    "softcap": 30.0, "experts": 2, "unused_ids": 3, "value_shortcut": True, "x0_shortcut": True, "unet": True,
 }  # fmt: skip
 
 
@@ -593,6 +593,11 @@ WRONG: dict[str, Any] = {
 def test_each_field_that_qwen2_cannot_express_is_named(name: str) -> None:
     (reason,) = inexpressible(config(**{name: WRONG[name]}))
     assert reason.startswith(f"{name}={str(WRONG[name]).lower().removesuffix('.0')} (must be ")
+
+
+def test_partly_rotated_heads_are_named() -> None:
+    reasons = ["rope_share=0.5 (must be 1)", "key_shift=true (must be false)"]
+    assert inexpressible(config(rope_share=0.5, key_shift=True)) == reasons
 
 
 def test_biases_of_q_k_and_v_follow_bias() -> None:

@@ -14,9 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mainrun import train as trainer
 from mainrun.config import TrainConfig, from_dict
-from mainrun.core import kernels
+from mainrun.core import attention, kernels
 from mainrun.core.average import Average
 from mainrun.core.device import Device
 from mainrun.core.dropout import Masks, dropout_sites
@@ -48,6 +47,8 @@ MODERN: dict[str, Any] = {
     "n_kv_head": 2,
     "init_depth_scaled": True,
 }
+SHORTCUTS: dict[str, Any] = {"value_shortcut": True, "x0_shortcut": True, "unet": True}
+PARTLY_ROTATED: dict[str, Any] = {"position": "rope", "rope_share": 0.5, "key_shift": True}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -147,26 +148,40 @@ def slow_logits(cfg: TrainConfig, w: dict[str, Tensor], idx: Tensor) -> Tensor:
     def turn(x: Tensor, position: int) -> Tensor:
         if cfg.position != "rope":
             return x
-        half = x.numel() // 2
+        half = cfg.rotated_channels // 2
         speed = cfg.rope_theta ** (-torch.arange(half, dtype=x.dtype) / half)
-        z = torch.complex(x[:half], x[half:]) * torch.exp(1j * position * speed)
-        return torch.cat([z.real, z.imag])
+        z = torch.complex(x[:half], x[half : 2 * half]) * torch.exp(1j * position * speed)
+        return torch.cat([z.real, z.imag, x[2 * half :]])
+
+    def shifted(key: Tensor, before: Tensor | None) -> Tensor:
+        if not cfg.key_shift:
+            return key
+        before = torch.zeros_like(key) if before is None else before
+        return torch.cat([key[: cfg.rotated_channels], before[cfg.rotated_channels :]])
 
     rows = []
     for row in idx:
         n = len(row)
         title = [int((row[: i + 1] == EOS).sum()) if cfg.title_mask else 0 for i in range(n)]
-        x = w["embed.weight"][row]
+        embedded = x = w["embed.weight"][row]
         if cfg.position == "learned":
             x = x + w["positions.weight"][:n]
         first: Tensor | None = None
+        inputs = [x]  # of each layer, before the shortcuts
         for i in range(cfg.n_layer):
             block, width = f"blocks.{i}", cfg.head_width
+            if cfg.x0_shortcut:
+                x = w[f"{block}.mix.x"] * x + w[f"{block}.mix.x0"] * inputs[0]
+            if cfg.unet and i > (cfg.n_layer - 1) / 2:
+                x = x + w[f"{block}.mix.skip"] * inputs[cfg.n_layer - i]
             seen = norm(x, f"{block}.attn_norm")
             q, k, v = (linear(seen, f"{block}.attn.{part}") for part in "qkv")
             if cfg.value_residual and first is not None:
                 share = w[f"{block}.attn.first_share"]
                 v = (1 - share) * v + share * first
+            if cfg.value_shortcut:
+                gates = w[f"{block}.attn.shortcut.gate"].repeat_interleave(width)
+                v = v + gates * linear(embedded, f"{block}.attn.shortcut")
             first = v if first is None else first
             gate = (
                 2 * torch.sigmoid(linear(seen, f"{block}.attn.gate"))
@@ -182,6 +197,7 @@ def slow_logits(cfg: TrainConfig, w: dict[str, Tensor], idx: Tensor) -> Tensor:
                     past = [s for s in range(t + 1) if title[s] == title[t]]
                     query = turn(head_norm(q[t, mine], f"{block}.attn.q_norm"), t)
                     keys = [turn(head_norm(k[s, theirs], f"{block}.attn.k_norm"), s) for s in past]
+                    keys = [shifted(key, keys[j - 1] if j else None) for j, key in enumerate(keys)]
                     share = torch.stack([query @ key / math.sqrt(width) for key in keys]).softmax(0)
                     heads.append(gate[t, h] * sum(a * v[s, theirs] for a, s in zip(share, past, strict=True)))
                 out.append(torch.cat(heads))
@@ -198,6 +214,7 @@ def slow_logits(cfg: TrainConfig, w: dict[str, Tensor], idx: Tensor) -> Tensor:
                     else up * 0.5 * (1 + torch.erf(up / math.sqrt(2)))
                 )
             x = x + linear(hidden, f"{block}.mlp.down") * w.get(f"{block}.mlp_scale", 1)
+            inputs.append(x)
         logits = norm(x, "norm") @ w["embed.weight" if cfg.tie_head else "head.weight"].T
         rows.append(cfg.softcap * torch.tanh(logits / cfg.softcap) if cfg.softcap else logits)
     return torch.stack(rows)
@@ -236,8 +253,10 @@ def test_the_fresh_baseline_is_torchs_own_transformer_to_1e_5() -> None:
         {"mlp": "relu2", "n_kv_head": 1},
         MODERN,
         MODERN | {"norm": "layernorm", "bias": True, "qkv_bias": False, "title_mask": False},
+        MODERN | SHORTCUTS | PARTLY_ROTATED | {"n_layer": 5},
+        SHORTCUTS | PARTLY_ROTATED | {"n_layer": 4, "rope_share": 0.75},
     ],
-    ids=["baseline", "relu2 and one kv head", "modern", "modern with biases"],
+    ids=["baseline", "relu2 and one kv head", "modern", "modern with biases", "shortcuts", "plain shortcuts"],
 )
 def test_every_dense_option_is_what_it_says(changes: dict[str, Any]) -> None:
     cfg = config(**changes)
@@ -263,6 +282,11 @@ def test_every_dense_option_is_what_it_says(changes: dict[str, Any]) -> None:
         ({}, {"attn_gate": True}),
         ({}, {"layer_scale": 0.1}),
         ({}, {"value_residual": True}),
+        ({}, {"value_shortcut": True}),
+        ({}, {"x0_shortcut": True}),
+        ({}, {"unet": True}),
+        ({"position": "rope"}, {"rope_share": 0.5}),
+        ({"position": "rope", "rope_share": 0.5}, {"key_shift": True}),
         ({}, {"title_mask": True}),
         ({}, {"tie_head": False}),
         ({}, {"softcap": 3.0}),
@@ -296,7 +320,8 @@ def test_every_model_field_matters(before: dict[str, Any], change: dict[str, Any
 
 
 def test_the_start_is_as_documented() -> None:
-    cfg = config(**MODERN | {"bias": True, "position": "learned", "d_model": 128, "n_layer": 3})
+    more = SHORTCUTS | {"bias": True, "position": "learned", "d_model": 128, "n_layer": 3}
+    cfg = config(**MODERN | more)
     model = build(cfg, 1000)
     for name, p in weights_of(model).items():
         if name.endswith(".bias") or name == "positions.weight" or ".attn.gate." in name:
@@ -307,6 +332,10 @@ def test_the_start_is_as_documented() -> None:
             assert (p == 0.3).all() and p.shape == (128,), name
         elif name.endswith("first_share"):
             assert float(p) == 0.5, name
+        elif name.endswith((".mix.x0", ".mix.skip", ".shortcut.gate")):
+            assert not p.any(), name
+        elif name.endswith(".mix.x"):
+            assert float(p) == 1, name
         else:
             expected = 0.02 / math.sqrt(6) if ".attn.o." in name or ".mlp.down." in name else 0.02
             assert p.ndim == 2 and abs(float(p.std()) / expected - 1) < 0.03, name
@@ -315,6 +344,8 @@ def test_the_start_is_as_documented() -> None:
     assert shares == ["blocks.1.attn.first_share", "blocks.2.attn.first_share"], (
         "the first layer has nothing before it"
     )
+    skips = [n for n, _ in model.named_parameters() if n.endswith("skip")]
+    assert skips == ["blocks.2.mix.skip"], "layer 1 is in the middle, so it feeds no other layer"
     plain = build(config(d_model=128, init_std=0.05), V)
     assert all(
         abs(float(p.std()) / 0.05 - 1) < 0.05
@@ -461,7 +492,7 @@ def test_every_mask_is_used_once_and_drops_its_share(monkeypatch: pytest.MonkeyP
     model.set_dropout(at, "plain")
     taken: list[tuple[int, int]] = []
     dropped: list[float] = []
-    take, drop, attend = Masks.take, Masks.drop, trainer.attend
+    take, drop, attend = Masks.take, Masks.drop, attention.attend
 
     def take_too(self: Masks, shape: Any) -> Tensor:
         start = self.used
@@ -483,7 +514,7 @@ def test_every_mask_is_used_once_and_drops_its_share(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Masks, "take", take_too)
     monkeypatch.setattr(Masks, "drop", drop_too)
-    monkeypatch.setattr(trainer, "attend", attend_too)
+    monkeypatch.setattr(attention, "attend", attend_too)
     pool = masks(cfg, at, idx, 1)
     assert pool is not None
     model(idx, pool)
@@ -500,7 +531,8 @@ def test_every_mask_is_used_once_and_drops_its_share(monkeypatch: pytest.MonkeyP
 
 
 def test_the_two_ways_of_attention_agree() -> None:
-    for changes in ({}, {"title_mask": True}, {"n_kv_head": 1, "position": "rope", "qk_norm": True}):
+    shifted = SHORTCUTS | PARTLY_ROTATED | {"title_mask": True}
+    for changes in ({}, {"title_mask": True}, {"n_kv_head": 1, "position": "rope", "qk_norm": True}, shifted):
         cfg = config(**changes)
         model, idx = shaken(cfg), some_titles()
         plain = model(idx)

@@ -49,6 +49,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 # -- the whole model against the reference
 
+SHORTCUTS: dict[str, Any] = {
+    "value_shortcut": True, "x0_shortcut": True, "unet": True, "rope_share": 0.5, "key_shift": True
+}  # fmt: skip
+
 MODELS: dict[str, dict[str, Any]] = {
     "M": {"pattern": "DM"},
     "S": {"pattern": "DS"},
@@ -69,6 +73,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "pattern": "DTDM", "softcap": 2.0, "tie_head": False, "layer_scale": 0.5, "mlp": "relu2"
     },
     "experts": {"pattern": "DSMT", "experts": 3, "top_k": 2},
+    "shortcuts": {
+        "pattern": "DMDST", "value_shortcut": True, "x0_shortcut": True, "unet": True, "n_kv_head": 1
+    },
+    "shifted keys": {"pattern": "DSTM", "rope_share": 0.5, "key_shift": True, "title_mask": True},
     "one token": {"pattern": "DSMT", "capacity": 0.01},
     "many tokens": {"pattern": "DSMT", "capacity": 0.8},
 }  # fmt: skip
@@ -159,7 +167,13 @@ def test_the_best_tokens_of_a_row_depend_on_later_tokens(letter: str) -> None:
 @pytest.mark.parametrize("topk", [True, False])
 @pytest.mark.parametrize("letter", LETTERS)
 @pytest.mark.parametrize(
-    "changes", [{}, {"title_mask": True}, {"value_residual": True, "title_mask": True, "n_kv_head": 1}]
+    "changes",
+    [
+        {},
+        {"title_mask": True},
+        {"value_residual": True, "title_mask": True, "n_kv_head": 1},
+        SHORTCUTS | {"title_mask": True},
+    ],
 )
 def test_with_all_tokens_and_a_straight_gate_the_model_is_dense(
     letter: str, topk: bool, attention: str, changes: dict[str, Any]
@@ -178,7 +192,8 @@ def test_with_all_tokens_and_a_straight_gate_the_model_is_dense(
 @pytest.mark.parametrize("letter", LETTERS)
 def test_the_padding_of_short_rows_is_invisible(letter: str, attention: str) -> None:
     """Padding may come from earlier in the row than the selected tokens, which must not attend to it."""
-    cfg = config(f"D{letter}", capacity=0.4, route="student", title_mask=True, value_residual=True)
+    fields = {"title_mask": True, "value_residual": True} | SHORTCUTS
+    cfg = config(f"D{letter}", capacity=0.4, route="student", **fields)
     model = shaken(cfg).eval()
     model.set_dropout(at(cfg), attention)
     router = router_of(model)
@@ -200,7 +215,8 @@ def test_the_context_of_some_positions() -> None:
     rope = (noise(tokens, 2, seed=1), noise(tokens, 2, seed=2))
     values = noise(3, 2, tokens, 4, seed=3)
     masks = Masks(torch.zeros(0))
-    context = Context(bias, rope, values, masks).at(positions)
+    states = tuple(noise(3, tokens, 4, seed=seed) for seed in (4, 5, 6))
+    context = Context(bias, rope, values, masks, *states).at(positions)
     assert context.masks is masks
     assert context.bias is not None and context.rope is not None and context.v_first is not None
     assert context.bias.shape == (3, 1, 4, 4) and context.rope[0].shape == (3, 1, 4, 2)
@@ -209,12 +225,15 @@ def test_the_context_of_some_positions() -> None:
             assert torch.equal(context.rope[0][row, 0, i], rope[0][p])
             assert torch.equal(context.rope[1][row, 0, i], rope[1][p])
             assert torch.equal(context.v_first[row, :, i], values[row, :, p])
+            for found, state in zip((context.embedded, context.x0, context.skip), states, strict=True):
+                assert found is not None and torch.equal(found[row, i], state[row, p])
             for j, q in enumerate(places):
                 expected = bias[row, 0, p, q].item() if j <= i else -math.inf
                 assert context.bias[row, 0, i, j].item() == expected
     flat = noise(tokens, tokens)
     assert torch.equal(Context(flat, None, None, None).at(positions).bias, flat[:4, :4])  # type: ignore[arg-type]
-    assert Context(None, None, None, None).at(positions) == (None, None, None, None)
+    nothing = Context(None, None, None, None)
+    assert nothing.at(positions) == nothing == (None,) * 7
 
 
 # -- scores and gates

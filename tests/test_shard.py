@@ -65,6 +65,7 @@ CASES: dict[str, dict[str, Any]] = {
     "routed by the student": QWEN | {"block_pattern": "DM", "route": "student", "gate": "straight"},
     "low-rank terms": QWEN | {"attn_lora_rank": 4, "embed_lora_rank": 4},
     "a frozen layer": {"frozen": [0], "grad_norm_steps": 2},
+    "shortcuts": {"value_shortcut": True, "x0_shortcut": True, "unet": True},
 }
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from mainrun import train as trainer
 from mainrun.config import TrainConfig, from_dict
+from mainrun.core import attention as attention_module
 from mainrun.core.device import Device
 from mainrun.core.dropout import Masks, dropout_sites
 from mainrun.core.layers import RMSNorm, rope_table, rotate
@@ -333,13 +334,13 @@ def test_what_fused_attention_is_given(
 def test_plain_attention_is_computed_outside_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Autocast would copy the scores to float32 and back."""
     model = build(config(dtype="bfloat16", **ATTENTION), V)
-    original, given = trainer.attend, []
+    original, given = attention_module.attend, []
 
     def spy(q: Tensor, *rest: Any) -> Tensor:
         given.append((q.dtype, torch.is_autocast_enabled("cpu"), rest[-2:]))
         return original(q, *rest)
 
-    monkeypatch.setattr(trainer, "attend", spy)
+    monkeypatch.setattr(attention_module, "attend", spy)
     assert model(ids(1, 4)).dtype == torch.bfloat16
     assert given == [(torch.bfloat16, False, (None, 0.0))] * 2
 

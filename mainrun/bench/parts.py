@@ -19,10 +19,11 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mainrun.config import TrainConfig
+from mainrun.core.attention import Attention
 from mainrun.core.device import Device
 from mainrun.core.dropout import Masks
 from mainrun.core.layers import RMSNorm
-from mainrun.train import GPT, Attention
+from mainrun.train import GPT
 
 PARTS = ("GEMM", "attention", "dropout", "norm", "loss", "optimizer", "other")
 LABEL = "part:"  # the prefix of the events that this module adds to the profile

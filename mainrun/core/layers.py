@@ -21,6 +21,9 @@ class Context(NamedTuple):
     rope: Rope | None
     v_first: Tensor | None  # the values (B, K, T, h) of the first block, for value residuals
     masks: Masks | None
+    embedded: Tensor | None = None  # the token embeddings (B, T, D), for value shortcuts
+    x0: Tensor | None = None  # the input (B, T, D) of the first block, for x0 shortcuts
+    skip: Tensor | None = None  # the output (B, T, D) of an earlier layer, for skip connections
 
     def at(self, positions: Tensor) -> Context:
         """Return the context of the tokens at the positions (B, n).
@@ -44,7 +47,11 @@ class Context(NamedTuple):
         v_first = self.v_first
         if v_first is not None:
             v_first = v_first.take_along_dim(positions[:, None, :, None], 2)
-        return Context(bias, rope, v_first, self.masks)
+        embedded, x0, skip = (
+            x if x is None else x.take_along_dim(positions.unsqueeze(-1), 1)
+            for x in (self.embedded, self.x0, self.skip)
+        )
+        return Context(bias, rope, v_first, self.masks, embedded, x0, skip)
 
 
 def bias_of(visible: Tensor, dtype: torch.dtype) -> Tensor:
@@ -65,11 +72,19 @@ def rope_table(length: int, width: int, theta: float) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary position embedding to queries or keys `x` of shape (B, heads, T, h)."""
+    """Apply rotary position embedding to queries or keys `x` of shape (B, heads, T, h).
+
+    Channels beyond the width of the tables stay unchanged.
+    """
+    rotated = 2 * cos.size(-1)
+    rest = []
+    if rotated < x.size(-1):
+        rest = [x[..., rotated:]]
+        x = x[..., :rotated]
     a, b = x.chunk(2, dim=-1)
     cos = cos.to(x.dtype)
     sin = sin.to(x.dtype)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, *rest], dim=-1)
 
 
 class RMSNorm(nn.Module):

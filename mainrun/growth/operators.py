@@ -24,9 +24,9 @@ from mainrun.train import GPT
 
 # Each letter names a space: D = model width, V = vocabulary, T = positions, H = heads, F = hidden units,
 # h = channels of one head, Q = channels of all query heads, K = channels of all key or all value heads,
-# E = experts, R = rank of low-rank terms in attention, L = rank of low-rank terms in MLPs, S = rank of the
-# low-rank term of the embedding, P = hidden units of a predictor of surprise, Z = the single output of a
-# linear score.
+# N = key/value heads, E = experts, R = rank of low-rank terms in attention, L = rank of low-rank terms in
+# MLPs, S = rank of the low-rank term of the embedding, P = hidden units of a predictor of surprise, Z = the
+# single output of a linear score.
 SPACES = {
     "embed.weight": "VD", "embed.lora_a": "SD", "embed.lora_b": "VS",
     "positions.weight": "TD", "head.weight": "VD",
@@ -35,6 +35,7 @@ SPACES = {
     "attn.v.weight": "KD", "attn.v.lora_a": "RD", "attn.v.lora_b": "KR", "attn.v.bias": "K",
     "attn.o.weight": "DQ", "attn.o.lora_a": "RQ", "attn.o.lora_b": "DR", "attn.o.bias": "D",
     "attn.gate.weight": "HD", "attn.q_norm.weight": "h", "attn.k_norm.weight": "h", "attn.first_share": "",
+    "attn.shortcut.weight": "KD", "attn.shortcut.gate": "N", "mix.x": "", "mix.x0": "", "mix.skip": "",
     "mlp.up.weight": "FD", "mlp.up.lora_a": "LD", "mlp.up.lora_b": "FL", "mlp.up.bias": "F",
     "mlp.gate.weight": "FD", "mlp.gate.lora_a": "LD", "mlp.gate.lora_b": "FL", "mlp.gate.bias": "F",
     "mlp.down.weight": "DF", "mlp.down.lora_a": "LF", "mlp.down.lora_b": "DL", "mlp.down.bias": "D",

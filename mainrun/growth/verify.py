@@ -152,7 +152,8 @@ def check_rope(old: GPT, new: GPT) -> PromiseCheck:
     if new.cfg.position == "rope":
         for name in ("cos", "sin"):
             table = new.get_buffer(name)
-            ok = ok and torch.equal(old.get_buffer(name), table) and table.size(-1) * 2 == after
+            wide = table.size(-1) * 2 == new.cfg.rotated_channels
+            ok = ok and torch.equal(old.get_buffer(name), table) and wide
     return PromiseCheck("rope", ok, f"heads {before} wide before, {after} after")
 
 

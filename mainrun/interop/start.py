@@ -28,7 +28,10 @@ VOCABULARY_ROWS = ("embed.weight", "head.weight")  # these tensors have a row fo
 AVERAGE = "average/"
 MODEL = "model/"
 # The values of a config that change what the weights compute, although they change no name and no shape.
-SAME_SHAPES = ("n_head", "kv_heads", "head_width", "norm", "position", "rope_theta", "mlp")
+SAME_SHAPES = (
+    *("n_head", "kv_heads", "head_width", "norm", "mlp"),
+    *("position", "rope_theta", "rope_share", "key_shift"),
+)
 
 
 class Start(NamedTuple):

@@ -78,6 +78,8 @@ def size(cfg: TrainConfig) -> Size:
     if cfg.value_residual:  # each layer except the first learns one mixing ratio
         outside += cfg.n_layer - 1
         frozen += sum(layer > 0 for layer in cfg.frozen)
+    outside += cfg.skips  # each layer of the second half learns the weight of one skip connection
+    frozen += sum(layer >= cfg.n_layer - cfg.skips for layer in cfg.frozen)
     routers = [_router_params(cfg, letter) for letter in cfg.letters]
     frozen += sum(routers[layer] for layer in cfg.frozen)
     params = cfg.n_layer * block.params + sum(routers) + outside
@@ -205,6 +207,8 @@ def _block(cfg: TrainConfig) -> _Block:
     attention += attn_low_rank
     if cfg.attn_gate:
         attention += d * cfg.n_head
+    if cfg.value_shortcut:
+        attention += d * kv
 
     vectors = 2 * _norm(cfg)
     if cfg.qkv_bias or (cfg.qkv_bias is None and cfg.bias):
@@ -215,6 +219,10 @@ def _block(cfg: TrainConfig) -> _Block:
         vectors += 2 * cfg.head_width
     if cfg.layer_scale:
         vectors += 2 * d
+    if cfg.value_shortcut:
+        vectors += cfg.kv_heads
+    if cfg.x0_shortcut:
+        vectors += 2
 
     up = 2 if cfg.mlp == "swiglu" else 1  # number of matrices from d_model to the hidden width
     mlp_low_rank = cfg.mlp_lora_rank * (up + 1) * (d + cfg.ff_width)

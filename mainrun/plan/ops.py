@@ -576,6 +576,7 @@ class Operation:
     guarantee: Callable[[Op, Config], Guarantee] = _exact  # called only if `architecture` is true
     init: str = ""  # default value of the key `init`; empty if the operation does not use this key
     keeps_base: bool = False  # whether a model with `base_frozen` allows the operation
+    refuses: tuple[str, ...] = ()  # the config fields whose weights the operation cannot extend
 
 
 def _training(field: str) -> Operation:
@@ -643,10 +644,11 @@ OPERATIONS: dict[str, Operation] = {
         LayersValue("the source of each new layer, like [0, 0, 1, 1]"),
         guarantee=_guarantee_of_stack,
         init="copy",
+        refuses=("x0_shortcut", "unet"),
     ),
     "widen_mlp": Operation(_widen_mlp, WHOLE, init="copy"),
-    "widen_model": Operation(_widen_model, WIDTH),
-    "add_heads": Operation(_add_heads, WHOLE),
+    "widen_model": Operation(_widen_model, WIDTH, refuses=("value_shortcut",)),
+    "add_heads": Operation(_add_heads, WHOLE, refuses=("value_shortcut",)),
     "upcycle_moe": Operation(_upcycle_moe, EXPERTS, guarantee=_guarantee_of_upcycling),
     "set_attn_lora_rank": _rank("attn_lora_rank"),
     "set_mlp_lora_rank": _rank("mlp_lora_rank"),
@@ -718,6 +720,12 @@ def _changes(op: Op, cfg: Config, set_by: SetBy) -> Changes:
             f"{op.name} changes the base of the model, which base_frozen=true keeps unchanged; "
             "remove the op, or set base_frozen=false"
         )
+    for field in operation.refuses:
+        if getattr(cfg, field):
+            raise ValueError(
+                f"{op.name} cannot be combined with {field}=true, whose weights it cannot extend; "
+                f"remove the op, or set {field}=false"
+            )
     changes = operation.changes(op, cfg, set_by)
     if op.preserve:
         strongest = operation.guarantee(op, cfg)
