@@ -131,6 +131,7 @@ class CautiousAdamW(torch.optim.AdamW):
         for group, rate in zip(self.param_groups, rates, strict=True):
             group["weight_decay"] = rate
 
+    @torch.no_grad()
     def decay(self) -> None:
         """Decay the weights before the update, whose sign depends only on the new momentum."""
         for group in self.param_groups:
