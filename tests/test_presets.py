@@ -42,6 +42,16 @@ def test_every_step_of_the_ladder_changes_something_between_baseline_and_optimiz
     assert all(before != after for before, after in pairwise(ladder))
 
 
+def test_one_step_of_the_ladder_is_not_kept() -> None:
+    ladder = {cfg.preset.partition(":")[2]: cfg for cfg in load("ablation")}
+    assert list(ladder)[:3] == ["baseline", "kaiming", "size"]
+    baseline = ladder["baseline"].model_dump(exclude={"preset"})
+    assert ladder["kaiming"].model_dump(exclude={"preset"}) == baseline | {"init": "kaiming"}
+    assert {cfg.init for name, cfg in ladder.items() if name != "kaiming"} == {"normal"}
+    size = baseline | {"n_layer": 4, "n_head": 4, "d_model": 256}
+    assert ladder["size"].model_dump(exclude={"preset"}) == size
+
+
 @pytest.mark.parametrize(
     ("name", "letters", "scored", "training"),
     [("mod", "DMDM", 0.584, 0.584), ("sdt", "DSDS", 0.756, 0.756), ("stt", "DTDT", 0.750, 1.224)],
