@@ -188,8 +188,8 @@ class TrainConfig(BaseModel):
     softcap: float = static(0.0, "replace the logits by c * tanh(logits / c); 0: off", ge=0, le=1000)
     init: Literal["normal", "kaiming"] = static(
         "normal",
-        "normal: all initial weights have the standard deviation init_std; "
-        "kaiming: those of attention and MLPs have sqrt(2 / inputs)",
+        "standard deviation of the initial matrices of attention and MLPs; normal: init_std; "
+        "kaiming: sqrt(2 / inputs)",
     )
     init_std: float = static(
         0.02, "standard deviation of the initial linear and embedding weights", gt=0, le=1
