@@ -146,7 +146,10 @@ class Plan:
         self.undecided: Op | None = None
         self.segments = self._lay_out(given)
         self._firsts = [segment.first for segment in self.segments]
-        self._dropouts = [[in_256ths(p) for p in segment.cfg.dropouts] for segment in self.segments]
+        self._dropouts = []
+        for segment in self.segments:
+            rates = (*segment.cfg.dropouts, segment.cfg.stochastic_depth)
+            self._dropouts.append([in_256ths(p) for p in rates])
         self.steps = self.segments[-1].last_step(self.budget)
         if cfg.max_steps:
             self.steps = min(cfg.max_steps, self.steps)
@@ -287,7 +290,7 @@ class Plan:
         weight_decay_aux = cfg.weight_decay_aux
         if weight_decay_aux is None:
             weight_decay_aux = cfg.weight_decay
-        dropout, attn_dropout, resid_dropout = self._dropouts[index]
+        dropout, attn_dropout, resid_dropout, stochastic_depth = self._dropouts[index]
         return StepInputs(
             lr=cfg.lr * lr_factor,
             lr_aux=(cfg.lr_aux or cfg.lr) * lr_factor,
@@ -296,7 +299,7 @@ class Plan:
             dropout=dropout,
             attn_dropout=attn_dropout,
             resid_dropout=resid_dropout,
-            stochastic_depth=in_256ths(cfg.stochastic_depth),
+            stochastic_depth=stochastic_depth,
             batch_size=cfg.batch_size,
             grad_accum=cfg.grad_accum,
             rdrop=cfg.rdrop,
