@@ -205,6 +205,11 @@ class TrainConfig(BaseModel):
     title_mask: bool = static(False, "restrict attention to tokens of the same title")
     tie_head: bool = static(True, "use the token embedding as the weights of the head")
     softcap: float = static(0.0, "replace the logits by c * tanh(logits / c); 0: off", ge=0, le=1000)
+    init: Literal["normal", "kaiming"] = static(
+        "normal",
+        "standard deviation of the initial matrices of attention and MLPs; normal: init_std; "
+        "kaiming: sqrt(2 / inputs)",
+    )
     init_std: float = static(
         0.02, "standard deviation of the initial linear and embedding weights", gt=0, le=1
     )
@@ -288,10 +293,13 @@ class TrainConfig(BaseModel):
         0.0, "weight decay of matrices and embeddings; decoupled except for SGD", ge=0, le=100
     )
     weight_decay_aux: float | None = scheduled(
-        None, "weight decay of the embeddings and the head; unset: same as weight_decay", ge=0, le=100
+        None, "weight decay of embeddings, head and routers; unset: same as weight_decay", ge=0, le=100
     )
     wd_schedule: Literal["constant", "linear", "cosine"] = scheduled(
         "constant", "shape of the decrease of both weight decays to 0 over the run"
+    )
+    cautious_decay: bool = static(
+        False, "decay a weight only where the update also moves it towards zero (not with SGD)"
     )
     clip: float = static(1.0, "maximum norm of the gradient; 0: no clipping", ge=0, le=1e6)
 
@@ -322,6 +330,13 @@ class TrainConfig(BaseModel):
     )
     resid_dropout: float | None = scheduled(
         None, "dropout of each branch's output; unset: same as dropout", ge=0, lt=1
+    )
+    stochastic_depth: float = scheduled(
+        0.0,
+        "fraction of the rows for which a branch of the last layer is left out in training; "
+        "layer i of n, counted from 1, has i / n of it",
+        ge=0,
+        lt=1,
     )
     rdrop: float = scheduled(
         0.0, "weight of R-Drop, the symmetric KL divergence of two passes; 0: one pass", ge=0, le=100
@@ -399,6 +414,7 @@ class TrainConfig(BaseModel):
         self._check_low_rank()
         self._check_batch()
         self._check_regularisation()
+        self._check_decay()
         self._check_warmup()
         self._check_geometry()
         self._check_corpus()
@@ -531,9 +547,10 @@ class TrainConfig(BaseModel):
                 f"ema={self.ema} and swa={self.swa} are both on, but only one average can be scored; "
                 "set one of them to 0"
             )
-        if self.rdrop and not any(self.dropouts):
+        if self.rdrop and not any((*self.dropouts, self.stochastic_depth)):
             raise ValueError(
-                f"rdrop={self.rdrop} needs dropout, because R-Drop compares dropout masks; set dropout > 0"
+                f"rdrop={self.rdrop} needs dropout, because R-Drop compares dropout masks; "
+                "set dropout > 0 or stochastic_depth > 0"
             )
         for name in ("rdrop", "label_smoothing"):
             value = getattr(self, name)
@@ -542,6 +559,15 @@ class TrainConfig(BaseModel):
                     f"unused_ids={self.unused_ids} and {name}={value} cannot be combined, because unused "
                     "ids have probability 0 and the loss would be infinite; set one of them to 0"
                 )
+
+    def _check_decay(self) -> None:
+        if self.cautious_decay and not OPTIMIZERS[self.optimizer].cautious:
+            able = [name for name, spec in OPTIMIZERS.items() if spec.cautious]
+            raise ValueError(
+                f"cautious_decay=true and optimizer={self.optimizer} cannot be combined, because only "
+                f"{' and '.join(able)} can decay a part of the weights; "
+                f"use optimizer={' or '.join(able)}, or cautious_decay=false"
+            )
 
     def _check_warmup(self) -> None:
         if self.schedule == "wsd" and self.warmup_frac + self.decay_frac > 1:

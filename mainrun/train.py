@@ -32,8 +32,9 @@ from mainrun.config import TrainConfig
 from mainrun.core.attention import Attention
 from mainrun.core.average import Average, copy_tensors
 from mainrun.core.device import Device
-from mainrun.core.dropout import Masks, dropout_sites
+from mainrun.core.dropout import Masks, depth_rates, dropout_sites
 from mainrun.core.gradient_norms import gradient_norms
+from mainrun.core.initial import initial_std
 from mainrun.core.kernels import cross_entropy, gelu, linear, rdrop
 from mainrun.core.layers import Context, Linear, bias_of, cast, make_norm, rope_table
 from mainrun.core.optimizers import Optimizers
@@ -102,6 +103,7 @@ class Block(nn.Module):
         self.router: Router | None = None
         self.mix: InputMix | None = None
         self.dropout = 0.0
+        self.skipped = 0.0  # rate of stochastic depth
 
     @staticmethod
     def make_scale(cfg: TrainConfig) -> nn.Parameter | None:
@@ -110,10 +112,10 @@ class Block(nn.Module):
         return nn.Parameter(torch.full((cfg.d_model,), cfg.layer_scale))
 
     def branch(self, y: Tensor, scale: Tensor | None, masks: Masks | None) -> Tensor:
-        """Apply layer scale and dropout to the output of a residual branch."""
+        """Apply layer scale, dropout and stochastic depth to the output of a residual branch."""
         if scale is not None:
             y = y * scale
-        return masks.drop(y, self.dropout) if masks else y
+        return masks.drop_branch(y, self.dropout, self.skipped) if masks else y
 
     def forward(self, x: Tensor, context: Context, dropout: bool = True) -> tuple[Tensor, Tensor]:
         """Process all tokens of `x`. Return the output (B, T, D) and the attention values (B, K, T, h)."""
@@ -162,14 +164,9 @@ class GPT(nn.Module):
 
     def init_weights(self) -> None:
         """Set the initial values of all weights."""
-        std = self.cfg.init_std
-        branch_std = std
-        if self.cfg.init_depth_scaled:
-            branch_std = std / math.sqrt(2 * self.cfg.n_layer)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                ends_branch = name.endswith((".o", ".down"))
-                nn.init.normal_(module.weight, std=branch_std if ends_branch else std)
+                nn.init.normal_(module.weight, std=initial_std(self.cfg, name, module.weight.size(1)))
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         for start_at_zero in (self.positions, *(block.attn.gate for block in self.blocks)):
@@ -197,10 +194,12 @@ class GPT(nn.Module):
     def set_dropout(self, inputs: StepInputs, attention: str) -> None:
         """Set the dropout rates, the capacity and the attention kernel, which a CUDA graph may record."""
         self.dropout = inputs.dropout
-        for block in self.blocks:
+        rates = depth_rates(inputs.stochastic_depth, len(self.blocks))
+        for block, rate in zip(self.blocks, rates, strict=True):
             if block.router is not None:
                 block.router.capacity = inputs.capacity
             block.dropout = inputs.resid_dropout
+            block.skipped = rate
             block.attn.dropout = inputs.attn_dropout
             block.attn.fused = attention == "sdpa"
 

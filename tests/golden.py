@@ -100,6 +100,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dropout of attention alone": ("baseline", ADAMW | {"dropout": 0.0, "attn_dropout": 0.2}),
     "dropout of the residual alone": ("baseline", ADAMW | {"dropout": 0.0, "resid_dropout": 0.2}),
     "rdrop": ("baseline", ADAMW | {"rdrop": 0.5, "dropout": 0.1, "label_smoothing": 0.1}),
+    "stochastic depth and rdrop, bfloat16": (
+        "baseline",
+        MUON | {"dropout": 0.0, "stochastic_depth": 0.3, "rdrop": 0.5, "dtype": "bfloat16"},
+    ),
+    "cautious decay, he initialisation": (
+        "baseline",
+        ADAMW | {"cautious_decay": True, "init": "kaiming", "init_depth_scaled": True},
+    ),
+    "cautious decay, two weight decays, muon": (
+        "baseline",
+        MUON | {"cautious_decay": True, "weight_decay_aux": 0.5, "wd_schedule": "linear"},
+    ),
     "ema": ("baseline", ADAMW | {"ema": 0.9}),
     "swa": ("baseline", ADAMW | {"swa": 0.4}),
     "experts": ("baseline", ADAMW | {"experts": 3, "top_k": 2}),
@@ -143,6 +155,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "grow stack_layers, muon and ema": (
         "baseline",
         growing(grow("stack_layers", [0, 1, 1])) | MUON | {"ema": 0.9},
+    ),
+    "grow stack_layers, stochastic depth": (
+        "baseline",
+        growing(grow("stack_layers", [0, 0, 1]), stochastic_depth=0.2),
     ),
     "grow widen_mlp": ("baseline", growing(grow("widen_mlp", 160))),
     "grow widen_model": ("baseline", growing(grow("widen_model", {"factor": 2}))),

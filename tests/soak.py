@@ -199,6 +199,7 @@ FEATURES = (
     "shuffled",
     "unigram",
     "bfloat16",
+    "decay",
 )
 OPS: tuple[dict[str, Any], ...] = (
     {"name": "stack_layers", "value": [0, 1, 1]},
@@ -295,6 +296,7 @@ def draw_feature(chance: random.Random, name: str, folder: Path) -> dict[str, An
             {"attn_dropout": 0.1},
             {"resid_dropout": 0.2},
             {"dropout": 0.2, "attn_dropout": 0.0},
+            {"stochastic_depth": 0.3},
         ],
         "modern": [
             {
@@ -310,6 +312,7 @@ def draw_feature(chance: random.Random, name: str, folder: Path) -> dict[str, An
                 "softcap": 8.0,
                 "n_kv_head": 1,
                 "title_mask": True,
+                "init": "kaiming",
             }
         ],
         "wsd": [
@@ -324,6 +327,7 @@ def draw_feature(chance: random.Random, name: str, folder: Path) -> dict[str, An
         "shuffled": [{"order": "shuffle_titles", "epochs": 2}],
         "unigram": [{"tokenizer": "unigram", "tokenizer_fit": "train+val", "vocab_size": 380}],
         "bfloat16": [{"dtype": "bfloat16"}],
+        "decay": [{"weight_decay_aux": 0.02}, {"weight_decay": 0.1, "cautious_decay": True}],
     }
     return chance.choice(choices[name])
 

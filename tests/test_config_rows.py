@@ -94,6 +94,7 @@ NUMBERS: list[tuple[str, str, Any, Any, Any]] = [
     ("beta2", "static", 0.999, 0.0, BELOW_1),
     ("eps", "static", 1e-8, ABOVE_0, 1.0),
     ("weight_decay", "scheduled", 0.0, 0.0, 100.0),
+    ("weight_decay_aux", "scheduled", None, 0.0, 100.0),
     ("clip", "static", 1.0, 0.0, 1e6),
     ("warmup_frac", "scheduled", 0.0, 0.0, 1.0),
     ("warmup_iters", "scheduled", 0, 0, 1_000_000_000),
@@ -102,6 +103,7 @@ NUMBERS: list[tuple[str, str, Any, Any, Any]] = [
     ("dropout", "scheduled", 0.0, 0.0, BELOW_1),
     ("attn_dropout", "scheduled", None, 0.0, BELOW_1),
     ("resid_dropout", "scheduled", None, 0.0, BELOW_1),
+    ("stochastic_depth", "scheduled", 0.0, 0.0, BELOW_1),
     ("rdrop", "scheduled", 0.0, 0.0, 100.0),
     ("label_smoothing", "scheduled", 0.0, 0.0, BELOW_1),
     ("ema", "scheduled", 0.0, 0.0, BELOW_1),
@@ -134,6 +136,7 @@ CHOICES: list[tuple[str, str, Any, list[Any]]] = [  # field, class, default, all
     ("unet", "static", False, [True, False]),
     ("title_mask", "static", False, [True, False]),
     ("tie_head", "static", True, [True, False]),
+    ("init", "static", "normal", ["normal", "kaiming"]),
     ("init_depth_scaled", "static", False, [True, False]),
     ("token_scores", "inert", False, [True, False]),
     ("router_weights", "static", "renormalised", ["renormalised", "softmax"]),
@@ -151,6 +154,7 @@ OTHERS: list[tuple[str, str, Any]] = [
     ("documents", "static", False),
     ("tokenizer", "static", "bpe"),
     ("base_frozen", "static", False),
+    ("cautious_decay", "static", False),
     ("frozen", "static", ()),
     ("key_shift", "static", False),
     ("block_pattern", "static", "D"),
@@ -298,8 +302,21 @@ PAIRS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ),
     (
         {"rdrop": 0.5},
-        "rdrop=0.5 needs dropout, because R-Drop compares dropout masks; set dropout > 0",
+        "rdrop=0.5 needs dropout, because R-Drop compares dropout masks; "
+        "set dropout > 0 or stochastic_depth > 0",
         {"rdrop": 0.5, "dropout": 0.1},
+    ),
+    (
+        {"rdrop": 0.5, "stochastic_depth": 0.0},
+        "rdrop=0.5 needs dropout, because R-Drop compares dropout masks; "
+        "set dropout > 0 or stochastic_depth > 0",
+        {"rdrop": 0.5, "stochastic_depth": 0.1},
+    ),
+    (
+        {"cautious_decay": True},
+        "cautious_decay=true and optimizer=sgd cannot be combined, because only adamw and muon can decay a "
+        "part of the weights; use optimizer=adamw or muon, or cautious_decay=false",
+        {"cautious_decay": True, "optimizer": "adamw"},
     ),
     (
         {"rdrop": 0.5, "dropout": 0.1, "attn_dropout": 0.0, "resid_dropout": 0.0, "unused_ids": 1},
@@ -615,13 +632,42 @@ def test_dropout_is_rounded_to_256ths(wanted: float, used: int) -> None:
     assert (inputs.dropout, inputs.attn_dropout, inputs.resid_dropout) == (used / 256, 0.5, 0.25)
 
 
+def test_the_weight_decay_of_the_tables_step_by_step() -> None:
+    """Both weight decays have the same shape. If the second is unset, it is equal to the first."""
+    unset = make_plan(weight_decay=0.5, wd_schedule="linear")
+    other = make_plan(weight_decay=0.5, weight_decay_aux=0.25, wd_schedule="linear")
+    zero = make_plan(weight_decay=0.5, weight_decay_aux=0.0, wd_schedule="linear")
+    for step in range(10):
+        whole = 0.5 * (1 - step / 10)
+        assert [plan.at(step).weight_decay for plan in (unset, other, zero)] == [whole] * 3
+        assert [plan.at(step).weight_decay_aux for plan in (unset, other, zero)] == [whole, whole / 2, 0.0]
+    equal = make_plan(weight_decay=0.5, weight_decay_aux=0.5, wd_schedule="linear")
+    assert [equal.at(step) for step in range(10)] == [unset.at(step) for step in range(10)]
+
+
+def test_an_op_that_sets_the_weight_decay_moves_the_second_one_only_if_it_is_unset() -> None:
+    ops = {"ops": [op("set_weight_decay", 0.5, step=5)]}
+    for second, after in ((None, 0.5), (0.25, 0.25)):
+        plan = make_plan(weight_decay=0.125, weight_decay_aux=second, growth=ops)
+        inputs = plan.at(5)
+        assert (inputs.weight_decay, inputs.weight_decay_aux) == (0.5, after)
+
+
+def test_stochastic_depth_is_rounded_to_256ths_and_shown_if_it_is_on() -> None:
+    for wanted, used in ((0.0, 0), (1e-9, 1), (0.1, 26), (0.999, 255)):
+        plan = make_plan(stochastic_depth=wanted)
+        assert plan.at(0).stochastic_depth == used / 256
+        assert plan.table()["first_step"].get("stochastic_depth", 0) == used / 256
+        assert ("stochastic_depth" in plan.table()["last_step"]) == bool(used)
+
+
 def test_the_inputs_of_a_step() -> None:
     inputs = make_plan(
         grad_accum=2, rdrop=0.75, label_smoothing=0.125, dropout=0.5, lr=0.5, weight_decay=0.25
     ).at(0)
     assert inputs._asdict() == {
-        "lr": 0.5, "lr_aux": 0.5, "weight_decay": 0.25, "dropout": 0.5, "attn_dropout": 0.5,
-        "resid_dropout": 0.5, "batch_size": 2,
+        "lr": 0.5, "lr_aux": 0.5, "weight_decay": 0.25, "weight_decay_aux": 0.25, "dropout": 0.5,
+        "attn_dropout": 0.5, "resid_dropout": 0.5, "stochastic_depth": 0.0, "batch_size": 2,
         "grad_accum": 2, "rdrop": 0.75, "label_smoothing": 0.125, "average": 1.0,
         **dict.fromkeys(ROUTED, 0.0), "lr_lora": 0.0,
     }  # fmt: skip
@@ -832,8 +878,8 @@ def test_the_resolved_table() -> None:
         n_kv_head=4,
     )
     inputs = {
-        "lr": 0.25, "lr_aux": 0.25, "weight_decay": 0.0, "dropout": 0.0, "attn_dropout": 0.0,
-        "resid_dropout": 0.0, "batch_size": 2,
+        "lr": 0.25, "lr_aux": 0.25, "weight_decay": 0.0, "weight_decay_aux": 0.0, "dropout": 0.0,
+        "attn_dropout": 0.0, "resid_dropout": 0.0, "batch_size": 2,
         "grad_accum": 1, "rdrop": 0.0, "label_smoothing": 0.0, "average": 1.0,
     }  # fmt: skip
     assert plan.table() == {

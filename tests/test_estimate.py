@@ -75,6 +75,10 @@ def test_the_memory_contains_its_parts(tiny: Any) -> None:
     )
     dropped = tensor_bytes(tiny(**size, optimizer="sgd", dropout=0.1))
     assert dropped - plain > tokens * 64 * (1 + 2 * 3), "one byte per element that can be dropped, and more"
+    skipped = tensor_bytes(tiny(**size, optimizer="sgd", stochastic_depth=0.1))
+    assert 0 <= skipped - plain < dropped - plain, "autograd keeps one number per row and branch"
+    cautious = tensor_bytes(tiny(**size, optimizer="adamw", cautious_decay=True))
+    assert cautious - plain == pytest.approx(2 * weights, rel=0.02), "its temporary tensors are small"
     assert tensor_bytes(tiny(**size, optimizer="sgd", grad_accum=4)) < 0.6 * plain
     assert tensor_bytes(tiny(**size, optimizer="sgd", dtype="bfloat16")) < 0.8 * plain
 
@@ -115,6 +119,7 @@ def test_the_estimate_takes_no_memory_and_draws_no_random_numbers(tiny: Any, opt
     "changes",
     [
         {"dtype": "float32", "dropout": 0.1, "optimizer": "adamw"},
+        {"stochastic_depth": 0.1, "cautious_decay": True, "weight_decay": 0.1, "optimizer": "adamw"},
         {"dtype": "bfloat16", "optimizer": "muon"},
         {"block_pattern": "DSMT", "dropout": 0.1, "optimizer": "adamw"},
         {"block_pattern": "DM", "capacity": 0.125, "dtype": "bfloat16", "optimizer": "muon"},

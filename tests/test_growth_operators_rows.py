@@ -108,6 +108,22 @@ def test_random_values_have_the_given_std_and_fill_only_new_elements() -> None:
     assert mapped[f"{BLOCK}attn.q.weight"].plus is None, "no element is new"
 
 
+def test_new_elements_have_the_std_of_the_initial_weights() -> None:
+    """With init=kaiming, the 8 inputs of an MLP's first matrix give a standard deviation of 1/2."""
+    fields = {"init": "kaiming", "init_std": 0.05, "init_depth_scaled": True}
+    c = change(config(**fields), config(d_ff=4000, **fields))
+    mapped = c.by_space(F=torch.cat([torch.arange(12), torch.full((3988,), -1)]))
+    c.fill(mapped, ("mlp.up.weight",), 0)
+    plus = mapped[f"{BLOCK}mlp.up.weight"].plus
+    assert plus is not None and 0.48 < float(plus[12:].std()) < 0.52
+    c = change(config(**fields), config(unused_ids=4000, **fields))
+    ids = len(c.old["embed.weight"])
+    mapped = c.by_space(V=torch.cat([torch.arange(ids), torch.full((4000,), -1)]))
+    c.fill(mapped, ("embed.weight",), 0)
+    plus = mapped["embed.weight"].plus
+    assert plus is not None and 0.048 < float(plus[ids:].std()) < 0.052
+
+
 def test_rms_is_the_root_mean_square() -> None:
     c = change(config(), config())
     with torch.no_grad():

@@ -13,6 +13,7 @@ from conftest import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mainrun.config import TrainConfig, from_dict
 from mainrun.core import attention, kernels
@@ -20,14 +21,14 @@ from mainrun.core.average import Average
 from mainrun.core.device import Device
 from mainrun.core.dropout import Masks, dropout_sites
 from mainrun.core.layers import rope_table, rotate
-from mainrun.core.optimizers import Muon, Optimizers
+from mainrun.core.optimizers import CautiousAdamW, Muon, Optimizers
 from mainrun.data.tokenizer import EOS
 from mainrun.plan.plan import Plan, StepInputs
 from mainrun.plan.recipes import load
 from mainrun.run.session import train
 from mainrun.store import checkpoint
 from mainrun.store.rundir import RunDir
-from mainrun.train import GPT, build, compute_loss
+from mainrun.train import GPT, State, build, compute_loss
 
 V = 53  # vocabulary
 T = 12  # context length in tokens
@@ -464,12 +465,13 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights() -> None:
     assert 0 < gap < 0.05 * exact.abs().max()
 
 
-def test_dropout_has_three_places_and_none_in_evaluation() -> None:
+def test_dropout_has_four_places_and_none_in_evaluation() -> None:
     cfg = config()
     model, idx = shaken(cfg), some_titles()
     still = model(idx)
-    for place in ("dropout", "attn_dropout", "resid_dropout"):
-        at = inputs(cfg, **{"dropout": 0.0, "attn_dropout": 0.0, "resid_dropout": 0.0, place: 0.5})
+    places = ("dropout", "attn_dropout", "resid_dropout", "stochastic_depth")
+    for place in places:
+        at = inputs(cfg, **dict.fromkeys(places, 0.0) | {place: 0.5})
         model.set_dropout(at, "plain")
         assert torch.equal(model(idx), still), "a score gives no masks"
         a, b, again = (model(idx, masks(cfg, at, idx, seed)) for seed in (3, 4, 3))
@@ -636,10 +638,81 @@ def test_decay_shrinks_matrices_and_tables_at_their_own_rates_and_leaves_vectors
     before = weights_of(model)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    Optimizers(cfg, model).step(inputs(cfg, lr=0.1, lr_aux=0.02, weight_decay=0.5))
+    at = inputs(cfg, lr=0.1, lr_aux=0.02, weight_decay=0.5, weight_decay_aux=0.25)
+    Optimizers(cfg, model).step(at)
     for name, p in model.named_parameters():
-        shrink = 1.0 if p.ndim < 2 else 1 - (0.1 if name.startswith("blocks.") else 0.02) * 0.5
+        shrink = 1.0
+        if p.ndim == 2:
+            shrink = 1 - 0.1 * 0.5 if name.startswith("blocks.") else 1 - 0.02 * 0.25
         assert torch.allclose(p, before[name] * shrink, rtol=1e-6), name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_cautious_decay_shrinks_only_weights_that_the_update_shrinks(optimizer: str) -> None:
+    """Compare a run with a run without decay, whose steps show the direction of each update."""
+    cfg = config(optimizer=optimizer, momentum=0.9, cautious_decay=True)
+    models = [shaken(cfg).double(), shaken(cfg).double()]
+    decayed, plain = models
+    optimizers = [Optimizers(cfg, model) for model in models]
+    at = inputs(cfg, lr=0.1, lr_aux=0.02, weight_decay=0.5, weight_decay_aux=0.25)
+    shrunk = total = 0
+    for step in range(3):
+        before = weights_of(decayed)
+        plain.load_state_dict(decayed.state_dict())
+        for i, (a, b) in enumerate(zip(*(model.parameters() for model in models), strict=True)):
+            a.grad = torch.randn_like(a, generator=torch.Generator().manual_seed(100 * step + i))
+            b.grad = a.grad.clone()
+        optimizers[0].step(at)
+        optimizers[1].step(at._replace(weight_decay=0.0, weight_decay_aux=0.0))
+        for (name, p), q in zip(decayed.named_parameters(), plain.parameters(), strict=True):
+            update = q.detach() - before[name]
+            share = 0.1 * 0.5 if name.startswith("blocks.") else 0.02 * 0.25
+            shrinks = (update * before[name] < 0) & (p.ndim == 2)
+            assert torch.allclose(p, q - share * before[name] * shrinks, atol=1e-12), name
+            if p.ndim == 2:
+                shrunk += int(shrinks.sum())
+                total += p.numel()
+    assert 0.3 < shrunk / total < 0.7
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_cautious_decay_leaves_weights_that_no_update_moves(optimizer: str) -> None:
+    cfg = config(optimizer=optimizer, cautious_decay=True)
+    model = shaken(cfg)
+    before = weights_of(model)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    Optimizers(cfg, model).step(inputs(cfg, lr=0.1, lr_aux=0.02, weight_decay=0.5))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_cautious_decay_reads_no_value_of_a_tensor(optimizer: str) -> None:
+    """A CUDA graph can record the decay, because fake tensors, which have no values, are enough for it."""
+    cfg = config(optimizer=optimizer, cautious_decay=True)
+    with FakeTensorMode():
+        state = State(cfg, GPT(cfg, V))
+        for p in state.model.parameters():
+            p.grad = torch.zeros_like(p)
+        state.optimizers.set_rates(inputs(cfg, weight_decay=0.5), 0)
+        for _ in range(2):
+            for owner in state.optimizers.all:
+                if isinstance(owner, CautiousAdamW):
+                    owner.decay()
+                    owner.state = {p: {"exp_avg": torch.zeros_like(p)} for p in state.model.parameters()}
+                else:
+                    owner.step()
+
+
+def test_cautious_adamw_keeps_the_decay_of_its_groups() -> None:
+    cfg = config(optimizer="adamw", cautious_decay=True)
+    model = shaken(cfg)
+    optimizers = Optimizers(cfg, model)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizers.step(inputs(cfg, weight_decay=0.5, weight_decay_aux=0.25))
+    assert [type(owner) for owner in optimizers.all] == [CautiousAdamW]
+    assert sorted(group["weight_decay"] for group in optimizers.groups) == [0.0, 0.25, 0.5]
 
 
 def hand_written_steps(
@@ -661,7 +734,9 @@ def hand_written_steps(
         for name, p in w.items():
             p = p.detach()
             rate = at.lr if name.startswith("blocks.") and p.ndim == 2 else at.lr_aux
-            decay = at.weight_decay if p.ndim == 2 else 0.0
+            decay = at.weight_decay if name.startswith("blocks.") else at.weight_decay_aux
+            if p.ndim < 2:
+                decay = 0.0
             g = gradients[name] * min(1.0, cfg.clip / (norm + 1e-6))
             if cfg.optimizer == "sgd":
                 g = g + decay * p
@@ -688,7 +763,7 @@ def hand_written_steps(
 def test_three_steps_are_the_reference_steps(changes: dict[str, Any]) -> None:
     cfg = config(n_layer=1, clip=0.5, norm="rmsnorm", qkv_bias=False, **changes)
     model = shaken(cfg).double()
-    at = inputs(cfg, lr=0.05, lr_aux=0.02, weight_decay=0.1)
+    at = inputs(cfg, lr=0.05, lr_aux=0.02, weight_decay=0.1, weight_decay_aux=0.2)
     batches = [some_titles(rows=2, seed=s)[:, :6] for s in range(3)]
     expected = hand_written_steps(cfg, weights_of(model), batches, at)
     start, optimizers = weights_of(model), Optimizers(cfg, model)

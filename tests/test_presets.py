@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mainrun.plan.cost import forward_cost, forward_flops, layer_flops
+from mainrun.plan.cost import forward_cost, forward_flops, layer_flops, size
 from mainrun.plan.recipes import load, parse_set, preset_names
 from mainrun.plan.routing import INPUTS, LOSSES, STATS
 from mainrun.run.session import train
@@ -42,6 +42,16 @@ def test_every_step_of_the_ladder_changes_something_between_baseline_and_optimiz
     assert all(before != after for before, after in pairwise(ladder))
 
 
+def test_one_step_of_the_ladder_is_not_kept() -> None:
+    ladder = {cfg.preset.partition(":")[2]: cfg for cfg in load("ablation")}
+    assert list(ladder)[:3] == ["baseline", "kaiming", "size"]
+    baseline = ladder["baseline"].model_dump(exclude={"preset"})
+    assert ladder["kaiming"].model_dump(exclude={"preset"}) == baseline | {"init": "kaiming"}
+    assert {cfg.init for name, cfg in ladder.items() if name != "kaiming"} == {"normal"}
+    size = baseline | {"n_layer": 4, "n_head": 4, "d_model": 256}
+    assert ladder["size"].model_dump(exclude={"preset"}) == size
+
+
 @pytest.mark.parametrize(
     ("name", "letters", "scored", "training"),
     [("mod", "DMDM", 0.584, 0.584), ("sdt", "DSDS", 0.756, 0.756), ("stt", "DTDT", 0.750, 1.224)],
@@ -64,6 +74,12 @@ def test_the_forward_flops_are_the_sum_over_the_layers_and_the_head() -> None:
         layers = layer_flops(cfg, shares)
         assert len(layers) == 4 and layers[0] == layers[2] != layers[1] != layers[3]
         assert sum(layers) + 2 * 1000 * 256 == pytest.approx(forward_flops(cfg, shares), rel=1e-12)
+
+
+def test_the_record_recipe_has_the_size_and_the_two_weight_decays_of_the_original() -> None:
+    (cfg,) = load("record")
+    assert size(cfg).params == pytest.approx(46e6, rel=0.01)
+    assert (cfg.weight_decay, cfg.weight_decay_aux) == (0.4545, 0.01)
 
 
 def commands_of(page: str) -> list[list[str]]:

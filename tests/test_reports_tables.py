@@ -23,6 +23,7 @@ from evidence import (
 )
 
 from reports.evidence import pages, tables
+from reports.evidence.figures import waterfall
 from reports.evidence.load import Recipe
 
 MINUS = "\N{MINUS SIGN}"
@@ -387,6 +388,36 @@ def test_the_ablation() -> None:
         and f"{e.noise.df} degrees" in table.note
     )
     assert look(table) == [(0.11, False), *[(0.0, True)] * 6, (0.12, False), (0.27, False)]
+
+
+def test_a_step_that_is_not_kept_is_not_part_of_the_next_change() -> None:
+    steps = (
+        make_recipe("ablation:baseline", {1: 3.0, 2: 3.01}),
+        make_recipe("ablation:kaiming", {1: 2.8, 2: 2.81}, {"init": "kaiming"}),
+        make_recipe("ablation:size", {1: 2.5, 2: 2.51}, {"lr": 0.002}),
+        make_recipe("ablation:bfloat16", {1: 2.4, 2: 2.41}, {"lr": 0.002, "dropout": 0.2}),
+    )
+    table = tables.ablation(make_data(*steps))
+    assert table is not None
+    assert [row[3] for row in table.rows[1:]] == pytest.approx([-0.2, -0.5, -0.1])
+    assert [row[-1] for row in cells(table)[1:]] == ["init=kaiming", "lr=0.002", "dropout=0.2"]
+    kept = "Each step keeps the changes of the steps before it."
+    assert table.note.startswith(f"{kept} size changes baseline instead. low and high")
+
+
+def test_the_waterfall_starts_a_step_at_the_step_that_it_changes() -> None:
+    steps = [
+        make_recipe("ablation:baseline", {1: 3.0}),
+        make_recipe("ablation:kaiming", {1: 2.8}, {"init": "kaiming"}),
+        make_recipe("ablation:size", {1: 2.5}, {"lr": 0.002}),
+    ]
+    figure = waterfall.draw(make_data(*steps))
+    assert figure is not None
+    (axes,) = figure.axes
+    bars = [(bar.get_x(), bar.get_width()) for bar in axes.patches]
+    assert bars == [pytest.approx(bar) for bar in ((3.0, 0.0), (3.0, -0.2), (3.0, -0.5))]
+    ends = [(line.get_xdata()[0], line.get_ydata()[1]) for line in axes.get_lines()]
+    assert ends == [pytest.approx(end) for end in ((3.0, 2.31), (2.8, 1.31), (2.5, 2.31))]
 
 
 def test_the_seed_is_not_listed_as_a_change() -> None:

@@ -102,16 +102,16 @@ def test_the_standard_deviation_of_new_routers(letter: str) -> None:
 # -- the optimizers
 
 RATES = {
-    "score.weight": ("lr_router", True),
-    "o_ce": ("lr_router", False),
-    "m_cu": ("lr_router", False),
-    "prior_norm.weight": ("lr_prior", False),
-    "prior.gate.weight": ("lr_prior", True),
-    "prior.up.weight": ("lr_prior", True),
-    "prior.down.weight": ("lr_prior", True),
-    "now.weight": ("lr_student", True),
-    "before.weight": ("lr_student", True),
-    "bias": ("lr_student", False),
+    "score.weight": ("lr_router", "weight_decay_aux"),
+    "o_ce": ("lr_router", ""),
+    "m_cu": ("lr_router", ""),
+    "prior_norm.weight": ("lr_prior", ""),
+    "prior.gate.weight": ("lr_prior", "weight_decay_aux"),
+    "prior.up.weight": ("lr_prior", "weight_decay_aux"),
+    "prior.down.weight": ("lr_prior", "weight_decay_aux"),
+    "now.weight": ("lr_student", "weight_decay_aux"),
+    "before.weight": ("lr_student", "weight_decay_aux"),
+    "bias": ("lr_student", ""),
 }
 
 
@@ -120,19 +120,19 @@ def test_the_parameters_of_routers_have_their_own_rates(optimizer: str) -> None:
     cfg = config("DSTM", optimizer=optimizer, experts=2)
     model = build(cfg, V)
     optimizers = Optimizers(cfg, model)
-    groups: dict[str, tuple[str, bool]] = {}
+    groups: dict[str, tuple[str, str]] = {}
     for owner in optimizers.all:
         for group in owner.param_groups:
             for p in group["params"]:
                 name = optimizers.names[p]
-                groups[name] = (group["rate"], group["decays"])
+                groups[name] = (group["rate"], group["decay"])
                 if ".router." in name:
                     assert not isinstance(owner, Muon), name
     assert groups.keys() == dict(model.named_parameters()).keys()
     for name, got in groups.items():
         block, _, part = name.partition(".router.")
         if block.endswith(".mlp"):
-            assert got == ("lr_aux", True), "the routers of experts keep their rate"
+            assert got == ("lr_aux", "weight_decay_aux"), "the routers of experts keep their rate"
         elif part:
             assert got == RATES[part], name
         else:
@@ -162,13 +162,13 @@ def test_the_dropout_masks_have_the_size_of_the_selected_tokens(
 ) -> None:
     """The dense pass of T draws no random numbers, so T takes as many masks as M and S."""
     cfg = config("DSTM", capacity=0.5)
-    inputs = at(cfg, dropout=0.25, attn_dropout=0.5, resid_dropout=0.75)
+    inputs = at(cfg, dropout=0.25, attn_dropout=0.5, resid_dropout=0.75, stochastic_depth=0.5)
     sites = dropout_sites(cfg, inputs, 3, attention)
     expected = [(3 * 11 * 8, 0.25)]
-    for n in (11, 5, 5, 5):
+    for n, skipped in ((11, 0.125), (5, 0.25), (5, 0.375), (5, 0.5)):
         if attention == "plain":
             expected.append((3 * 2 * n * n, 0.5))
-        expected += [(3 * n * 8, 0.75)] * 2
+        expected += [(3 * n * 8, 0.75), (3, skipped)] * 2
     assert sites == expected
     used = []
     take = Masks.take

@@ -530,6 +530,12 @@ def test_a_timescale_counts_the_steps_of_the_trial() -> None:
     assert cfg.weight_decay == pytest.approx(1 / (0.1 * 2 * 5))
 
 
+def test_a_timescale_leaves_a_second_weight_decay_that_is_set() -> None:
+    for second in (None, 0.25):
+        cfg = trial_config(base(weight_decay_aux=second), {"timescale": 2.0}, TRAIN_TOKENS)
+        assert cfg.weight_decay > 0 and cfg.weight_decay_aux == second
+
+
 def test_without_a_timescale_the_weight_decay_is_unchanged() -> None:
     assert trial_config(base(), {"lr": 0.05}, None) == with_values(base(), {"lr": 0.05})
 

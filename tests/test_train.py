@@ -313,11 +313,16 @@ RECIPES: dict[str, dict[str, Any]] = {
         "tie_head": False,
         "softcap": 15.0,
         "n_kv_head": 1,
+        "init": "kaiming",
         "dtype": "bfloat16",
         "optimizer": "muon",
         "momentum": 0.9,
         "lr": 0.01,
         "lr_aux": 1e-3,
+        "weight_decay": 0.1,
+        "weight_decay_aux": 0.2,
+        "cautious_decay": True,
+        "stochastic_depth": 0.3,
     },
 }
 

@@ -26,8 +26,8 @@ from mainrun import train as trainer
 from mainrun.config import TrainConfig, from_dict
 from mainrun.core import attention as attention_module
 from mainrun.core.device import Device
-from mainrun.core.dropout import Masks, dropout_sites
-from mainrun.core.layers import RMSNorm, rope_table, rotate
+from mainrun.core.dropout import Masks, depth_rates, dropout_sites
+from mainrun.core.layers import Context, RMSNorm, rope_table, rotate
 from mainrun.core.optimizers import Muon, Optimizers, ParamSchedule
 from mainrun.core.pending_losses import StepRow, advice
 from mainrun.data.tokenizer import EOS
@@ -243,19 +243,32 @@ def test_the_tables_and_buffers_of_the_model() -> None:
         assert {n for n in model.state_dict() if "." not in n} == set(), "buffers are not in a checkpoint"
 
 
+STD_FIELDS: dict[str, Any] = {"n_layer": 8, "d_model": 128, "tie_head": False, "mlp": "swiglu", "n_head": 2}
+
+
+@pytest.mark.parametrize(("scaled", "divisor"), [(False, 1), (True, 4)])
+def test_the_standard_deviation_of_he(scaled: bool, divisor: int) -> None:
+    """Matrices with 128 inputs start at sqrt(2 / 128) = 1/8, and those with 512 inputs at 1/16."""
+    fields = STD_FIELDS | {"d_ff": 512, "attn_gate": True, "experts": 2, "init_depth_scaled": scaled}
+    model = build(config(init="kaiming", init_std=0.03, **fields), 300)
+    for name, p in model.named_parameters():
+        if name.endswith(".bias") or name == "positions.weight" or ".attn.gate." in name:
+            assert not p.any(), name
+        elif name in ("embed.weight", "head.weight") or ".router." in name:
+            assert p.std().item() == pytest.approx(0.03, rel=0.1), name
+        elif "norm" not in name:
+            expected = 1 / 16 if ".down." in name else 1 / 8
+            if name.endswith((".o.weight", ".down.weight")):
+                expected /= divisor
+            assert p.std().item() == pytest.approx(expected, rel=0.05), name
+
+
 @pytest.mark.parametrize(
     ("scaled", "std", "branch"), [(False, 0.02, 0.02), (True, 0.02, 0.02 / 4), (True, 0.1, 0.1 / 4)]
 )
 def test_the_standard_deviation_at_the_start(scaled: bool, std: float, branch: float) -> None:
-    fields: dict[str, Any] = {
-        "n_layer": 8,
-        "d_model": 128,
-        "attn_gate": True,
-        "tie_head": False,
-        "mlp": "swiglu",
-        "n_head": 2,
-    }
-    model = build(config(init_depth_scaled=scaled, init_std=std, **fields), 300)
+    fields = STD_FIELDS | {"attn_gate": True, "init_depth_scaled": scaled, "init_std": std}
+    model = build(config(**fields), 300)
     for name, p in model.named_parameters():
         if name.endswith(".bias") or name == "positions.weight" or ".attn.gate." in name:
             assert not p.any(), name
@@ -305,11 +318,14 @@ def test_the_causal_mask() -> None:
 
 def test_set_dropout_sets_the_rates_of_every_block() -> None:
     model = build(config(n_layer=3), V)
-    model.set_dropout(inputs(model.cfg, dropout=0.25, attn_dropout=0.5, resid_dropout=0.75), "sdpa")
+    at = inputs(model.cfg, dropout=0.25, attn_dropout=0.5, resid_dropout=0.75, stochastic_depth=0.375)
+    model.set_dropout(at, "sdpa")
     assert model.dropout == 0.25
+    assert [block.skipped for block in model.blocks] == [0.125, 0.25, 0.375]
     assert [(b.dropout, b.attn.dropout, b.attn.fused) for b in model.blocks] == [(0.75, 0.5, True)] * 3
     model.set_dropout(inputs(model.cfg), "plain")
     assert [(b.dropout, b.attn.dropout, b.attn.fused) for b in model.blocks] == [(0.0, 0.0, False)] * 3
+    assert [block.skipped for block in model.blocks] == [0.0] * 3
 
 
 @pytest.mark.parametrize("title_mask", [False, True])
@@ -418,20 +434,28 @@ def test_build_seeds_with_the_configs_seed(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("rates", "attention", "places"),
     [
-        ((0.0, 0.0, 0.0), "plain", []),
-        ((0.5, 0.0, 0.0), "plain", [(96, 0.5)]),
-        ((0.0, 0.5, 0.0), "plain", [(96, 0.5)] * 2),  # 96 scores: 3 rows x 2 heads x 4 x 4
-        ((0.0, 0.5, 0.0), "sdpa", []),  # the fused attention kernel draws its own dropout mask
-        ((0.0, 0.0, 0.5), "plain", [(96, 0.5)] * 4),
-        ((0.1, 0.2, 0.3), "plain", [(96, 0.1), *[(96, 0.2), (96, 0.3), (96, 0.3)] * 2]),
-        ((0.1, 0.2, 0.3), "sdpa", [(96, 0.1), *[(96, 0.3)] * 4]),
+        ((0.0, 0.0, 0.0, 0.0), "plain", []),
+        ((0.5, 0.0, 0.0, 0.0), "plain", [(96, 0.5)]),
+        ((0.0, 0.5, 0.0, 0.0), "plain", [(96, 0.5)] * 2),  # 96 scores: 3 rows x 2 heads x 4 x 4
+        ((0.0, 0.5, 0.0, 0.0), "sdpa", []),  # the fused attention kernel draws its own dropout mask
+        ((0.0, 0.0, 0.5, 0.0), "plain", [(96, 0.5)] * 4),
+        ((0.1, 0.2, 0.3, 0.0), "plain", [(96, 0.1), *[(96, 0.2), (96, 0.3), (96, 0.3)] * 2]),
+        ((0.1, 0.2, 0.3, 0.0), "sdpa", [(96, 0.1), *[(96, 0.3)] * 4]),
+        # stochastic depth draws one number per row and branch, with half of the rate in the first layer
+        ((0.0, 0.0, 0.0, 0.5), "sdpa", [(3, 0.25), (3, 0.25), (3, 0.5), (3, 0.5)]),
+        (
+            (0.0, 0.2, 0.3, 0.5),
+            "plain",
+            [(96, 0.2), *[(96, 0.3), (3, 0.25)] * 2, (96, 0.2), *[(96, 0.3), (3, 0.5)] * 2],
+        ),
     ],
 )
 def test_the_places_that_drop(
     monkeypatch: pytest.MonkeyPatch, rates: tuple[float, ...], attention: str, places: list[tuple[int, float]]
 ) -> None:
     cfg = config()
-    at = inputs(cfg, dropout=rates[0], attn_dropout=rates[1], resid_dropout=rates[2])
+    names = ("dropout", "attn_dropout", "resid_dropout", "stochastic_depth")
+    at = inputs(cfg, **dict(zip(names, rates, strict=True)))
     assert dropout_sites(cfg, at, 3, attention) == places
     if places:
         model, used = build(cfg, V).train(), []
@@ -448,6 +472,51 @@ def test_the_places_that_drop(
         (80, 0.25),
         (80, 0.25),
     ]
+
+
+@pytest.mark.parametrize(
+    ("rate", "layers", "expected"),
+    [
+        (0.0, 3, [0, 0, 0]),
+        (128, 4, [32, 64, 96, 128]),
+        (13, 4, [3, 6, 10, 13]),  # rounded to 256ths
+        (1, 3, [1, 1, 1]),  # a rate above 0 is never rounded to 0
+        (255, 1, [255]),
+    ],
+)
+def test_the_rate_of_stochastic_depth_rises_linearly(rate: int, layers: int, expected: list[int]) -> None:
+    assert depth_rates(rate / 256, layers) == [share / 256 for share in expected]
+
+
+def test_stochastic_depth_leaves_out_whole_branches_of_rows() -> None:
+    """A row without both branches passes unchanged. Branches that are kept are divided by 1 - p."""
+    cfg = config(n_layer=1, norm="rmsnorm")
+    model = build(cfg, V).double().train()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    (block,) = model.blocks
+    model.set_dropout(inputs(cfg, stochastic_depth=0.25), "plain")
+    x = torch.randn(4, 3, 8, dtype=torch.float64)
+    bias = torch.zeros(3, 3, dtype=torch.float64)
+    pool = torch.tensor(
+        [1, 1, 0, 0, 1, 0, 1, 0], dtype=torch.uint8
+    )  # four rows of attention, then of the MLP
+    y, _ = block(x, Context(bias, None, None, Masks(pool)))
+    keeps = pool.double().view(2, 4, 1, 1) / 0.75
+    middle = x + keeps[0] * block.attn(block.attn_norm(x), Context(bias, None, None, None))[0]
+    assert torch.allclose(y, middle + keeps[1] * block.mlp(block.mlp_norm(middle)), atol=1e-12)
+    assert torch.equal(y[3], x[3]) and not torch.allclose(y[1], x[1], atol=0.01)
+
+
+def test_the_two_passes_of_r_drop_leave_out_different_branches() -> None:
+    cfg = config(rdrop=1.0, stochastic_depth=0.5)
+    model = build(cfg, V).train()
+    at = inputs(cfg)
+    model.set_dropout(at, "plain")
+    machine = Device(cfg)
+    machine.seed([3])
+    one, two = model(ids(4, 4).repeat(2, 1), machine.masks(dropout_sites(cfg, at, 8, "plain"), 0)).chunk(2)
+    assert not torch.allclose(one, two, atol=1e-4)
 
 
 # -- the loss
@@ -554,11 +623,15 @@ def test_the_groups(optimizer: str) -> None:
         for p in group["params"]
     }
     assert set(groups) == {n for n, _ in model.named_parameters()}
-    rates = {"inner": ("lr", True), "tables": ("lr_aux", True), "vectors": ("lr_aux", False)}
+    rates = {
+        "inner": ("lr", "weight_decay"),
+        "tables": ("lr_aux", "weight_decay_aux"),
+        "vectors": ("lr_aux", ""),
+    }
     for kind, names in KINDS.items():
         for name in names:
             owner, group = groups[name]
-            assert (group["rate"], group["decays"]) == rates[kind], name
+            assert (group["rate"], group["decay"]) == rates[kind], name
             assert group["eps"] == 1e-3
             if optimizer == "sgd":
                 assert type(owner) is torch.optim.SGD
@@ -569,7 +642,7 @@ def test_the_groups(optimizer: str) -> None:
                     True,
                 )
             elif optimizer == "muon" and kind == "inner":
-                assert type(owner) is Muon and owner.momentum == 0.25
+                assert type(owner) is Muon and (owner.momentum, owner.cautious) == (0.25, False)
             else:
                 assert type(owner) is torch.optim.AdamW
                 assert (group["betas"], group["lr"], group["fused"]) == ((0.5, 0.75), 1.0, True)
@@ -594,12 +667,13 @@ def test_marks_make_groups_of_their_own() -> None:
     assert optimizers.schedules == dict.fromkeys(names, mark)
     marked = [group for group in optimizers.groups if group["schedule"] == mark]
     assert sorted(optimizers.names[p] for group in marked for p in group["params"]) == names
-    optimizers.set_rates(inputs(cfg, lr=0.5, lr_aux=0.25, weight_decay=0.125), 12)
+    optimizers.set_rates(inputs(cfg, lr=0.5, lr_aux=0.25, weight_decay=0.125, weight_decay_aux=0.5), 12)
     for group in optimizers.groups:
         rate = 0.5 if group["rate"] == "lr" else 0.25
         new = group["schedule"] == mark
         assert group["lr"] == pytest.approx(rate * 0.3 if new else rate)
-        assert group["weight_decay"] == pytest.approx(0.125 * (3 if new else 1) if group["decays"] else 0.0)
+        decay = {"weight_decay": 0.125, "weight_decay_aux": 0.5, "": 0.0}[group["decay"]]
+        assert group["weight_decay"] == pytest.approx(decay * (3 if new else 1))
         assert group["eps"] == pytest.approx(2e-4 if new else 1e-4)
     assert mark.rate(12) == pytest.approx(0.3)
     assert Optimizers(cfg, model).schedules == {}
@@ -617,10 +691,12 @@ def test_a_step_sets_the_rates_and_moves_the_weights() -> None:
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizers = Optimizers(cfg, model)
-    optimizers.step(inputs(cfg, lr=0.5, lr_aux=0.25, weight_decay=0.5))
+    optimizers.step(inputs(cfg, lr=0.5, lr_aux=0.25, weight_decay=0.5, weight_decay_aux=0.125))
     for name, p in model.named_parameters():
         inner = name.startswith("blocks.") and p.ndim == 2
-        rate, decay = (0.5 if inner else 0.25), (0.5 if p.ndim == 2 else 0.0)
+        rate, decay = (0.5, 0.5) if inner else (0.25, 0.125)
+        if p.ndim < 2:
+            decay = 0.0
         assert torch.allclose(p, before[name] - rate * (1 + decay * before[name]), atol=1e-6), name
     assert [group["capturable"] for group in optimizers.groups] == [False] * 3
     assert optimizers.state() == {}, "SGD without momentum remembers nothing"
@@ -919,20 +995,22 @@ def test_a_replayed_step_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Device, "cuda_graph", cuda_graph)
     parts = Parts(monkeypatch, cfg)
     learn, move = made
-    at = inputs(cfg, lr=0.5, lr_aux=0.25, weight_decay=0.125, average=0.5, grad_accum=2)
+    at = inputs(
+        cfg, lr=0.5, lr_aux=0.25, weight_decay=0.125, weight_decay_aux=0.75, average=0.5, grad_accum=2
+    )
     for step in range(3):
         parts.run(*batch(), at, step)
     assert parts.state.tokens == 48 and parts.stepper.tokens_per_replay == 16
     # The key omits all values that may change between steps without recording a new graph.
-    still = at._replace(lr=0.0, lr_aux=0.0, weight_decay=0.0, average=0.0)
+    still = at._replace(lr=0.0, lr_aux=0.0, weight_decay=0.0, weight_decay_aux=0.0, average=0.0)
     assert learn.calls == [(still, (4, 4))] * 3
     before = parts.state.model.embed.weight.detach().clone()
     parts.stepper.update(at)
-    assert move.calls == [(0.125, None)] and move.on is False
+    assert move.calls == [(0.125, 0.75, None)] and move.on is False
     assert not torch.equal(before, parts.state.model.embed.weight) and parts.state.average.differs
     learn.graph = "graph"
     parts.stepper.update(at)
-    assert move.calls[1] == (0.125, "graph") and move.on is True
+    assert move.calls[1] == (0.125, 0.75, "graph") and move.on is True
     runner = parts.stepper.runner
     parts.state.load(parts.state.tensors(), 3, 48)
     parts.run(*batch(), at, 3)

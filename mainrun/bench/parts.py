@@ -147,6 +147,7 @@ def labelled(model: nn.Module) -> Iterator[None]:
             elif isinstance(module, nn.LayerNorm | RMSNorm):
                 _label_module(module, "norm", stack)
         _label_dropout(Masks, "drop", 2, stack)  # argument 2 of Masks.drop is the dropout rate
+        _label_dropout(Masks, "drop_rows", 2, stack)
         _label_dropout(Device, "masks", 1, stack)  # argument 1 of Device.masks is the list of dropout sites
         yield
 

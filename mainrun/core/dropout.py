@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mainrun.config import TrainConfig
-from mainrun.plan.plan import StepInputs
+from mainrun.plan.plan import StepInputs, in_256ths
 from mainrun.plan.routing import selected_tokens
 
 Site = tuple[int, float]  # the number of elements and the dropout rate of one dropout layer
@@ -21,14 +21,23 @@ Site = tuple[int, float]  # the number of elements and the dropout rate of one d
 def dropout_sites(cfg: TrainConfig, inputs: StepInputs, rows: int, attention: str) -> list[Site]:
     """Return the number of elements and the dropout rate of each dropout in a forward pass, in order."""
     sites = [(rows * cfg.block_size * cfg.d_model, inputs.dropout)]
-    for letter in cfg.letters:
+    for letter, skipped in zip(cfg.letters, depth_rates(inputs.stochastic_depth, cfg.n_layer), strict=True):
         tokens = cfg.block_size if letter == "D" else selected_tokens(inputs.capacity, cfg.block_size)
         branch = rows * tokens * cfg.d_model
         # Fused attention creates the dropout mask itself.
         weights = rows * cfg.n_head * tokens**2 if attention == "plain" else 0
         sites.append((weights, inputs.attn_dropout))
-        sites += [(branch, inputs.resid_dropout)] * 2
+        sites += [(branch, inputs.resid_dropout), (rows, skipped)] * 2
     return [(size, rate) for size, rate in sites if size and rate]
+
+
+def depth_rates(rate: float, layers: int) -> list[float]:
+    """Return the rate at which stochastic depth leaves out the branches of each layer.
+
+    The rate rises linearly with depth: layer i of n, counted from 0, has (i + 1) / n of the rate of the last
+    layer.
+    """
+    return [in_256ths(rate * (layer + 1) / layers) for layer in range(layers)]
 
 
 def random_bytes(count: int, seed: int) -> np.ndarray:
@@ -76,3 +85,13 @@ class Masks:
         # Converting bytes to floats is six times faster than converting bools to floats. The scale is applied
         # last, because multiplying the mask by the scale would round the scale to bfloat16.
         return x * self.take(x.shape).to(x.dtype) * (1 / (1 - p))
+
+    def drop_rows(self, x: Tensor, p: float) -> Tensor:
+        """Apply stochastic depth: drop whole rows of x (B, T, D), and scale the other rows by 1 / (1 - p)."""
+        if not p:
+            return x
+        return x * self.take((x.size(0), 1, 1)).to(x.dtype) * (1 / (1 - p))
+
+    def drop_branch(self, y: Tensor, dropout: float, skipped: float) -> Tensor:
+        """Apply dropout and stochastic depth to the output y (B, T, D) of a residual branch."""
+        return self.drop_rows(self.drop(y, dropout), skipped)

@@ -67,9 +67,10 @@ class Muon(torch.optim.Optimizer):
     shape in one batch.
     """
 
-    def __init__(self, groups: list[Group], momentum: float) -> None:
+    def __init__(self, groups: list[Group], momentum: float, cautious: bool = False) -> None:
         super().__init__(groups, {"lr": 1.0, "weight_decay": 0.0})
         self.momentum = momentum
+        self.cautious = cautious
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
@@ -92,9 +93,13 @@ class Muon(torch.optim.Optimizer):
         if self.momentum:  # use Nesterov momentum
             directions = list(torch._foreach_lerp(grads, moments, self.momentum))
         scale = -lr * 0.2 * math.sqrt(max(params[0].shape))
-        updates = orthogonal(torch.stack(directions)).to(params[0].dtype) * scale
-        torch._foreach_mul_(params, 1 - lr * weight_decay)
-        torch._foreach_add_(params, updates.unbind())
+        updates = (orthogonal(torch.stack(directions)).to(params[0].dtype) * scale).unbind()
+        if self.cautious:
+            for p, update in zip(params, updates, strict=True):
+                decay_cautiously(p, update, lr * weight_decay)
+        else:
+            torch._foreach_mul_(params, 1 - lr * weight_decay)
+        torch._foreach_add_(params, updates)
 
 
 def orthogonal(batch: Tensor) -> Tensor:
@@ -113,17 +118,51 @@ def orthogonal(batch: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
+class CautiousAdamW(torch.optim.AdamW):
+    """AdamW that decays a weight only where the update moves the weight towards zero."""
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        self.decay()
+        rates = [group["weight_decay"] for group in self.param_groups]
+        for group in self.param_groups:
+            group["weight_decay"] = 0.0  # torch's AdamW would decay all weights
+        inspect.unwrap(torch.optim.AdamW.step)(self)
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            group["weight_decay"] = rate
+
+    @torch.no_grad()
+    def decay(self) -> None:
+        """Decay the weights before the update, whose sign depends only on the new momentum."""
+        for group in self.param_groups:
+            beta1, _ = group["betas"]
+            for p in group["params"]:
+                if not group["weight_decay"] or p.grad is None:
+                    continue
+                momentum = p.grad
+                if self.state[p]:
+                    momentum = torch.lerp(self.state[p]["exp_avg"], p.grad, 1 - beta1)
+                decay_cautiously(p, -momentum, group["lr"] * group["weight_decay"])
+
+
+def decay_cautiously(p: Tensor, update: Tensor, amount: float | Tensor) -> None:
+    """Shrink the elements of p that the update moves towards zero by the given share."""
+    shrinks = p * update < 0
+    p.copy_(torch.where(shrinks, p * (1 - amount), p))
+
+
 def make_sgd(groups: list[Group], cfg: TrainConfig) -> torch.optim.Optimizer:
     nesterov = cfg.momentum > 0
     return torch.optim.SGD(groups, lr=1.0, momentum=cfg.momentum, nesterov=nesterov, fused=True)
 
 
 def make_adamw(groups: list[Group], cfg: TrainConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=1.0, betas=(cfg.beta1, cfg.beta2), fused=True)
+    kind = CautiousAdamW if cfg.cautious_decay else torch.optim.AdamW
+    return kind(groups, lr=1.0, betas=(cfg.beta1, cfg.beta2), fused=True)
 
 
 def make_muon(groups: list[Group], cfg: TrainConfig) -> torch.optim.Optimizer:
-    return Muon(groups, cfg.momentum)
+    return Muon(groups, cfg.momentum, cfg.cautious_decay)
 
 
 MAKERS: dict[str, Callable[[list[Group], TrainConfig], torch.optim.Optimizer]] = {

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mainrun.config import TrainConfig
+from mainrun.core.initial import initial_std
 from mainrun.growth.moments import IndexMap, Piece, along
 from mainrun.plan.ops import Op
 from mainrun.train import GPT
@@ -104,10 +105,8 @@ class Change:
         """Set the new elements along a dimension to random values.
 
         parts: the short names of the parameters, as returned by `part`.
-        std: the standard deviation; by default the `init_std` of the config.
+        std: the standard deviation; by default that of the initial weights of the new model.
         """
-        if std is None:
-            std = self.before.init_std
         for name, piece in pieces.items():
             if part(name) not in parts:
                 continue
@@ -116,7 +115,9 @@ class Change:
                 continue
             shape = self.new[name].shape
             is_new = along((index < 0).float(), dim, len(shape))
-            pieces[name] = replace(piece, plus=self.normal(shape, std) * is_new)
+            usual = initial_std(self.after, name.removesuffix(".weight"), shape[1])
+            random = self.normal(shape, usual if std is None else std)
+            pieces[name] = replace(piece, plus=random * is_new)
 
 
 # -- a new model

@@ -17,12 +17,14 @@ class OptimizerSpec(NamedTuple):
     # Whether the optimizer updates each number of a tensor on its own. Otherwise, the optimizer needs whole
     # tensors, and a sharded run cannot use it.
     elementwise: bool = True
+    # Whether the optimizer supports `cautious_decay`.
+    cautious: bool = False
 
 
 OPTIMIZERS = {
     "sgd": OptimizerSpec({"momentum_buffer": 1}),
-    "adamw": OptimizerSpec({"exp_avg": 1, "exp_avg_sq": 2}),
-    "muon": OptimizerSpec({"momentum_buffer": 1}, others="adamw", elementwise=False),
+    "adamw": OptimizerSpec({"exp_avg": 1, "exp_avg_sq": 2}, cautious=True),
+    "muon": OptimizerSpec({"momentum_buffer": 1}, others="adamw", elementwise=False, cautious=True),
 }
 
 

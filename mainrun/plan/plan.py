@@ -28,6 +28,7 @@ class StepInputs(NamedTuple):
     dropout: float
     attn_dropout: float
     resid_dropout: float
+    stochastic_depth: float  # the rate of the last layer
     batch_size: int
     grad_accum: int
     rdrop: float
@@ -145,7 +146,10 @@ class Plan:
         self.undecided: Op | None = None
         self.segments = self._lay_out(given)
         self._firsts = [segment.first for segment in self.segments]
-        self._dropouts = [[_in_256ths(p) for p in segment.cfg.dropouts] for segment in self.segments]
+        self._dropouts = []
+        for segment in self.segments:
+            rates = (*segment.cfg.dropouts, segment.cfg.stochastic_depth)
+            self._dropouts.append([in_256ths(p) for p in rates])
         self.steps = self.segments[-1].last_step(self.budget)
         if cfg.max_steps:
             self.steps = min(cfg.max_steps, self.steps)
@@ -286,7 +290,7 @@ class Plan:
         weight_decay_aux = cfg.weight_decay_aux
         if weight_decay_aux is None:
             weight_decay_aux = cfg.weight_decay
-        dropout, attn_dropout, resid_dropout = self._dropouts[index]
+        dropout, attn_dropout, resid_dropout, stochastic_depth = self._dropouts[index]
         return StepInputs(
             lr=cfg.lr * lr_factor,
             lr_aux=(cfg.lr_aux or cfg.lr) * lr_factor,
@@ -295,6 +299,7 @@ class Plan:
             dropout=dropout,
             attn_dropout=attn_dropout,
             resid_dropout=resid_dropout,
+            stochastic_depth=stochastic_depth,
             batch_size=cfg.batch_size,
             grad_accum=cfg.grad_accum,
             rdrop=cfg.rdrop,
@@ -446,11 +451,11 @@ class Plan:
     def _shown(self, step: int) -> dict[str, float]:
         """Return the scheduled values of a step, without values that no part of the model uses."""
         values = self.at(step)._asdict()
-        optional = {*routing.INPUTS, "lr_lora"}
+        optional = {*routing.INPUTS, "lr_lora", "stochastic_depth"}
         return {name: value for name, value in values.items() if value or name not in optional}
 
 
-def _in_256ths(p: float) -> float:
+def in_256ths(p: float) -> float:
     """Round a dropout rate to a multiple of 1/256, because dropout masks are made from random bytes.
 
     A rate above 0 is never rounded to 0.

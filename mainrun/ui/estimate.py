@@ -27,6 +27,7 @@ from mainrun.core.device import Device
 from mainrun.core.dropout import dropout_sites
 from mainrun.core.kernels import CHUNK
 from mainrun.core.machine_class import compile_balance
+from mainrun.core.optimizers import CautiousAdamW
 from mainrun.core.parameters import is_base
 from mainrun.data import scoring
 from mainrun.data.batches import Batches
@@ -383,7 +384,8 @@ def _optimizer_state(cfg: TrainConfig, state: State) -> list[Tensor]:
     """Allocate the optimizer state.
 
     The optimizers of mainrun allocate their state and their temporary tensors during a step. The optimizers
-    of torch are fused. A fused optimizer cannot run on fake tensors, and needs no temporary tensors.
+    of torch are fused. A fused optimizer cannot run on fake tensors, and needs no temporary tensors, except
+    for a cautious weight decay.
     """
     moments = []
     for optimizer in state.optimizers.all:
@@ -395,6 +397,8 @@ def _optimizer_state(cfg: TrainConfig, state: State) -> list[Tensor]:
         for group in optimizer.param_groups:
             for p in group["params"]:
                 moments += [torch.empty_like(p) for _ in range(per_parameter)]
+        if isinstance(optimizer, CautiousAdamW):
+            optimizer.decay()
     return moments
 
 

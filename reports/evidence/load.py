@@ -633,6 +633,23 @@ def ladder_scores(ladder: Sequence[Recipe]) -> list[dict[int, float]]:
     return scores
 
 
+def changed_steps(ladder: Sequence[Recipe]) -> list[int]:
+    """Return, for each step of an ablation after the first, the place of the step that it changes.
+
+    A step changes the earlier step from which it differs in the fewest fields. This is the step before it,
+    unless the step before it was not kept.
+    """
+    fields = [recipe_fields(recipe.cfg) for recipe in ladder]
+    places = []
+    for i in range(1, len(ladder)):
+        differing = []
+        for earlier in fields[:i]:
+            differing.append(sum(earlier[name] != fields[i][name] for name in earlier))
+        fewest = min(differing)
+        places.append(max(place for place, count in enumerate(differing) if count == fewest))
+    return places
+
+
 def config_differences(a: TrainConfig, b: TrainConfig) -> list[tuple[str, Any, Any]]:
     """Return a tuple (field, value in `a`, value in `b`) for each differing field, except the preset."""
     old = a.model_dump(exclude={"preset"})

@@ -11,7 +11,6 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from reports.evidence.load import (
     ReportData,
     Run,
     Study,
+    changed_steps,
     config_differences,
     is_failed,
     ladder_scores,
@@ -438,13 +438,14 @@ def ablation(data: ReportData) -> Table | None:
     if not data.ladder:
         return None
     scores = ladder_scores(data.ladder)
-    changes = [stats.difference(a, b) for a, b in pairwise(scores)]
+    changed = changed_steps(data.ladder)
+    changes = [stats.difference(scores[place], scores[i]) for i, place in enumerate(changed, 1)]
     adjusted = iter(stats.holm([change.p for change in changes if change.p is not None]))
     means = [stats.Mean(tuple(of_step.values())).mean for of_step in scores]
     first = data.ladder[0]
     rows: list[Row] = [[step_name(first.cfg), len(scores[0]), means[0], None, None, None, None, "", ""]]
     for i, change in enumerate(changes, 1):
-        before = data.ladder[i - 1].cfg
+        before = data.ladder[changed[i - 1]].cfg
         cfg = data.ladder[i].cfg
         low, high = change.interval or (None, None)
         p = None
@@ -465,7 +466,7 @@ def ablation(data: ReportData) -> Table | None:
         Column("what it sets", text, 0.27),
     ]
     note = (
-        "Each step keeps the changes of the steps before it. low and high are the 95% interval of delta. "
+        f"{_kept_steps(data.ladder, changed)} low and high are the 95% interval of delta. "
         "p is adjusted over all steps by Holm's method."
     )
     noise = data.noise
@@ -473,6 +474,15 @@ def ablation(data: ReportData) -> Table | None:
         spread = f"sd {noise.sd:.4f} between seeds, {noise.df} degrees of freedom"
         note += f" Noise floor {noise.floor:.4f} ({spread})."
     return Table("ablation", "From step to step", columns, rows, note)
+
+
+def _kept_steps(ladder: Sequence[Recipe], changed: Sequence[int]) -> str:
+    """Say which changes a step keeps, and name each step that does not change the step before it."""
+    text = "Each step keeps the changes of the steps before it."
+    for i, place in enumerate(changed, 1):
+        if place != i - 1:
+            text += f" {step_name(ladder[i].cfg)} changes {step_name(ladder[place].cfg)} instead."
+    return text
 
 
 def _settings(differences: Iterable[tuple[str, Any, Any]], without: Sequence[str]) -> str:

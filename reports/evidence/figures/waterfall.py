@@ -1,6 +1,6 @@
 """Draw the steps of an ablation as a waterfall chart.
 
-Each bar starts at the score of the previous step.
+Each bar starts at the score of the step that it changes, which is usually the previous step.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from mainrun.stats import Mean
 from reports.evidence.figures.axes import format_ticks, label_bar, panels, set_row_names
 from reports.evidence.figures.style import COLOURS, GREY
-from reports.evidence.load import ReportData, ladder_scores
+from reports.evidence.load import ReportData, changed_steps, ladder_scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 def caption(_: ReportData) -> str:
     return (
-        "Each step starts at the score of the previous step. Blue lowers the score, orange raises it, and "
-        "grey is within noise."
+        "Each step starts at the score of the step that it changes. Blue lowers the score, orange raises it, "
+        "and grey is within noise."
     )
 
 
@@ -33,16 +33,15 @@ def draw(data: ReportData) -> Figure | None:
     whiskers = "one seed each: no noise floor"
     if data.noise is not None:
         floor = data.noise.floor
-        whiskers = "whiskers: the noise floor around the previous step"
+        whiskers = "whiskers: the noise floor around the step that is changed"
     figure, (axes,) = panels(0.8 + 0.25 * len(ladder))
     draw_start(axes, means[0])
-    for y in range(1, len(means)):
-        draw_change(axes, y, means[y - 1], means[y], floor)
+    last = list(range(len(means)))  # the last row whose bar starts at the score of each step
+    for y, place in enumerate(changed_steps(ladder), 1):
+        draw_change(axes, y, means[place], means[y], floor)
+        last[place] = y
     for y, mean in enumerate(means):
-        below = y + 1.31
-        if y + 1 == len(means):
-            below = y + 0.31
-        axes.plot([mean, mean], [y - 0.31, below], color="black", linewidth=0.7)
+        axes.plot([mean, mean], [y - 0.31, last[y] + 0.31], color="black", linewidth=0.7)
     set_row_names(axes, [recipe.cfg.preset.split(":")[-1] for recipe in ladder])
     reach = floor or 0.0
     span = max(means) - min(means)
