@@ -22,7 +22,7 @@ from mainrun.stats import Noise, noise
 from mainrun.store import records
 from mainrun.store.rundir import RunDir, find
 from mainrun.ui.compare import SAME, load_summary
-from mainrun.ui.grouping import group_by_recipe, recipe_key
+from mainrun.ui.grouping import group_by_recipe, recipe_fields, recipe_key
 
 Source = TypeVar("Source")
 Item = TypeVar("Item")
