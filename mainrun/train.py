@@ -32,6 +32,7 @@ from mainrun.core.device import Device
 from mainrun.core.dropout import Masks, dropout_sites
 from mainrun.core.kernels import attend, cross_entropy, gelu, linear, rdrop
 from mainrun.core.layers import Context, Linear, RMSNorm, bias_of, cast, make_norm, rope_table, rotate
+from mainrun.core.members import build_members, count_tokens, members_of, merge_numbers, step_seeds
 from mainrun.core.optimizers import Optimizers
 from mainrun.core.parameters import freeze, saved_parameters
 from mainrun.core.pending_losses import PendingLosses, StepRow
@@ -45,7 +46,6 @@ from mainrun.data.tokenizer import EOS
 from mainrun.errors import Interrupted, MainrunError, UsageError
 from mainrun.plan.plan import Plan, StepInputs
 from mainrun.plan.recipes import load
-from mainrun.plan.seeds import seed_from
 
 # ------------------------------------------------------------------------------------------------------------
 # The model. The letters in shapes mean: B rows, T tokens, D model width, H query heads, K key/value heads,
@@ -353,9 +353,11 @@ class GPT(nn.Module):
 
 
 def build(cfg: TrainConfig, vocab_size: int) -> GPT:
-    """Build the model of a config with its initial weights, which the config's seed and start determine."""
-    torch.manual_seed(seed_from(cfg.seed, "weights"))
-    model = GPT(cfg, vocab_size)
+    """Build the model of a config with its initial weights, which the config's seed and start determine.
+
+    With `members` > 1, the model is an `Ensemble`.
+    """
+    model: GPT = build_members(cfg, lambda: GPT(cfg, vocab_size))
     if cfg.start:
         from mainrun.interop import start
 
@@ -413,7 +415,7 @@ class State:
 
     def __init__(self, cfg: TrainConfig, model: GPT) -> None:
         self.step = 0
-        self.tokens = 0  # number of tokens processed in training (R-Drop processes each token twice)
+        self.tokens = 0  # number of tokens processed in training, in each pass of R-Drop and by each member
         self.growth_state: dict[str, Any] = {}  # the growth state; empty if the run does not grow
         self.generation = 0  # number of times that tensors were replaced, which makes CUDA graphs invalid
         self.replace_model(cfg, model, Optimizers(cfg, model))
@@ -465,7 +467,7 @@ class TrainStep:
         self.device = device
         self.model: GPT | None = None
         self.generation = -1
-        self.runner: Any = None
+        self.runners: list[Any] = []  # one for each member of the model
         self.stop_counting: Callable[[], None] = lambda: None
         self.prepare()
 
@@ -475,8 +477,8 @@ class TrainStep:
         if self.model is not state.model:
             self.release()
             self.model = state.model
-            self.runner = self.device.runner(state.model)
-            self.stop_counting = count_tokens(self.runner, state, self.device.world)
+            self.runners = [self.device.runner(member) for member in members_of(state.model)]
+            self.stop_counting = count_tokens(self.runners, state, self.device.world)
             self.forward_backward = self.device.cuda_graph(state.cfg)
             self.optimizer_step = self.device.cuda_graph(state.cfg)
             # replaying a CUDA graph does not call the model, so the hook from `count_tokens` does not run
@@ -494,7 +496,7 @@ class TrainStep:
         self.forward_backward.forget()
         self.optimizer_step.forget()
         self.model = None
-        self.runner = None
+        self.runners = []
 
     def gradients(self, x: Tensor, y: Tensor, inputs: StepInputs) -> Tensor:
         """Compute the clipped gradients of a batch. Return the numbers of the step for `step_row`."""
@@ -503,7 +505,7 @@ class TrainStep:
         state = self.state
         # micro-batch m of this process is piece m * world + rank of the batch
         pieces = [m * device.world + device.rank for m in range(inputs.grad_accum)]
-        device.seed([seed_from(state.cfg.seed, "step", state.step, piece) for piece in pieces])
+        device.seed(step_seeds(state.cfg, state.step, pieces))
         # new values outside the gradients must not make the CUDA graph invalid
         state.model.set_sharpness(inputs)
         self.inputs = inputs._replace(**OUTSIDE_GRADIENTS)
@@ -516,27 +518,33 @@ class TrainStep:
         return numbers
 
     def _forward_backward(self, x: Tensor, y: Tensor) -> Tensor:
-        cfg = self.state.cfg
         model = self.state.model
+        model.train()
+        model.set_dropout(self.inputs, self.device.attention)
+        clear_gradients(model)
+        members = members_of(model)
+        return merge_numbers([self._train_member(i, member, x, y) for i, member in enumerate(members)])
+
+    def _train_member(self, place: int, member: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Compute the clipped gradients of one member of the model."""
+        cfg = self.state.cfg
         device = self.device
         inputs = self.inputs
-        model.train()
-        model.set_dropout(inputs, device.attention)
-        clear_gradients(model)
+        runner = self.runners[place]
         pieces = inputs.grad_accum * device.world
         sites = dropout_sites(cfg, inputs, cfg.passes * len(x) // pieces, device.attention)
         total = torch.zeros(count_numbers(cfg.routed_layers), device=device.torch_device)
         for micro in range(inputs.grad_accum):
             piece = micro * device.world + device.rank
-            pool = device.masks(sites, micro)
-            with device.gradient_exchange(self.runner, last=micro == inputs.grad_accum - 1):
+            pool = device.masks(sites, place * inputs.grad_accum + micro)
+            with device.gradient_exchange(runner, last=micro == inputs.grad_accum - 1):
                 x_piece = x.chunk(pieces)[piece]
                 y_piece = y.chunk(pieces)[piece]
-                loss = compute_loss(self.runner, x_piece, y_piece, inputs, pool, device.native)
+                loss = compute_loss(runner, x_piece, y_piece, inputs, pool, device.native)
                 (loss.minimized / inputs.grad_accum).backward()
             total += numbers_of(loss.plain, loss.routing) / inputs.grad_accum
             del loss, pool  # free this memory before the next micro-batch
-        norm = clip_gradients(model, cfg.clip or math.inf)
+        norm = clip_gradients(member, cfg.clip or math.inf)
         total = device.mean(total)
         return torch.cat((total[:1], norm.view(1), total[1:]))
 
@@ -549,18 +557,6 @@ class TrainStep:
         self.optimizer_step.on = graph is not None
         self.optimizer_step((inputs.weight_decay, inputs.weight_decay_aux, graph), state.optimizers.apply)
         state.average.update(inputs)
-
-
-def count_tokens(runner: nn.Module, state: State, world: int) -> Callable[[], None]:
-    """Count the tokens that the model processes in training. Return a function that stops the counting."""
-    model = state.model
-
-    def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if model.training:
-            state.tokens += args[0].numel() * world
-
-    # a reference from the hook to the TrainStep would keep DDP alive after its process group has ended
-    return runner.register_forward_pre_hook(count).remove
 
 
 # ------------------------------------------------------------------------------------------------------------
