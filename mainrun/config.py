@@ -155,8 +155,8 @@ class TrainConfig(BaseModel):
     )
     members: int = static(
         1,
-        "models that are trained on the same batches, each with its own initial weights and dropout; the mean "
-        "of their probabilities is scored",
+        "models that are trained on the same batches, each with its own initial weights and dropout; "
+        "the mean of their probabilities is scored",
         ge=1,
         le=64,
     )

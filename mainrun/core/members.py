@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mainrun.config import TrainConfig
+from mainrun.core.kernels import CHUNK
 from mainrun.plan.plan import StepInputs
 from mainrun.plan.seeds import seed_from
 
@@ -54,15 +55,32 @@ class Ensemble(nn.Module):
     def set_sharpness(self, inputs: StepInputs) -> None:
         """Do nothing, because members have no routers."""
 
+    @torch.no_grad()
     def forward(self, idx: Tensor) -> Tensor:
         """Return the log of the mean of the members' probabilities (B, T, V), in float32.
 
-        The sum is updated after each member, so that the logits of only one member exist at a time.
+        Only scores need this mean, because each member has a loss of its own. The logits of only one member
+        exist at a time.
         """
-        total = F.log_softmax(self.members[0](idx).float(), dim=-1)
-        for member in self.members[1:]:
-            total = torch.logaddexp(total, F.log_softmax(member(idx).float(), dim=-1))
-        return total - math.log(len(self.members))
+        mean: Tensor | None = None
+        for member in members_of(self):
+            mean = add_probabilities(mean, member(idx))
+        assert mean is not None
+        return mean.sub_(math.log(len(self.members)))
+
+
+def add_probabilities(log_sum: Tensor | None, logits: Tensor) -> Tensor:
+    """Add the probabilities of logits (B, T, V) to a sum of probabilities, whose logarithm is given.
+
+    log_sum: the logarithm, which is changed in place, or None if the sum is zero.
+    """
+    if log_sum is None:
+        log_sum = torch.full_like(logits, -torch.inf, dtype=torch.float32)
+    rows = max(1, CHUNK[logits.device.type] // logits.size(-1))  # the softmax needs memory for these rows
+    parts = log_sum.flatten(0, 1).split(rows), logits.flatten(0, 1).split(rows)
+    for total, part in zip(*parts, strict=True):
+        torch.logaddexp(total, F.log_softmax(part.float(), dim=-1), out=total)
+    return log_sum
 
 
 def members_of(model: nn.Module) -> list[Any]:
@@ -81,7 +99,14 @@ def build_members(cfg: TrainConfig, make: Callable[[], nn.Module]) -> Any:
     for member in range(cfg.members):
         torch.manual_seed(member_seed(cfg.seed, member, "weights"))
         members.append(make())
-    return members[0] if cfg.members == 1 else Ensemble(cfg, members)
+    return assemble(cfg, members)
+
+
+def assemble(cfg: TrainConfig, members: Sequence[nn.Module]) -> Any:
+    """Return the model that consists of the given members."""
+    if cfg.members == 1:
+        return members[0]
+    return Ensemble(cfg, members)
 
 
 # -- random numbers

@@ -385,6 +385,7 @@ SUMMARY = {
         "presentations_per_token": not_negative,
         "train_tokens_per_epoch?": at_least_one,
         "forward_passes?": at_least_one,
+        "ensemble_members?": at_least_one,
     },
     "fingerprints?": table_of(text),
     "origin?": table,

@@ -171,6 +171,7 @@ def _row(summary: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
         "tokens": summary["tokens"],
         "presentations_per_token": summary["presentations"]["presentations_per_token"],
         "params": summary["params"],
+        "members": summary["presentations"].get("ensemble_members", 1),
         "forward_flops": forward_flops(summary),
         "seconds": summary["seconds"],
         "tokens_per_s": summary["tokens_per_s"],
@@ -264,6 +265,12 @@ def _notes(table: list[dict[str, Any]]) -> list[str]:
         notes.append(
             "The runs start from different weights, so their difference is not only due to training."
         )
+    for row in table:
+        if row["members"] > 1:
+            notes.append(
+                f"{row['run']} is an ensemble of {row['members']} models; params and seen/token count all of "
+                "them"
+            )
     for row in table:
         if row["reused"]:
             notes.append(

@@ -27,7 +27,7 @@ from mainrun.core.device import Device
 from mainrun.core.dropout import dropout_sites
 from mainrun.core.kernels import CHUNK
 from mainrun.core.machine_class import compile_balance
-from mainrun.core.members import build_members, members_of
+from mainrun.core.members import assemble, members_of
 from mainrun.core.parameters import is_base
 from mainrun.data import scoring
 from mainrun.data.batches import Batches
@@ -67,6 +67,8 @@ def estimate(cfg: TrainConfig, probe: bool = False, store: bool = False) -> dict
         "memory": estimate_memory(plan, device, vocab_size, store and not device.sharded),
         "device_memory": device.memory,
     }
+    if cfg.members > 1:
+        cost["members"] = cfg.members
     last = plan.segments[-1].cfg
     if last.routed_layers:
         cost["routing"] = forward_cost(last, vocab_size).table()
@@ -314,7 +316,7 @@ def _segment_memory(cfg: TrainConfig, device: Device, vocab_size: int, store: bo
     rows = cfg.batch_size // cfg.grad_accum // device.world
     inputs = Plan(cfg.model_copy(update={"growth": Schedule()}), cfg.batch_size * cfg.block_size * 2).at(0)
     with FakeTensorMode(allow_fallback_kernels=False), LiveBytes() as live, device.torch_device:
-        state = State(cfg, build_members(cfg, lambda: GPT(cfg, vocab_size)))
+        state = State(cfg, assemble(cfg, [GPT(cfg, vocab_size) for _ in range(cfg.members)]))
         model = state.model
         model.set_inputs(inputs, device.attention)
         for p in model.parameters():
