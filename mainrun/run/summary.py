@@ -36,8 +36,7 @@ def summarize(
     reused = accounts.ledger["reused"]
     presentations = count_presentations(setup, plan, state)
     flops = sum(segment["flops"] for segment in segments)
-    if not cfg.growth.ops:
-        # A token counts once for each forward pass. The FLOPs per token are those of all members together.
+    if not cfg.growth.ops:  # a token counts once per pass of a member, and its FLOPs are those of all members
         flops = state.tokens * segments[0]["flops_per_token"] // cfg.members
     summary = {
         "run": cfg.run_id,
