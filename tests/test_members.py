@@ -108,6 +108,21 @@ def test_member_0_is_the_run_with_one_model(tiny: Any, recipe: dict[str, Any]) -
     assert several.tokens == 3 * one.tokens
 
 
+@pytest.mark.parametrize("recipe", ["sgd, clipped", "muon"])
+def test_each_optimizer_holds_the_state_of_its_member(tiny: Any, recipe: str) -> None:
+    cfg = tiny(**SMALL | RECIPES[recipe], members=2)
+    trained = take_steps(cfg)
+    saved = {name: tensor.clone() for name, tensor in trained.tensors().items()}
+    loaded = State(cfg, build(cfg, V))
+    loaded.load(saved, trained.step, trained.tokens)
+    assert same(loaded.tensors(), saved)
+    for optimizer in loaded.optimizers.all:
+        own = {p for group in optimizer.param_groups for p in group["params"]}
+        assert set(optimizer.state) == own
+        (member,) = {loaded.optimizers.names[p].split(".blocks")[0].split(".")[1] for p in own}
+        assert member in ("0", "1")
+
+
 def test_a_model_of_one_member_has_no_ensemble(tiny: Any) -> None:
     model = build(tiny(**SMALL, members=1), V)
     assert not isinstance(model, Ensemble) and members_of(model) == [model]
