@@ -238,7 +238,7 @@ SLOW_PAIRS = {
     "an average throughout, and a later decay", "scores elsewhere", "another weight decay, late",
     "another rate, late",
     "another average at the end", "titles in a new order", "fewer scores", "sgd with momentum",
-    "two passes a step", "bfloat16",
+    "two passes a step", "bfloat16", "members",
 }  # fmt: skip
 
 
