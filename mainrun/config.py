@@ -153,6 +153,13 @@ class TrainConfig(BaseModel):
     start: str = static(
         "", "weights to start from: hf:DIR (a Qwen2 checkpoint) or run:DIR (a run); empty: random weights"
     )
+    members: int = static(
+        1,
+        "models that are trained on the same batches, each with its own initial weights and dropout; "
+        "the mean of their probabilities is scored",
+        ge=1,
+        le=64,
+    )
     n_layer: int = static(6, "number of blocks", ge=1, le=1024)
     n_head: int = static(8, "number of attention heads", ge=1, le=1024)
     n_kv_head: int = static(0, "number of key/value heads, a divisor of n_head; 0: n_head", ge=0, le=1024)
@@ -421,6 +428,7 @@ class TrainConfig(BaseModel):
         self._check_tokenizer()
         self._check_start()
         self._check_shard()
+        self._check_members()
         return self
 
     def _check_heads(self) -> None:
@@ -626,6 +634,24 @@ class TrainConfig(BaseModel):
         if self.compile == "on":
             raise ValueError("shard=true and compile=on cannot be combined; set compile=off or shard=false")
 
+    def _check_members(self) -> None:
+        """Refuse what only a single model supports."""
+        if self.members == 1:
+            return
+        single = {
+            "a growth schedule": (bool(self.growth.ops), "remove the growth schedule"),
+            "shard=true": (self.shard, "set shard=false"),
+            f"start={inputs.shown(self.start)}": (bool(self.start), "leave start empty"),
+            f"block_pattern={self.block_pattern}": (bool(self.routed_layers), "set block_pattern=D"),
+            "low-rank terms": (self.has_low_rank, "set all fields that end with lora_rank to 0"),
+            "base_frozen=true": (self.base_frozen, "set base_frozen=false"),
+        }
+        for what, (is_set, fix) in single.items():
+            if is_set:
+                raise ValueError(
+                    f"members={self.members} and {what} cannot be combined; set members=1, or {fix}"
+                )
+
     def _check_corpus(self) -> None:
         if not sources.is_source(self.corpus):
             allowed = ", ".join(sources.syntaxes())
@@ -714,8 +740,13 @@ class TrainConfig(BaseModel):
 
     @property
     def passes(self) -> int:
-        """The number of forward passes that each token makes in a training step."""
+        """The number of forward passes that each token makes through a model in a training step."""
         return 2 if self.rdrop else 1
+
+    @property
+    def presentations(self) -> int:
+        """The number of times that a training step presents each token: once per pass of each member."""
+        return self.passes * self.members
 
     @property
     def geometry(self) -> tuple[int, int]:

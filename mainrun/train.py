@@ -37,6 +37,7 @@ from mainrun.core.gradient_norms import gradient_norms
 from mainrun.core.initial import initial_std
 from mainrun.core.kernels import cross_entropy, gelu, linear, rdrop
 from mainrun.core.layers import Context, Linear, bias_of, cast, make_norm, rope_table
+from mainrun.core.members import build_members, count_tokens, members_of, merge_numbers, step_seeds
 from mainrun.core.optimizers import Optimizers
 from mainrun.core.parameters import freeze, saved_parameters
 from mainrun.core.pending_losses import PendingLosses, StepRow
@@ -51,7 +52,6 @@ from mainrun.data.tokenizer import EOS
 from mainrun.errors import Interrupted, MainrunError, UsageError
 from mainrun.plan.plan import Plan, StepInputs
 from mainrun.plan.recipes import load
-from mainrun.plan.seeds import seed_from
 
 # ------------------------------------------------------------------------------------------------------------
 # The model. The letters in shapes mean: B rows, T tokens, D model width, H query heads, K key/value heads,
@@ -282,9 +282,11 @@ class GPT(nn.Module):
 
 
 def build(cfg: TrainConfig, vocab_size: int) -> GPT:
-    """Build the model of a config with its initial weights, which the config's seed and start determine."""
-    torch.manual_seed(seed_from(cfg.seed, "weights"))
-    model = GPT(cfg, vocab_size)
+    """Build the model of a config with its initial weights, which the config's seed and start determine.
+
+    With `members` > 1, the model is an `Ensemble`.
+    """
+    model: GPT = build_members(cfg, lambda: GPT(cfg, vocab_size))
     if cfg.start:
         from mainrun.interop import start
 
@@ -342,7 +344,7 @@ class State:
 
     def __init__(self, cfg: TrainConfig, model: GPT) -> None:
         self.step = 0
-        self.tokens = 0  # number of tokens processed in training (R-Drop processes each token twice)
+        self.tokens = 0  # number of tokens processed in training, in each pass of R-Drop and by each member
         self.growth_state: dict[str, Any] = {}  # the growth state; empty if the run does not grow
         self.generation = 0  # number of times that tensors were replaced, which makes CUDA graphs invalid
         self.replace_model(cfg, model, Optimizers(cfg, model))
@@ -394,7 +396,7 @@ class TrainStep:
         self.device = device
         self.model: GPT | None = None
         self.generation = -1
-        self.runner: Any = None
+        self.runners: list[Any] = []  # one for each member of the model
         self.stop_counting: Callable[[], None] = lambda: None
         self.prepare()
 
@@ -404,8 +406,8 @@ class TrainStep:
         if self.model is not state.model:
             self.release()
             self.model = state.model
-            self.runner = self.device.runner(state.model)
-            self.stop_counting = count_tokens(self.runner, state, self.device.world)
+            self.runners = [self.device.runner(member) for member in members_of(state.model)]
+            self.stop_counting = count_tokens(self.runners, state, self.device.world)
             self.forward_backward = self.device.cuda_graph(state.cfg)
             self.optimizer_step = self.device.cuda_graph(state.cfg)
             # replaying a CUDA graph does not call the model, so the hook from `count_tokens` does not run
@@ -423,7 +425,7 @@ class TrainStep:
         self.forward_backward.forget()
         self.optimizer_step.forget()
         self.model = None
-        self.runner = None
+        self.runners = []
 
     def gradients(self, x: Tensor, y: Tensor, inputs: StepInputs) -> Tensor:
         """Compute the clipped gradients of a batch. Return the numbers of the step for `step_row`."""
@@ -432,7 +434,7 @@ class TrainStep:
         state = self.state
         # micro-batch m of this process is piece m * world + rank of the batch
         pieces = [m * device.world + device.rank for m in range(inputs.grad_accum)]
-        device.seed([seed_from(state.cfg.seed, "step", state.step, piece) for piece in pieces])
+        device.seed(step_seeds(state.cfg, state.step, pieces))
         # new values outside the gradients must not make the CUDA graph invalid
         state.model.set_sharpness(inputs)
         self.inputs = inputs._replace(**OUTSIDE_GRADIENTS)
@@ -446,28 +448,34 @@ class TrainStep:
         return numbers
 
     def _forward_backward(self, x: Tensor, y: Tensor) -> Tensor:
-        cfg = self.state.cfg
         model = self.state.model
+        model.train()
+        model.set_dropout(self.inputs, self.device.attention)
+        clear_gradients(model)
+        members = members_of(model)
+        return merge_numbers([self._train_member(i, member, x, y) for i, member in enumerate(members)])
+
+    def _train_member(self, place: int, member: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Compute the clipped gradients of one member of the model."""
+        cfg = self.state.cfg
         device = self.device
         inputs = self.inputs
-        model.train()
-        model.set_dropout(inputs, device.attention)
-        clear_gradients(model)
+        runner = self.runners[place]
         pieces = inputs.grad_accum * device.world
         sites = dropout_sites(cfg, inputs, cfg.passes * len(x) // pieces, device.attention)
         total = torch.zeros(count_numbers(cfg.routed_layers), device=device.torch_device)
         for micro in range(inputs.grad_accum):
             piece = micro * device.world + device.rank
-            pool = device.masks(sites, micro)
-            with device.gradient_exchange(self.runner, last=micro == inputs.grad_accum - 1):
+            pool = device.masks(sites, place * inputs.grad_accum + micro)
+            with device.gradient_exchange(runner, last=micro == inputs.grad_accum - 1):
                 x_piece = x.chunk(pieces)[piece]
                 y_piece = y.chunk(pieces)[piece]
-                loss = compute_loss(self.runner, x_piece, y_piece, inputs, pool, device.native)
+                loss = compute_loss(runner, x_piece, y_piece, inputs, pool, device.native)
                 (loss.minimized / inputs.grad_accum).backward()
             total += numbers_of(loss.plain, loss.routing) / inputs.grad_accum
             del loss, pool  # free this memory before the next micro-batch
-        layers = gradient_norms(model) if self.first else total[:0]
-        norm = clip_gradients(model, cfg.clip or math.inf)
+        layers = gradient_norms(member) if self.first else total[:0]
+        norm = clip_gradients(member, cfg.clip or math.inf)
         total = device.mean(total)
         return torch.cat((total[:1], norm.view(1), total[1:], layers))
 
@@ -480,18 +488,6 @@ class TrainStep:
         self.optimizer_step.on = graph is not None
         self.optimizer_step((inputs.weight_decay, inputs.weight_decay_aux, graph), state.optimizers.apply)
         state.average.update(inputs)
-
-
-def count_tokens(runner: nn.Module, state: State, world: int) -> Callable[[], None]:
-    """Count the tokens that the model processes in training. Return a function that stops the counting."""
-    model = state.model
-
-    def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if model.training:
-            state.tokens += args[0].numel() * world
-
-    # a reference from the hook to the TrainStep would keep DDP alive after its process group has ended
-    return runner.register_forward_pre_hook(count).remove
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -119,6 +119,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "baseline",
         MUON | {"experts": 2, "top_k": 1, "router_weights": "softmax"},
     ),
+    "members": ("baseline", MUON | {"members": 2, "dropout": 0.1, "rdrop": 0.5, "grad_accum": 2, "ema": 0.9}),
     "low rank": ("baseline", ADAMW | {"attn_lora_rank": 2, "embed_lora_rank": 2, "lora_alpha": 2.0}),
     "frozen layer": ("baseline", ADAMW | {"attn_lora_rank": 2, "frozen": [0]}),
     "accumulation": ("baseline", ADAMW | {"grad_accum": 4, "dropout": 0.1}),

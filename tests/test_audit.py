@@ -97,6 +97,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "eval_per_epoch": 1,
     },
     "two passes, micro-batches, ema": {"rdrop": 0.5, "grad_accum": 2, "ema": 0.9},
+    "members": {"members": 2, "rdrop": 0.5, "optimizer": "muon"},
     "growth": {
         "growth": {"ops": [{"name": "set_batch_size", "value": 4, "trigger": {"step": 20}}]},
         "log_every": 7,

@@ -126,7 +126,7 @@ def shares(cfg: TrainConfig) -> dict[str, float]:
     probe = StepProbe(cfg, Device(cfg), Plan(cfg, 10_000), cfg.vocab_size)
     x, y = worker.random_batch(cfg, "cpu")
     probe.step(x, y)
-    return parts.shares(lambda: probe.step(x, y), probe.train_step.runner)
+    return parts.shares(lambda: probe.step(x, y), probe.train_step.runners)
 
 
 def test_the_shares_sum_to_one(tiny: Any) -> None:

@@ -98,8 +98,9 @@ def compare(one: RunDir, two: RunDir, tolerance: float = 1e-5) -> None:
             "unet": True,
         },
         {"growth": GROWS},
+        {"members": 2, "optimizer": "adamw", "lr": 1e-3, "grad_accum": 2},
     ],
-    ids=["sgd", "adamw, accumulation, ema", "muon", "growth"],
+    ids=["sgd", "adamw, accumulation, ema", "muon", "growth", "members"],
 )
 def test_two_processes_train_the_same_run_as_one(tmp_path: Path, recipe: dict[str, Any]) -> None:
     cfg = config(**recipe)

@@ -121,6 +121,7 @@ def test_the_estimate_takes_no_memory_and_draws_no_random_numbers(tiny: Any, opt
         {"dtype": "float32", "dropout": 0.1, "optimizer": "adamw"},
         {"stochastic_depth": 0.1, "cautious_decay": True, "weight_decay": 0.1, "optimizer": "adamw"},
         {"dtype": "bfloat16", "optimizer": "muon"},
+        {"members": 4, "dropout": 0.1, "optimizer": "adamw"},
         {"block_pattern": "DSMT", "dropout": 0.1, "optimizer": "adamw"},
         {"block_pattern": "DM", "capacity": 0.125, "dtype": "bfloat16", "optimizer": "muon"},
         {"attn_lora_rank": 8, "mlp_lora_rank": 8, "base_frozen": True, "dtype": "bfloat16"},

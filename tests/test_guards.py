@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from mainrun.checks import guards as guards_module
 from mainrun.checks.guards import GUARDS, Evidence, Guard, guards
 from mainrun.config import TrainConfig, from_dict
+from mainrun.core.members import Ensemble
 from mainrun.data import scoring
 from mainrun.data.corpus import Corpus, fingerprint, load_corpus
 from mainrun.data.hub import HUB_REVISIONS
@@ -991,6 +992,13 @@ def counts_an_ensemble_once(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> 
     """An ensemble has five members, but the ledger counts the presentations of one member."""
     e = honest()
     return replace(e, ledger=e.ledger | {"ensemble_members": 5})
+
+
+@trick("presentations")
+def hides_an_ensemble(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> Evidence:
+    """Two models are scored together, but the config and the ledger name one."""
+    e = honest()
+    return replace(e, model=Ensemble(e.cfg, [e.model, copy.deepcopy(e.model)]))
 
 
 @trick("presentations")

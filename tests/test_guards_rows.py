@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from mainrun.checks import guards as guards_module
 from mainrun.checks.guards import GUARDS, Evidence, guards
 from mainrun.config import TrainConfig, from_dict
+from mainrun.core.members import Ensemble
 from mainrun.data import scoring
 from mainrun.data.corpus import Corpus, fingerprints
 from mainrun.data.hub import HUB_REVISIONS
@@ -148,7 +149,7 @@ def evidence(
         "train_tokens_per_epoch": plan.train_tokens,
         "forward_passes": cfg.passes,
         "presentations_per_token": plan.tokens(plan.steps) * cfg.passes / plan.train_tokens,
-        "ensemble_members": 1,
+        "ensemble_members": cfg.members,
     }
     summary = summary_of(rows) | {"fingerprints": dict(corpus.fingerprints)}
     return Evidence(cfg, corpus, data, model, rows, ledger, summary, "random", scoring.evaluate_source_hash())
@@ -1581,7 +1582,9 @@ def test_split_sizes_are_checked_only_for_the_task(fields: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize("fields", [{}, {"rdrop": 1.0, "dropout": 0.1}], ids=["one pass", "two passes"])
-@pytest.mark.parametrize("name", ["train_tokens_per_epoch", "forward_passes", "presentations_per_token"])
+@pytest.mark.parametrize(
+    "name", ["train_tokens_per_epoch", "forward_passes", "ensemble_members", "presentations_per_token"]
+)
 @pytest.mark.parametrize(
     ("factor", "status"),
     [
@@ -1617,13 +1620,23 @@ def test_the_message_says_how_often_each_token_was_shown(fields: dict[str, Any],
 
 
 def test_every_model_of_an_ensemble_is_counted() -> None:
-    e = evidence()
-    many = e.ledger | {"ensemble_members": 3}
-    assert check(replace(e, ledger=many), "presentations")[0] == "fail"
-    many["presentations_per_token"] *= 3
+    cfg = from_dict(CONFIG | {"members": 3})
+    e = evidence(cfg, model=Ensemble(cfg, [Table() for _ in range(3)]))
+    status, detail = check(e, "presentations")
+    assert status == "fail" and "presentations_per_token=7; the config gives 21" in detail
+    many = e.ledger | {"presentations_per_token": 21.0}
     status, detail = check(replace(e, ledger=many), "presentations")
     assert status == "pass"
     assert "21.00 times" in detail and "models: 3" in detail
+
+
+@pytest.mark.parametrize(("claimed", "models"), [(1, 2), (2, 1), (3, 2)])
+def test_a_config_must_name_every_model(claimed: int, models: int) -> None:
+    cfg = from_dict(CONFIG | {"members": claimed})
+    model = Ensemble(cfg, [Table() for _ in range(models)]) if models > 1 else Table()
+    status, detail = check(evidence(cfg, model=model), "presentations")
+    assert status == "fail"
+    assert detail == f"the model consists of {models} models, but the config says members={claimed}"
 
 
 @pytest.mark.parametrize(

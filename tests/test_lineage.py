@@ -140,6 +140,7 @@ CASES: dict[str, Case] = {
     "max_steps": Case(9, FALLS - 1, {"warmup_frac": 0.0, "wd_schedule": "constant", "growth": {"ops": []}}),
     "order": Case("sequential"),
     "start": Case("the base run"),
+    "members": Case(2, needs={"growth": {"ops": []}}),
     "n_layer": Case(1),
     "n_head": Case(4),
     "n_kv_head": Case(2),

@@ -28,6 +28,7 @@ AVERAGED: dict[str, Any] = TINY | {
 RUNS: dict[str, TrainConfig] = {
     "plain": from_dict(TINY | SMALL),
     "averaged": from_dict(AVERAGED),
+    "members": from_dict(AVERAGED | {"members": 2}),
     "grown": config(*MANY),
     "grown and averaged": config(*MANY, ema=0.9),
 }

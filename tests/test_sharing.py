@@ -232,6 +232,7 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "sgd with momentum": (DROP, DROP | {"decay_frac": 0.2}, 27),
     "muon": (MUON, MUON | {"decay_frac": 0.2}, 27),
     "two passes a step": ({"rdrop": 0.5}, {"rdrop": 0.5, "decay_frac": 0.2}, 27),
+    "members": ({"members": 2}, {"members": 2, "decay_frac": 0.2}, 27),
     "bfloat16": ({"dtype": "bfloat16"}, {"dtype": "bfloat16", "decay_frac": 0.2}, 27),
 }
 SLOW_PAIRS = {
@@ -240,7 +241,7 @@ SLOW_PAIRS = {
     "an average throughout, and a later decay", "scores elsewhere", "another weight decay, late",
     "another rate, late",
     "another average at the end", "titles in a new order", "fewer scores", "sgd with momentum",
-    "two passes a step", "bfloat16", "no gradient norms",
+    "two passes a step", "bfloat16", "no gradient norms", "members",
 }  # fmt: skip
 
 

@@ -412,6 +412,18 @@ def test_a_good_bundle_is_verified(submission: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_bundle_of_an_ensemble_is_verified(tmp_path: Path) -> None:
+    root = repository(tmp_path / "mainrun")
+    train(from_dict(TINY | SMALL | {"members": 2, "max_steps": 12}), root / "runs")
+    (root / "report.pdf").write_bytes(make_report(read_summary(the_run(root))))
+    out = tmp_path / "ensemble.zip"
+    done = mainrun(root, "submit", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    verdict = verification.verify(out, 12, lambda _: None)
+    assert verdict.verified and verdict.same_class and verdict.steps == 12, verdict.differences
+
+
+@pytest.mark.slow
 def test_all_steps_can_be_trained_again(submission: Path) -> None:
     verdict = verification.verify(submission, 1000, lambda _: None)
     assert verdict.verified and verdict.same_class

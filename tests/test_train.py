@@ -295,6 +295,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "grad_accum": 2,
         "warmup_frac": 0.3,
     },
+    "members": {"members": 2, "optimizer": "muon", "momentum": 0.9, "lr": 0.01, "rdrop": 0.5, "ema": 0.9},
     "every option": {
         "norm": "rmsnorm",
         "position": "rope",

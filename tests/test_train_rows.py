@@ -960,10 +960,10 @@ def test_r_drop_takes_masks_for_both_passes(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_score_processes_no_training_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = Parts(monkeypatch, config())
     parts.state.model.eval()
-    parts.stepper.runner(batch()[0])
+    parts.stepper.runners[0](batch()[0])
     assert parts.state.tokens == 0
     parts.state.model.train()
-    parts.stepper.runner(batch()[0])
+    parts.stepper.runners[0](batch()[0])
     assert parts.state.tokens == 16
 
 
@@ -1011,16 +1011,16 @@ def test_a_replayed_step_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     learn.graph = "graph"
     parts.stepper.update(at)
     assert move.calls[1] == (0.125, 0.75, "graph") and move.on is True
-    runner = parts.stepper.runner
+    (runner,) = parts.stepper.runners
     parts.state.load(parts.state.tensors(), 3, 48)
     parts.run(*batch(), at, 3)
     assert (learn.forgotten, move.forgotten) == (1, 1), (
         "a recorded step reads the tensors that were there before"
     )
-    assert parts.stepper.runner is runner, "the model is the same, so it is not compiled again"
+    assert parts.stepper.runners[0] is runner, "the model is the same, so it is not compiled again"
     parts.stepper.release()
     assert (learn.forgotten, move.forgotten) == (2, 2)
-    assert parts.stepper.model is None and parts.stepper.runner is None and not runner._forward_pre_hooks
+    assert parts.stepper.model is None and parts.stepper.runners == [] and not runner._forward_pre_hooks
     parts.stepper.release()
     assert (learn.forgotten, move.forgotten) == (2, 2), "once"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import wraps
 from typing import Any
@@ -60,11 +60,12 @@ def part_of(name: str) -> str | None:
     return None
 
 
-def shares(step: Callable[[], Any], model: nn.Module) -> dict[str, float]:
-    """Return each part's share of the time of a training step. The shares sum to 1.
+def shares(step: Callable[[], Any], models: Iterable[nn.Module]) -> dict[str, float]:
+    """Return each part's share of the time of a training step of some models. The shares sum to 1.
 
     The part `other` is the time that is spent outside of known operations, for example in Python code.
     """
+    model = nn.ModuleList(models)
     cuda = next(model.parameters()).is_cuda
     activities = [ProfilerActivity.CPU]
     if cuda:
@@ -205,7 +206,7 @@ class Floor:
     def __init__(self, cfg: TrainConfig, vocab_size: int, device: torch.device) -> None:
         self.device = device
         self.dtype = torch.bfloat16 if cfg.dtype == "bfloat16" else torch.float32
-        self.repeats = cfg.grad_accum
+        self.repeats = cfg.grad_accum * cfg.members
         self.rows = cfg.batch_size // cfg.grad_accum * cfg.block_size * cfg.passes
         self.products = products(cfg, vocab_size)
         self.flops = 0

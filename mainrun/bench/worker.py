@@ -134,13 +134,13 @@ class MainrunRival:
             # The profiler cannot see the parts of a recorded CUDA graph, so the graph is switched off.
             train_step.forward_backward.forget()
             train_step.forward_backward.on = False
-            answer["profile"] = shares(self.step, train_step.runner)
+            answer["profile"] = shares(self.step, train_step.runners)
         return answer
 
     def evaluation(self) -> Answer:
         """Measure the speed of an evaluation. With dtype=bfloat16, also compute the loss in float32."""
         from mainrun.data.scoring import evaluate
-        from mainrun.train import GPT
+        from mainrun.train import build
 
         cfg = self.cfg
         model = self.probe.state.model
@@ -163,7 +163,7 @@ class MainrunRival:
         answer: Answer = {"tokens_per_s": targets / statistics.median(seconds), "loss": score.loss}
         if cfg.dtype == "bfloat16":
             float32 = cfg.model_copy(update={"dtype": "float32"})
-            exact = GPT(float32, cfg.vocab_size).to(self.device.torch_device)
+            exact = build(float32, cfg.vocab_size).to(self.device.torch_device)
             exact.load_state_dict(model.state_dict())
             answer["loss_float32"] = evaluate(exact, tokens, **sizes).loss
         return answer

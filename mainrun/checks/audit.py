@@ -215,7 +215,7 @@ def _header_difference(node: Node, segment: _Segment) -> str:
     cfg = segment.setup.cfg
     if node.geometry != list(cfg.geometry):
         return f"its official scores have geometry {node.geometry}, but its config says {list(cfg.geometry)}"
-    presented = segment.setup.plan.tokens(node.step) * cfg.passes
+    presented = segment.setup.plan.tokens(node.step) * cfg.presentations
     if node.tokens_processed != presented:
         tokens = f"{node.tokens_processed:,} tokens were processed"
         return f"it says that {tokens}, but its steps process {presented:,} tokens"

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from mainrun.config import MIN_COVERAGE, TASK, TrainConfig
+from mainrun.core.members import members_of
 from mainrun.core.sharding import exact_copy, shards_of
 from mainrun.data import corpus as corpora
 from mainrun.data import scoring, sources
@@ -617,11 +618,15 @@ def presentations(e: Evidence, all: bool) -> Verdict:
     """Detect hidden training, by counting how many times each token was presented to the model."""
     plan = _plan(e)
     passes = e.cfg.passes
-    members = e.ledger["ensemble_members"]
-    per_token = plan.tokens(plan.steps) * passes * members / plan.train_tokens
+    members = e.cfg.members
+    models = len(members_of(e.model))
+    if models != members:
+        return fail(f"the model consists of {models} models, but the config says members={members}")
+    per_token = plan.tokens(plan.steps) * e.cfg.presentations / plan.train_tokens
     expected = {
         "train_tokens_per_epoch": plan.train_tokens,
         "forward_passes": passes,
+        "ensemble_members": members,
         "presentations_per_token": per_token,
     }
     counted_as = f"(passes: {passes}, models: {members})"

@@ -87,7 +87,7 @@ def compile_balance(cfg: TrainConfig, plan: Plan, device: str, threads: int) -> 
     matrices = 3 if cfg.mlp == "swiglu" else 2
     mlp = matrices * cfg.d_model * cfg.ff_width
     weights = cfg.n_layer * (attention + mlp) + cfg.vocab_size * cfg.d_model
-    flops = 6 * weights * plan.tokens(plan.steps) * cfg.passes
+    flops = 6 * weights * plan.tokens(plan.steps) * cfg.presentations
     if device == "cuda":
         return 10 + 3 * cfg.n_layer, max(3e-4 * cfg.n_layer * plan.steps, 0.3 * flops / 2e14)
     speed, share = _cpu_rates(half=cfg.dtype == "bfloat16", rms=cfg.norm == "rmsnorm")

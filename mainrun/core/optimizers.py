@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mainrun.config import TrainConfig
+from mainrun.core.members import by_member
 from mainrun.core.parameters import is_low_rank
 from mainrun.core.sharding import trained_tensors
 from mainrun.plan.optimizers import OPTIMIZERS
@@ -204,7 +205,10 @@ class Optimizers:
         trained = {name: p for name, p in trained_tensors(model).items() if p.requires_grad}
         self.names: dict[Tensor, str] = {p: name for name, p in trained.items()}
         self.schedules = dict(schedules)
-        self.all = self._make(cfg, trained)
+        # each member has optimizers of its own, so that no result depends on the other members
+        self.all: list[torch.optim.Optimizer] = []
+        for part in by_member(trained):
+            self.all += self._make(cfg, part)
         self.groups: list[Group] = []
         for optimizer in self.all:
             self.groups += optimizer.param_groups
@@ -321,5 +325,6 @@ class Optimizers:
         if tensors and self.all[0].defaults.get("nesterov"):
             # Fused SGD needs momentum buffers either for all parameters or for none. New parameters therefore
             # start with a momentum buffer of zeros.
-            for p in self.names:
-                self.all[0].state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+            for name in self.names.values():
+                optimizer, p = owners[name]
+                optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p))

@@ -80,6 +80,7 @@ def inexpressible(cfg: TrainConfig) -> list[str]:
         "softcap": 0.0,
         "experts": 0,
         "unused_ids": 0,
+        "members": 1,
     }
     reasons = []
     for name, value in required.items():

@@ -161,6 +161,8 @@ def _read_run(folder: Path, outer: tuple[Path, ...]) -> Start:
         raise UsageError(f"the run {folder} starts from itself; train it again from another start")
     run = RunDir(folder)
     cfg = run.config()
+    if cfg.members > 1:
+        raise UsageError(f"it has members={cfg.members}; a run can start only from one model")
     file, meta = _newest_checkpoint(run, cfg)
     tensors = {}
     if cfg.base_frozen and cfg.start:

@@ -20,7 +20,7 @@ SAVE_MEMORY = (
 
 
 class Size(NamedTuple):
-    """The size of the model that a config describes."""
+    """The size of the model that a config describes, over all its members."""
 
     params: int
     active: int  # number of parameters that process one token
@@ -92,11 +92,11 @@ def size(cfg: TrainConfig) -> Size:
         trained_routers = sum(routers) - sum(routers[layer] for layer in cfg.frozen)
         trained = hidden_matrices + trained_layers * block.router + trained_routers + embed_lora
     return Size(
-        params=params,
-        active=params - cfg.n_layer * block.unused,
-        trained=trained,
+        params=cfg.members * params,
+        active=cfg.members * (params - cfg.n_layer * block.unused),
+        trained=cfg.members * trained,
         flops=round(3 * forward_flops(cfg)),
-        moments=BYTES * _state_numbers(cfg, trained, hidden_matrices),
+        moments=cfg.members * BYTES * _state_numbers(cfg, trained, hidden_matrices),
     )
 
 
@@ -124,7 +124,7 @@ def _router_params(cfg: TrainConfig, letter: str) -> int:
 
 
 def forward_flops(cfg: TrainConfig, shares: Sequence[float] = ()) -> float:
-    """Return the number of FLOPs per token in a forward pass.
+    """Return the number of FLOPs per token in a forward pass of all members.
 
     shares: for each routed layer, the share of tokens that the layer selects when the model is scored.
         Without `shares`, the result is for a forward pass in training.
@@ -133,11 +133,11 @@ def forward_flops(cfg: TrainConfig, shares: Sequence[float] = ()) -> float:
     total: float = 2 * head * cfg.d_model
     if cfg.tie_head:
         total += 2 * cfg.embed_lora_rank * (head + cfg.d_model)
-    return total + sum(layer_flops(cfg, shares))
+    return cfg.members * (total + sum(layer_flops(cfg, shares)))
 
 
 def layer_flops(cfg: TrainConfig, shares: Sequence[float] = ()) -> list[float]:
-    """Return the number of FLOPs per token of each layer in a forward pass. For `shares`, see above."""
+    """Return the FLOPs per token of each layer in a forward pass of one member. For `shares`, see above."""
     block = _block(cfg)
     matrices = 2 * block.multiplied
     attention = 4 * cfg.n_head * cfg.head_width * cfg.block_size

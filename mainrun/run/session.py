@@ -279,7 +279,7 @@ class Session:
         kept = "the last checkpoint before this step is kept"
         row = e.row
         if row.step == self.state.step + 1:  # the weights have not been updated yet
-            self.state.tokens -= self.plan.segment_at(self.state.step).span * self.cfg.passes
+            self.state.tokens -= self.plan.segment_at(self.state.step).span * self.cfg.presentations
             self.save()
             kept = "the checkpoint before this step is kept"
         got = f"loss {row.loss} with gradient norm {row.grad_norm} at step {row.step} of {self.plan.steps}"

@@ -10,6 +10,7 @@ from torch import nn
 
 from mainrun.checks.guards import Evidence, guards
 from mainrun.core.hardware import peak_memory
+from mainrun.core.members import members_of
 from mainrun.core.sharding import shards_of
 from mainrun.data import scoring
 from mainrun.plan.cost import forward_flops, segment_costs
@@ -35,8 +36,8 @@ def summarize(
     reused = accounts.ledger["reused"]
     presentations = count_presentations(setup, plan, state)
     flops = sum(segment["flops"] for segment in segments)
-    if not cfg.growth.ops:
-        flops = state.tokens * segments[0]["flops_per_token"]  # a token counts once for each forward pass
+    if not cfg.growth.ops:  # a token counts once per pass of a member, and its FLOPs are those of all members
+        flops = state.tokens * segments[0]["flops_per_token"] // cfg.members
     summary = {
         "run": cfg.run_id,
         "preset": cfg.preset,
@@ -154,7 +155,7 @@ def count_presentations(setup: Setup, plan: Plan, state: State) -> dict[str, Any
         "train_tokens_per_epoch": plan.train_tokens,
         "presentations_per_token": state.tokens / plan.train_tokens,
         "forward_passes": setup.cfg.passes,
-        "ensemble_members": 1,
+        "ensemble_members": len(members_of(state.model)),
     }
 
 

@@ -300,6 +300,12 @@ def _notes(table: list[dict[str, Any]]) -> list[str]:
             "The runs start from different weights, so their difference is not only due to training."
         )
     for row in table:
+        if row["members"] > 1:
+            notes.append(
+                f"{row['run']} is an ensemble of {row['members']} models; params and seen/token count all of "
+                "them"
+            )
+    for row in table:
         if row["reused"]:
             notes.append(
                 f"(*) {row['run']}: {row['reused']:,} of {row['steps']:,} steps were copied from the store; "

@@ -27,6 +27,7 @@ from mainrun.core.device import Device
 from mainrun.core.dropout import dropout_sites
 from mainrun.core.kernels import CHUNK
 from mainrun.core.machine_class import compile_balance
+from mainrun.core.members import assemble, members_of
 from mainrun.core.optimizers import CautiousAdamW
 from mainrun.core.parameters import is_base
 from mainrun.data import scoring
@@ -72,6 +73,8 @@ def estimate_setup(setup: Setup, probe: bool, store: bool) -> dict[str, Any]:
         "memory": estimate_memory(plan, device, vocab_size, store and not device.sharded),
         "device_memory": device.memory,
     }
+    if cfg.members > 1:
+        cost["members"] = cfg.members
     last = plan.segments[-1].cfg
     if last.routed_layers:
         cost["routing"] = forward_cost(last, vocab_size).table()
@@ -329,7 +332,7 @@ def _segment_memory(cfg: TrainConfig, device: Device, vocab_size: int, store: bo
     rows = cfg.batch_size // cfg.grad_accum // device.world
     inputs = Plan(cfg.model_copy(update={"growth": Schedule()}), cfg.batch_size * cfg.block_size * 2).at(0)
     with FakeTensorMode(allow_fallback_kernels=False), LiveBytes() as live, device.torch_device:
-        state = State(cfg, GPT(cfg, vocab_size))
+        state = State(cfg, assemble(cfg, [GPT(cfg, vocab_size) for _ in range(cfg.members)]))
         model = state.model
         model.set_inputs(inputs, device.attention)
         for p in model.parameters():
@@ -337,10 +340,12 @@ def _segment_memory(cfg: TrainConfig, device: Device, vocab_size: int, store: bo
         # Allocate the optimizer state first, because it exists during the forward pass of all later steps.
         moments = _optimizer_state(cfg, state)
         _evaluate(model, cfg, vocab_size)
-        model.zero_grad(set_to_none=True)
+        # Only the gradients of the last member do not exist yet when its activations take the most memory.
+        last = members_of(model)[-1]
+        last.zero_grad(set_to_none=True)
         mask_bytes = sum(n for n, _ in dropout_sites(cfg, inputs, rows * cfg.passes, device.attention))
         pool = torch.empty(mask_bytes, dtype=torch.uint8) if mask_bytes else None
-        _backward(model, torch.zeros(rows, cfg.block_size, dtype=torch.int64), inputs, pool)
+        _backward(last, torch.zeros(rows, cfg.block_size, dtype=torch.int64), inputs, pool)
         saved = _bytes([*state.tensors().values(), *moments, *state.average.shadow.values()])
         persistent = saved
         if cfg.base_frozen:

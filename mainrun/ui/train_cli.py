@@ -481,6 +481,8 @@ def _estimate_rows(cost: dict[str, Any]) -> Iterator[tuple[str, str]]:
     from mainrun.run.progress import clock
 
     yield "parameters", f"{cost['params']:,}"
+    if "members" in cost:
+        yield "members", f"{cost['members']} models, which the other numbers include"
     if cost["start"]:
         yield "start", f"{cost['start']['source']} ({cost['start']['digest'][:12]})"
     yield "FLOPs", f"{cost['flops']:.3g}"

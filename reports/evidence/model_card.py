@@ -119,8 +119,11 @@ def card(data: ReportData) -> Iterator[str]:
     run = (recipe.valid_runs or recipe.runs)[0]
     cfg = run.cfg
     summary = run.summary
+    model = "a decoder-only transformer"
+    if cfg.members > 1:
+        model = f"an ensemble of {cfg.members} decoder-only transformers"
     yield (
-        f"Model: {recipe.name}, a decoder-only transformer with {integer(summary['params'])} parameters "
+        f"Model: {recipe.name}, {model} with {integer(summary['params'])} parameters "
         f"({cfg.n_layer} layers, width {cfg.d_model}, {cfg.n_head} heads, vocabulary {cfg.vocab_size:,} "
         f"({cfg.tokenizer})), trained from random weights."
     )
