@@ -585,7 +585,7 @@ def test_only_paths_are_shortened() -> None:
 WRONG: dict[str, Any] = {
     "norm": "layernorm", "position": "learned", "mlp": "gelu", "bias": True, "qkv_bias": False,
     "qk_norm": True, "attn_gate": True, "layer_scale": 0.5, "value_residual": True, "title_mask": True,
-    "softcap": 30.0, "experts": 2, "unused_ids": 3,
+    "softcap": 30.0, "experts": 2, "unused_ids": 3, "case": "marked",
 }  # fmt: skip
 
 

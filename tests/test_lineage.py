@@ -128,6 +128,7 @@ CASES: dict[str, Case] = {
     "documents": Case(True, needs={"corpus": "padded"}),
     "tokenizer": Case("unigram", needs={"vocab_size": 330}),
     "tokenizer_fit": Case("train+val"),
+    "case": Case("marked"),
     "vocab_size": Case(301),
     "block_size": Case(16, needs={"batch_size": 4}),
     "batch_size": Case(4),
@@ -519,6 +520,7 @@ def test_each_value_of_an_origin_changes_the_root_and_is_named(lab: Lab) -> None
 
 
 IN_TOKENS = (
+    "case",
     "corpus",
     "dev_frac",
     "num_titles",

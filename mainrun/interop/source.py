@@ -75,6 +75,7 @@ def inexpressible(cfg: TrainConfig) -> list[str]:
         "softcap": 0.0,
         "experts": 0,
         "unused_ids": 0,
+        "case": "kept",
     }
     reasons = []
     for name, value in required.items():
