@@ -400,7 +400,7 @@ PAIRS += [
 ]
 PAIRS += [
     (
-        {"case": "marked", "tokenizer": "hf:base"},
+        {"case": "marked", "tokenizer": "hf:base", "vocab_size": 400},
         "case=marked cannot be combined with tokenizer='hf:base', because the tokenizer of a checkpoint has "
         "no signs for capitals; set case=kept, or tokenizer to bpe or unigram",
         {"case": "marked", "tokenizer": "unigram"},

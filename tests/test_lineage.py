@@ -128,7 +128,7 @@ CASES: dict[str, Case] = {
     "documents": Case(True, needs={"corpus": "padded"}),
     "tokenizer": Case("unigram", needs={"vocab_size": 330}),
     "tokenizer_fit": Case("train+val"),
-    "case": Case("marked"),
+    "case": Case("marked", needs={"corpus": "capitals"}),
     "vocab_size": Case(301),
     "block_size": Case(16, needs={"batch_size": 4}),
     "batch_size": Case(4),
@@ -254,6 +254,7 @@ class Lab:
         self.out, self.found = out, dict[str, Trained]()
         files = {"titles": titles(), "same": titles(more=5), "OTHER": titles(changed=11)}
         files["padded"] = titles().replace("\n", "  \n")
+        files["capitals"] = titles().title()
         for name, text in files.items():
             (out / f"{name}.txt").write_text(text)
 

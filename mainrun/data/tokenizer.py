@@ -196,25 +196,22 @@ def fit(kind: str, titles: Sequence[str], vocab_size: int, case: str = "kept") -
         )
     if case == "marked":
         titles = _mark(titles)
-    model = _fit_bpe(titles, vocab_size, case) if kind == "bpe" else _fit_unigram(titles, vocab_size)
+    model = _fit_bpe(titles, vocab_size) if kind == "bpe" else _fit_unigram(titles, vocab_size)
     return Tokenizer(kind, vocab_size, model, case=case)
 
 
-def _fit_bpe(titles: Sequence[str], vocab_size: int, case: str) -> bytes:
+def _fit_bpe(titles: Sequence[str], vocab_size: int) -> bytes:
     from tokenizers import Tokenizer as Library
     from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
     # Each title gets a leading space, so that a word is encoded as the same token at the start and in the
     # middle of a title. The decoder removes the leading space. The option add_prefix_space of ByteLevel is
     # not suitable, because it adds no space to a title that already starts with a space, and the decoder does
-    # not remove the added space. With case=marked, the leading space is already there.
+    # not remove the added space.
     library = Library(models.BPE(unk_token=SPECIALS[UNK]))
+    library.normalizer = normalizers.Prepend(" ")
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if case == "marked":
-        library.decoder = decoders.ByteLevel()
-    else:
-        library.normalizer = normalizers.Prepend(" ")
-        library.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    library.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     # As in the public baseline, only bytes that occur in the titles get a token. All other bytes are written
     # as escapes, so the alphabet always includes the characters of an escape.
     trainer = trainers.BpeTrainer(
