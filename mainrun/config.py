@@ -121,6 +121,9 @@ class TrainConfig(BaseModel):
         "hf:DIR: the tokenizer.json of a checkpoint; all are lossless",
     )
     tokenizer_fit: Literal["train", "train+val"] = static("train", "titles that the vocabulary is fitted on")
+    case: Literal["kept", "marked"] = static(
+        "kept", "marked: write the capitals of words as signs, and the words in lower case; lossless"
+    )
     vocab_size: int = static(
         16_000,
         "size of the vocabulary, including special tokens and bytes; for hf:DIR, the rows of the checkpoint",
@@ -594,6 +597,12 @@ class TrainConfig(BaseModel):
 
     def _check_tokenizer(self) -> None:
         kind, _, folder = self.tokenizer.partition(":")
+        if self.case == "marked" and kind == "hf":
+            raise ValueError(
+                f"case=marked cannot be combined with tokenizer={inputs.shown(self.tokenizer)}, because the "
+                "tokenizer of a checkpoint has no signs for capitals; set case=kept, or tokenizer to bpe or "
+                "unigram"
+            )
         if self.tokenizer in ("bpe", "unigram") or (kind == "hf" and folder):
             return
         raise ValueError(

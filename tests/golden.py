@@ -140,6 +140,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "baseline",
         ADAMW | {"tokenizer": "unigram", "tokenizer_fit": "train+val", "vocab_size": 380},
     ),
+    "capitals as signs": (
+        "baseline",
+        ADAMW | {"tokenizer": "unigram", "case": "marked", "vocab_size": 380},
+    ),
     "mix": ("baseline", ADAMW | {"corpus": "mix:mix.toml"}),
     "grow training values": (
         "baseline",

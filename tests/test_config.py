@@ -27,7 +27,7 @@ OTHER: dict[str, Any] = {
     "seed": 7, "device": "cpu", "dtype": "bfloat16", "threads": 2, "compile": "on", "attention": "sdpa",
     "corpus": "hn", "num_titles": 5000, "shuffle": False,
     "val_frac": 0.2, "dev_frac": 0.05, "tokenizer": "unigram", "tokenizer_fit": "train+val",
-    "vocab_size": 8000, "block_size": 64, "members": 2,
+    "case": "marked", "vocab_size": 8000, "block_size": 64, "members": 2,
     "batch_size": 32, "grad_accum": 2, "epochs": 3, "order": "shuffle_titles", "n_layer": 4, "n_head": 4,
     "n_kv_head": 2, "d_model": 256,
     "d_ff": 1024, "norm": "rmsnorm", "position": "rope", "rope_theta": 500.0, "mlp": "swiglu", "bias": False,

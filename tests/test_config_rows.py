@@ -123,6 +123,7 @@ CHOICES: list[tuple[str, str, Any, list[Any]]] = [  # field, class, default, all
     ("attention", "static", "auto", ["auto", "plain", "sdpa"]),
     ("shuffle", "static", True, [True, False]),
     ("tokenizer_fit", "static", "train", ["train", "train+val"]),
+    ("case", "static", "kept", ["kept", "marked"]),
     ("order", "static", "sequential", ["sequential", "shuffle_titles"]),
     ("norm", "static", "layernorm", ["layernorm", "rmsnorm"]),
     ("position", "static", "learned", ["learned", "rope"]),
@@ -421,6 +422,14 @@ TOKENIZERS = "use bpe, unigram or hf:DIR, where DIR contains a tokenizer.json"
 PAIRS += [
     ({"tokenizer": text}, f"tokenizer={text!r} is not a tokenizer; {TOKENIZERS}", {"tokenizer": good})
     for text, good in [("wordpiece", "bpe"), ("hf", "unigram"), ("bpe:x", "bpe"), ("", "bpe")]
+]
+PAIRS += [
+    (
+        {"case": "marked", "tokenizer": "hf:base", "vocab_size": 400},
+        "case=marked cannot be combined with tokenizer='hf:base', because the tokenizer of a checkpoint has "
+        "no signs for capitals; set case=kept, or tokenizer to bpe or unigram",
+        {"case": "marked", "tokenizer": "unigram"},
+    )
 ]
 TITLES_ONLY = "set documents=false, or use a corpus of the form file:, hub: or mix:"
 PAIRS += [

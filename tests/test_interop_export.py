@@ -586,6 +586,7 @@ WRONG: dict[str, Any] = {
     "norm": "layernorm", "position": "learned", "mlp": "gelu", "bias": True, "qkv_bias": False,
     "qk_norm": True, "attn_gate": True, "layer_scale": 0.5, "value_residual": True, "title_mask": True,
     "softcap": 30.0, "experts": 2, "unused_ids": 3, "value_shortcut": True, "x0_shortcut": True, "unet": True,
+    "case": "marked",
 }  # fmt: skip
 
 

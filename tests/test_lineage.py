@@ -132,6 +132,7 @@ CASES: dict[str, Case] = {
     "documents": Case(True, needs={"corpus": "padded"}),
     "tokenizer": Case("unigram", needs={"vocab_size": 330}),
     "tokenizer_fit": Case("train+val"),
+    "case": Case("marked", needs={"corpus": "capitals"}),
     "vocab_size": Case(301),
     "block_size": Case(16, needs={"batch_size": 4}),
     "batch_size": Case(4),
@@ -269,6 +270,7 @@ class Lab:
         self.out, self.found = out, dict[str, Trained]()
         files = {"titles": titles(), "same": titles(more=5), "OTHER": titles(changed=11)}
         files["padded"] = titles().replace("\n", "  \n")
+        files["capitals"] = titles().title()
         for name, text in files.items():
             (out / f"{name}.txt").write_text(text)
 
@@ -537,6 +539,7 @@ def test_each_value_of_an_origin_changes_the_root_and_is_named(lab: Lab) -> None
 
 
 IN_TOKENS = (
+    "case",
     "corpus",
     "dev_frac",
     "num_titles",

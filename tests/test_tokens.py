@@ -325,7 +325,7 @@ def test_tokenizer_fit_decides_which_titles_are_fitted_on(
 ) -> None:
     corpus, seen = a_corpus(), []
     monkeypatch.setattr(
-        token_cache, "fit", lambda kind, titles, size: seen.append(list(titles)) or fit(kind, titles, size)
+        token_cache, "fit", lambda kind, titles, *more: seen.append(list(titles)) or fit(kind, titles, *more)
     )
     prepare(tiny(tokenizer_fit="train"), corpus)
     prepare(tiny(tokenizer_fit="train+val"), corpus)
@@ -351,7 +351,12 @@ def test_everything_that_changes_the_streams_changes_the_key(
 ) -> None:
     corpus, base = a_corpus(), tiny()
     keys = {token_cache._key(base, corpus)}
-    for change in ({"vocab_size": 401}, {"tokenizer": "unigram"}, {"tokenizer_fit": "train+val"}):
+    for change in (
+        {"vocab_size": 401},
+        {"tokenizer": "unigram"},
+        {"tokenizer_fit": "train+val"},
+        {"case": "marked"},
+    ):
         keys.add(token_cache._key(tiny(**change), corpus))
     for split in ("train", "dev", "val"):
         other = Corpus(
@@ -367,7 +372,7 @@ def test_everything_that_changes_the_streams_changes_the_key(
     keys |= {token_cache._key(base, corpus), token_cache._key(tiny(tokenizer="unigram"), corpus)}
     monkeypatch.setattr(token_cache, "FORMAT", 99)
     keys.add(token_cache._key(base, corpus))
-    assert len(keys) == 10
+    assert len(keys) == 11
 
 
 def test_the_digest_covers_every_stream(tiny, own_cache: Path) -> None:

@@ -531,7 +531,7 @@ def no_val_tokens(e: Evidence, all: bool) -> Verdict:
     for token in np.setdiff1d(val, train):
         word = e.data.tokenizer.decode([int(token)]).strip()
         if len(word.split()) > 1 or len(word) > LONGEST_WORD:
-            text = text or "\n".join(e.corpus.train)
+            text = text or "\n".join(e.data.tokenizer.marked(e.corpus.train))
             # A token reveals nothing about val if its text also occurs in train. In train, the text may be
             # split into several tokens.
             if word not in text:

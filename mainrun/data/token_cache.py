@@ -15,6 +15,7 @@ import os
 import shutil
 import tempfile
 import time
+import unicodedata
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,7 +28,16 @@ from mainrun.config import TrainConfig
 from mainrun.core.hardware import cache_dir
 from mainrun.data import foreign
 from mainrun.data.corpus import Corpus
-from mainrun.data.tokenizer import EOS, FOREIGN_FORMAT, FORMAT, LIBRARY, SPECIALS, Tokenizer, fit
+from mainrun.data.tokenizer import (
+    EOS,
+    FOREIGN_FORMAT,
+    FORMAT,
+    LIBRARY,
+    MARKED_FORMAT,
+    SPECIALS,
+    Tokenizer,
+    fit,
+)
 from mainrun.errors import ConfigError, RunError
 from mainrun.files import inputs
 from mainrun.files.hashing import compact_json
@@ -83,6 +93,9 @@ def _key(cfg: TrainConfig, corpus: Corpus, tokenizer: Tokenizer | None = None) -
     if tokenizer is None:
         library = importlib.metadata.version(LIBRARY[cfg.tokenizer])
         parts = [FORMAT, fingerprints, cfg.tokenizer, cfg.tokenizer_fit, cfg.vocab_size, library]
+        if cfg.case != "kept":
+            # which letters are capitals depends on Python's version of Unicode
+            parts = [*parts, MARKED_FORMAT, cfg.case, unicodedata.unidata_version]
     else:
         library = importlib.metadata.version(LIBRARY[tokenizer.kind])
         parts = [FOREIGN_FORMAT, fingerprints, tokenizer.digest, library]
@@ -94,7 +107,7 @@ def _build(cfg: TrainConfig, corpus: Corpus, tokenizer: Tokenizer | None = None)
         fitted_on = corpus.train
         if cfg.tokenizer_fit == "train+val":
             fitted_on = corpus.train + corpus.val
-        tokenizer = fit(cfg.tokenizer, fitted_on, cfg.vocab_size)
+        tokenizer = fit(cfg.tokenizer, fitted_on, cfg.vocab_size, cfg.case)
     splits: dict[str, np.ndarray] = {}
     chars: dict[str, int] = {}
     n_bytes: dict[str, int] = {}

@@ -7,7 +7,8 @@ lossless and give the same ids on every machine.
 
 The ids 0, 1 and 2 belong to the special tokens <pad>, <eos> and <unk>. The text of a title is never encoded
 as a special token, so each <eos> in a token stream marks the end of a title. A character that the model of a
-fitted tokenizer cannot represent is written as `\\x{HEX}`.
+fitted tokenizer cannot represent is written as `\\x{HEX}`. With `case=marked`, a fitted tokenizer writes the
+capitals of words as signs; see capitals.py.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from mainrun.core.hardware import cores
-from mainrun.data import foreign
+from mainrun.data import capitals, foreign
 from mainrun.errors import ConfigError, CorpusError, RunError, UsageError
 from mainrun.files.hashing import compact_json
 
@@ -35,6 +36,7 @@ SPECIALS = ("<pad>", "<eos>", "<unk>")
 FORMAT = 2  # increase this version when the ids, tokenizer.json or the cache format change
 MIN_VOCAB_SIZE = 300  # enough tokens for the special tokens, all bytes and some learned tokens
 FOREIGN_FORMAT = 3  # the same version for tokenizers of checkpoints
+MARKED_FORMAT = 4  # the same version for tokenizers with case=marked
 LIBRARY = {"bpe": "tokenizers", "unigram": "sentencepiece", "hf": "tokenizers"}
 DAMAGED = "restore tokenizer.json, or start the run again with --fresh"
 
@@ -53,17 +55,24 @@ class Tokenizer:
 
     `special_ids` are the ids of <pad>, <eos> and <unk> in `model`. In a fitted tokenizer, these are 0, 1 and
     2. `vocab_size` is the number of ids, which may exceed the number of tokens of a checkpoint's tokenizer.
+    `case` is the config field: kept or marked.
     """
 
     PAD, EOS, UNK = PAD, EOS, UNK
 
     def __init__(
-        self, kind: str, vocab_size: int, model: bytes, special_ids: foreign.Ids = (PAD, EOS, UNK)
+        self,
+        kind: str,
+        vocab_size: int,
+        model: bytes,
+        special_ids: foreign.Ids = (PAD, EOS, UNK),
+        case: str = "kept",
     ) -> None:
         self.kind = kind
         self.vocab_size = vocab_size
         self.model = model
         self.special_ids = special_ids
+        self.case = case
 
     def encode(self, titles: Sequence[str]) -> np.ndarray:
         """Return the token ids of all titles as one flat array, with an <eos> after each title."""
@@ -72,13 +81,17 @@ class Tokenizer:
             _check_unicode(set("".join(titles)), titles)
             ids = self._library.encode(titles)
         elif self.kind == "bpe":
-            texts = _escape(titles, self._is_unsafe)
+            texts = _escape(self.marked(titles), self._is_unsafe)
             encodings = self._library.encode_batch_fast(texts, add_special_tokens=False)
             ids = (encoding.ids for encoding in encodings)
         else:
-            texts = _escape(titles, self._is_unsafe)
+            texts = _escape(self.marked(titles), self._is_unsafe)
             ids = self._library.encode(texts, out_type=int, num_threads=cores())
         return np.fromiter(itertools.chain.from_iterable(_with_eos(ids)), dtype=self.dtype)
+
+    def marked(self, titles: Sequence[str]) -> Sequence[str]:
+        """Return the titles as the model sees them. Only case=marked changes them, by signs for capitals."""
+        return _mark(titles) if self.case == "marked" else titles
 
     def titles(self, stream: np.ndarray | Sequence[int]) -> list[str]:
         """Return the titles in a token stream. The stream may end without an <eos> after the last title."""
@@ -95,7 +108,10 @@ class Tokenizer:
             texts = self._library.decode_batch(text_ids)
         else:
             texts = self._library.decode(text_ids)
-        return [ESCAPED.sub(_unescape, text) for text in texts]
+        texts = [ESCAPED.sub(_unescape, text) for text in texts]
+        if self.case == "marked":
+            return [ESCAPED.sub(_unescape, capitals.restore(text)) for text in texts]
+        return texts
 
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
         """Return the text of a token stream, with one title per line."""
@@ -116,6 +132,8 @@ class Tokenizer:
             table["format"] = FOREIGN_FORMAT
             table["special_ids"] = self.special_ids
             table["model"] = self.model.decode()  # a string, which keeps the exact content of the file
+        if self.case != "kept":
+            table |= {"format": MARKED_FORMAT, "case": self.case}
         return compact_json(table).decode()
 
     @classmethod
@@ -132,7 +150,8 @@ class Tokenizer:
             kind = table["kind"]
             size = table["vocab_size"]
             model = table["model"]
-            expected = FOREIGN_FORMAT if kind == "hf" else FORMAT
+            case = table.get("case", "kept")
+            expected = _format_of(kind, case)
             if table["format"] != expected or kind not in LIBRARY or type(size) is not int:
                 raise ValueError(f"format {table['format']!r}, kind {kind!r}")
             if not model:
@@ -142,7 +161,7 @@ class Tokenizer:
             raw = compact_json(model) if kind == "bpe" else base64.b64decode(model, validate=True)
         except (ValueError, TypeError, KeyError, AttributeError) as e:  # binascii.Error is a ValueError
             raise RunError(f"tokenizer.json is damaged or has another version ({e}); {DAMAGED}") from None
-        return cls(kind, size, raw)
+        return cls(kind, size, raw, case=case)
 
     @cached_property
     def digest(self) -> str:
@@ -168,19 +187,20 @@ class Tokenizer:
 # -- fitting and loading
 
 
-def fit(kind: str, titles: Sequence[str], vocab_size: int) -> Tokenizer:
+def fit(kind: str, titles: Sequence[str], vocab_size: int, case: str = "kept") -> Tokenizer:
     """Fit a tokenizer that has exactly `vocab_size` tokens, including the special tokens and the bytes."""
     if vocab_size < MIN_VOCAB_SIZE:
         raise ConfigError(
             f"vocab_size={vocab_size:,} is too small for 3 special tokens and 256 bytes; "
             f"use --set vocab_size={MIN_VOCAB_SIZE} or more"
         )
-    if kind == "bpe":
-        return _fit_bpe(titles, vocab_size)
-    return _fit_unigram(titles, vocab_size)
+    if case == "marked":
+        titles = _mark(titles)
+    model = _fit_bpe(titles, vocab_size) if kind == "bpe" else _fit_unigram(titles, vocab_size)
+    return Tokenizer(kind, vocab_size, model, case=case)
 
 
-def _fit_bpe(titles: Sequence[str], vocab_size: int) -> Tokenizer:
+def _fit_bpe(titles: Sequence[str], vocab_size: int) -> bytes:
     from tokenizers import Tokenizer as Library
     from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -204,10 +224,10 @@ def _fit_bpe(titles: Sequence[str], vocab_size: int) -> Tokenizer:
     fitted_size = library.get_vocab_size()
     if fitted_size != vocab_size:
         raise _vocabulary_error(vocab_size, fitted_size)
-    return Tokenizer("bpe", vocab_size, compact_json(json.loads(library.to_str())))
+    return compact_json(json.loads(library.to_str()))
 
 
-def _fit_unigram(titles: Sequence[str], vocab_size: int) -> Tokenizer:
+def _fit_unigram(titles: Sequence[str], vocab_size: int) -> bytes:
     import sentencepiece
 
     model = io.BytesIO()
@@ -242,7 +262,7 @@ def _fit_unigram(titles: Sequence[str], vocab_size: int) -> Tokenizer:
         )
     except RuntimeError as e:
         raise _unigram_error(str(e), len(titles), vocab_size) from None
-    return Tokenizer("unigram", vocab_size, model.getvalue())
+    return model.getvalue()
 
 
 def _unigram_error(reason: str, n_titles: int, vocab_size: int) -> Exception:
@@ -301,6 +321,16 @@ def _load_foreign(model: bytes, special_ids: foreign.Ids, size: int) -> foreign.
         raise UsageError(f"the checkpoint's tokenizer.json {e}") from None
 
 
+def _format_of(kind: str, case: str) -> int:
+    """Return the version of tokenizer.json. Raise ValueError if no version has this kind and case."""
+    formats = {"kept": FORMAT, "marked": MARKED_FORMAT}
+    if kind == "hf":
+        formats = {"kept": FOREIGN_FORMAT}
+    if case not in formats:
+        raise ValueError(f"kind {kind!r}, case {case!r}")
+    return formats[case]
+
+
 def _special_ids(value: Any, size: int) -> foreign.Ids:
     """Return the special ids in the tokenizer.json of a run. Raise ValueError if they are invalid."""
     pad, eos, unk = value
@@ -310,7 +340,12 @@ def _special_ids(value: Any, size: int) -> foreign.Ids:
     return pad, eos, unk
 
 
-# -- escapes and streams
+# -- capitals, escapes and streams
+
+
+def _mark(titles: Sequence[str]) -> list[str]:
+    """Write capitals as signs. A sign in a title is replaced with an escape."""
+    return [capitals.mark(title) for title in _escape(titles, capitals.SIGNS.__contains__)]
 
 
 def _escape(titles: Sequence[str], is_unsafe: Callable[[str], bool]) -> list[str]:

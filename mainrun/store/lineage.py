@@ -31,6 +31,7 @@ IN_TOKENS = {
     "documents",
     "tokenizer",
     "tokenizer_fit",
+    "case",
     "vocab_size",
 }
 # Static fields that affect only the machine class, which is part of the first key.
