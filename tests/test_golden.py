@@ -25,8 +25,13 @@ def record() -> dict[str, Any]:
     [pytest.param(name, marks=pytest.mark.slow if name in golden.SLOW else ()) for name in golden.CASES],
 )
 def test_a_small_run_gives_the_recorded_bits(record: dict[str, Any], tmp_path: Path, name: str) -> None:
-    assert name in record, f"{name} has no record; record it with python tests/golden.py --add"
+    if name not in record:
+        pytest.skip(f"{name} has no record for this machine class; add it with python tests/golden.py --add")
     assert golden.train(name, tmp_path) == record[name]
+
+
+def test_every_case_has_a_record_on_some_machine_class() -> None:
+    assert {line["case"] for line in golden.lines()} == set(golden.CASES)
 
 
 def test_every_operation_and_every_optimizer_has_a_case() -> None:

@@ -111,6 +111,7 @@ def test_new_terms_leave_the_weights_and_the_output_unchanged() -> None:
 
 def test_attention_computes_q_k_and_v_in_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
     from mainrun import train as trainer
+    from mainrun.core import attention
 
     shapes: list[tuple[int, ...]] = []
 
@@ -118,7 +119,8 @@ def test_attention_computes_q_k_and_v_in_one_product(monkeypatch: pytest.MonkeyP
         shapes.append(tuple(weight.shape))
         return F.linear(x, weight, bias)
 
-    monkeypatch.setattr(trainer, "linear", counted)
+    for module in (attention, trainer):
+        monkeypatch.setattr(module, "linear", counted)
     cfg = model_config(**SWIGLU, n_layer=1, attn_lora_rank=2, mlp_lora_rank=2, base_frozen=True)
     shaken(cfg)(IDX)
     assert shapes == [(8 + 2 * 4, 8), (29, 8)], "one product for q, k and v, and one for the head"

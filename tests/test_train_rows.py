@@ -1003,7 +1003,7 @@ def test_a_replayed_step_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parts.state.tokens == 48 and parts.stepper.tokens_per_replay == 16
     # The key omits all values that may change between steps without recording a new graph.
     still = at._replace(lr=0.0, lr_aux=0.0, weight_decay=0.0, weight_decay_aux=0.0, average=0.0)
-    assert learn.calls == [(still, (4, 4))] * 3
+    assert learn.calls == [(still, (4, 4), False)] * 3
     before = parts.state.model.embed.weight.detach().clone()
     parts.stepper.update(at)
     assert move.calls == [(0.125, 0.75, None)] and move.on is False

@@ -405,7 +405,11 @@ class RDrop(torch.autograd.Function):
         ctx.mark_non_differentiable(plain)
         return loss + weight * divergence, plain
 
-    backward = staticmethod(CrossEntropy.backward)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        grad = ctx.grad
+        ctx.grad = None  # free the gradient's memory as soon as possible
+        return grad.mul_(grads[0]), None, None, None
 
 
 def rdrop_of_chunk(
