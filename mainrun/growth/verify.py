@@ -152,8 +152,8 @@ def check_rope(old: GPT, new: GPT) -> PromiseCheck:
     if new.cfg.position == "rope":
         for name in ("cos", "sin"):
             table = new.get_buffer(name)
-            wide = table.size(-1) * 2 == new.cfg.rotated_channels
-            ok = ok and torch.equal(old.get_buffer(name), table) and wide
+            right_width = table.size(-1) * 2 == new.cfg.rotated_channels
+            ok = ok and torch.equal(old.get_buffer(name), table) and right_width
     return PromiseCheck("rope", ok, f"heads {before} wide before, {after} after")
 
 
