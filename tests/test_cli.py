@@ -452,7 +452,7 @@ def test_forward_flops_that_a_summary_lacks_are_left_blank() -> None:
     (row,) = compare.rows([old])
     assert row["forward_flops"] is None and row["flops"] is None
     text = io.StringIO()
-    compare.show([row], Console(width=120, file=text), of_costs=True)
+    compare.show([row], Console(width=120, file=text), show_costs=True)
     assert "seen/" in text.getvalue()
 
 
@@ -507,10 +507,10 @@ def rows(n: int) -> list[dict[str, Any]]:
 
 def test_the_costs_fit_100_columns(capsys: pytest.CaptureFixture[str]) -> None:
     table = compare.rows([summary(TrainConfig(preset="optimized", seed=i)) for i in range(3)])
-    compare.show(table, Console(width=100, force_terminal=False, highlight=False), of_costs=True)
+    compare.show(table, Console(width=100, force_terminal=False, highlight=False), show_costs=True)
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith(" optimized-") for line in lines) == 3, "one row per run"
-    compare.show(rows(3), Console(width=80, force_terminal=False, highlight=False), of_costs=True)
+    compare.show(rows(3), Console(width=80, force_terminal=False, highlight=False), show_costs=True)
     assert re.search(r"^ FLOPs/token +4.1M +4.1M", capsys.readouterr().out, re.M), "one column per run"
 
 

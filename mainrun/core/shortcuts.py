@@ -33,7 +33,7 @@ class ValueShortcut(Linear):
 
 
 class InputMix(nn.Module):
-    """Compute the input of a block: the learned scalars x, x0 and skip, times the tensors of these names."""
+    """Compute the input of a block: the sum of x, x0 and skip, each times a learned scalar of the same name."""
 
     def __init__(self, cfg: TrainConfig, layer: int) -> None:
         super().__init__()
@@ -57,21 +57,21 @@ class InputMix(nn.Module):
         return mixed
 
 
-class Skips:
+class UNetSkips:
     """The outputs of the first half of the layers, which `unet` feeds to the second half in reverse order."""
 
     def __init__(self, cfg: TrainConfig) -> None:
-        self.givers = cfg.skips
-        self.first_taker = cfg.n_layer - cfg.skips
+        self.sources = cfg.skips
+        self.first_target = cfg.n_layer - cfg.skips
         self.outputs: list[Tensor] = []
 
-    def into(self, layer: int) -> Tensor | None:
+    def take(self, layer: int) -> Tensor | None:
         """Return the output of layer n - 1 - i for layer i of the second half, and None for other layers."""
-        return self.outputs.pop() if layer >= self.first_taker else None
+        return self.outputs.pop() if layer >= self.first_target else None
 
-    def keep(self, layer: int, x: Tensor) -> None:
-        """Keep the output of a layer of the first half."""
-        if layer < self.givers:
+    def store(self, layer: int, x: Tensor) -> None:
+        """Store the output of a layer of the first half."""
+        if layer < self.sources:
             self.outputs.append(x)
 
 

@@ -50,12 +50,12 @@ HEAD = (
 )  # fmt: skip
 # The head of the table of costs. A line break divides a long name into two lines.
 COST_HEAD = (
-    "run", "full", "official", "params", MEMBERS, "seen/\nepoch", "train\nFLOPs", "FLOPs/\ntoken", "time",
+    "run", "full", "official", "params", MEMBERS, "seen/\nepoch", "training\nFLOPs", "forward\nFLOPs", "time",
     "machine",
 )  # fmt: skip
 COST_NOTE = (
     "seen/epoch is how often an epoch shows each token of train, over all passes and members. "
-    "FLOPs/token is the cost of a forward pass of what is scored."
+    "forward FLOPs is the cost per token of a forward pass of the scored model."
 )
 
 
@@ -198,10 +198,10 @@ def _row(summary: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
 # -- the table
 
 
-def show(table: list[dict[str, Any]], console: Console, of_costs: bool = False) -> None:
-    """Print the comparison table and its notes. `of_costs` selects the table of costs."""
+def show(table: list[dict[str, Any]], console: Console, show_costs: bool = False) -> None:
+    """Print the comparison table and its notes. `show_costs` selects the table of costs."""
     notes = _notes(table)
-    if of_costs:
+    if show_costs:
         letters = machine_letters(row["machine"] for row in table)
         head = list(COST_HEAD)
         cells = [_cost_cells(row, letters) for row in table]
@@ -210,7 +210,7 @@ def show(table: list[dict[str, Any]], console: Console, of_costs: bool = False) 
     else:
         head = list(HEAD)
         cells = [_cells(row, first=i == 0) for i, row in enumerate(table)]
-        _remove_idle_columns(head, cells, table)
+        _remove_constant_columns(head, cells, table)
     show_table(head, cells, console)
     for note in notes:
         console.print(note, soft_wrap=True, markup=False)
@@ -225,14 +225,14 @@ def machine_letters(machines: Iterable[str]) -> dict[str, str]:
     return letters
 
 
-def _remove_idle_columns(head: list[str], cells: list[list[str]], table: list[dict[str, Any]]) -> None:
+def _remove_constant_columns(head: list[str], cells: list[list[str]], table: list[dict[str, Any]]) -> None:
     """Remove the columns that say nothing about these runs."""
-    idle = []
+    constant = []
     if len({line[head.index(FORWARD_FLOPS)] for line in cells}) == 1:
-        idle.append(FORWARD_FLOPS)
+        constant.append(FORWARD_FLOPS)
     if all(row["members"] == 1 for row in table):
-        idle.append(MEMBERS)
-    for name in idle:
+        constant.append(MEMBERS)
+    for name in constant:
         column = head.index(name)
         for line in (head, *cells):
             del line[column]
@@ -302,14 +302,13 @@ def _notes(table: list[dict[str, Any]]) -> list[str]:
     for row in table:
         if row["members"] > 1:
             notes.append(
-                f"{row['run']} is an ensemble of {row['members']} models; params and seen/token count all of "
-                "them"
+                f"{row['run']} is an ensemble of {row['members']} models; the columns count all of them"
             )
     for row in table:
         if row["reused"]:
             notes.append(
                 f"(*) {row['run']}: {row['reused']:,} of {row['steps']:,} steps were copied from the store; "
-                "time and tok/s count only the other steps"
+                "its speed and time are those of the other steps"
             )
     for row in table:
         if row["guards"]["fail"] or row["guards"]["flag"]:
