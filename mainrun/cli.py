@@ -138,8 +138,8 @@ Pairs = Annotated[
     typer.Option(
         "--paired",
         metavar="BASE,OTHER[,MARGIN]",
-        help="Test whether recipes BASE and OTHER score differently, over the seeds of both. With MARGIN, test "
-        "whether OTHER scores lower by more than MARGIN nats per character. Repeat the option to test "
+        help="Test whether recipes BASE and OTHER score differently, over the seeds of both. With MARGIN, "
+        "test whether OTHER scores lower by more than MARGIN nats per character. Repeat the option to test "
         "several claims together.",
     ),
 ]

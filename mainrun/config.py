@@ -36,7 +36,7 @@ from mainrun.plan.ops import Fault, Schedule, walk
 from mainrun.plan.optimizers import OPTIMIZERS
 from mainrun.plan.routing import LETTERS
 
-MAX_BATCH_SIZE = 65_536
+MAX_BATCH_SIZE = 65_536  # the largest batch_size
 MIN_COVERAGE = 0.97  # official scores are comparable only if they cover this fraction of val
 # the values that the public task prescribes
 TASK = {"seed": 1337, "epochs": 7, "max_steps": 0, "val_frac": 0.1, "num_titles": 100_000}
@@ -214,8 +214,8 @@ class TrainConfig(BaseModel):
     )
     unet: bool = static(
         False,
-        "add the output of layer i of the first half, times a learned weight that is 0 at first, to the input "
-        "of layer n_layer - 1 - i",
+        "add the output of layer i of the first half, times a learned weight that is 0 at first, to the "
+        "input of layer n_layer - 1 - i",
     )
     title_mask: bool = static(False, "restrict attention to tokens of the same title")
     tie_head: bool = static(True, "use the token embedding as the weights of the head")
@@ -226,7 +226,10 @@ class TrainConfig(BaseModel):
         "kaiming: sqrt(2 / inputs)",
     )
     init_std: float = static(
-        0.02, "standard deviation of the initial linear and embedding weights", gt=0, le=1
+        0.02,
+        "standard deviation of the initial linear and embedding weights, except those that init=kaiming sets",
+        gt=0,
+        le=1,
     )
     init_depth_scaled: bool = static(
         False, "divide the initial weights of branch outputs by sqrt(2 * n_layer)"

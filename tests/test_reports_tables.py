@@ -266,7 +266,7 @@ def test_what_the_runs_cost(tmp_path: Path) -> None:
     assert "Machine A: a processor, 2 threads, float32; B: a GPU, bfloat16." in table.note
     head, first, *_ = table.write(tmp_path).read_text().splitlines()
     assert head == (
-        "run,full,official,covers %,params,members,seen/epoch,train FLOPs,FLOPs/token,seconds,machine"
+        "run,full,official,covers %,params,members,seen/epoch,training FLOPs,forward FLOPs,seconds,machine"
     )
     assert first.endswith('"a processor, 2 threads, float32"'), "the CSV has the whole machine"
 

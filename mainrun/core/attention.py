@@ -114,10 +114,10 @@ class Attention(nn.Module):
 
 
 def shift_keys(k: Tensor, first_channel: int, bias: Tensor | None) -> Tensor:
-    """Replace the channels from index `first_channel` of each key (B, K, T, h) with those of the previous token.
+    """Replace the channels from `first_channel` of each key (B, K, T, h) with those of the previous token.
 
-    The first token of a row has no previous token, so it gets zeros. With `title_mask`, so does the first token
-    of a title.
+    The first token of a row has no previous token, so it gets zeros. With `title_mask`, so does the first
+    token of a title.
     """
     before = k[..., :-1, first_channel:]
     if bias is not None and bias.dim() == 4:

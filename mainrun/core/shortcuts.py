@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mainrun.config import TrainConfig
+from mainrun.core.initial import initial_std
 from mainrun.core.layers import Context, Linear
 
 
@@ -20,9 +21,9 @@ class ValueShortcut(Linear):
     The projection starts with random weights, because the gate would have no gradient otherwise.
     """
 
-    def __init__(self, cfg: TrainConfig) -> None:
+    def __init__(self, cfg: TrainConfig, std: float) -> None:
         super().__init__(cfg.d_model, cfg.kv_heads * cfg.head_width, bias=False)
-        nn.init.normal_(self.weight, std=cfg.init_std)
+        nn.init.normal_(self.weight, std=std)
         self.gate = nn.Parameter(torch.zeros(cfg.kv_heads))
 
     def forward(self, embedded: Tensor) -> Tensor:
@@ -33,7 +34,10 @@ class ValueShortcut(Linear):
 
 
 class InputMix(nn.Module):
-    """Compute the input of a block: the sum of x, x0 and skip, each times a learned scalar of the same name."""
+    """Compute the input of a block: the sum of x, x0 and skip.
+
+    Each of them is multiplied by a learned scalar of the same name.
+    """
 
     def __init__(self, cfg: TrainConfig, layer: int) -> None:
         super().__init__()
@@ -79,6 +83,7 @@ def add_shortcuts(model: Any, cfg: TrainConfig) -> None:
     """Add the shortcuts of a config to the blocks of a model."""
     for layer, block in enumerate(model.blocks):
         if cfg.value_shortcut:
-            block.attn.shortcut = ValueShortcut(cfg)
+            std = initial_std(cfg, f"blocks.{layer}.attn.shortcut", inputs=cfg.d_model)
+            block.attn.shortcut = ValueShortcut(cfg, std)
         if cfg.x0_shortcut or layer >= cfg.n_layer - cfg.skips:
             block.mix = InputMix(cfg, layer)

@@ -86,7 +86,7 @@ def evaluate(
     divided by `chars`, and bits_per_byte is divided by `nbytes`. The function computes no gradients, draws no
     random numbers, and restores the training mode of every module.
 
-    on_losses: a function that receives the losses of "official" and then of "full", in the order of the targets.
+    on_losses: receives the losses of "official" and then of "full", in the order of the targets.
     """
     n = len(tokens)
     spans = official_spans(n, geometry)

@@ -110,6 +110,7 @@ class Tokenizer:
             texts = self._library.decode(text_ids)
         texts = [ESCAPED.sub(_unescape, text) for text in texts]
         if self.case == "marked":
+            # Titles are escaped twice: before the capitals are marked, and before the library gets them.
             return [ESCAPED.sub(_unescape, capitals.restore(text)) for text in texts]
         return texts
 

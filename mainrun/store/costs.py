@@ -33,7 +33,7 @@ def presentations_per_epoch(summary: Summary) -> int:
 
 
 def derived_costs(summary: Summary) -> Summary:
-    """Return the costs that follow from the other facts of a summary, so that readers need not compute them."""
+    """Return the costs that a new summary contains so that its readers need not derive them."""
     return {
         "forward_flops": forward_flops(summary),
         "presentations_per_epoch": presentations_per_epoch(summary),

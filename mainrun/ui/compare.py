@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mainrun.config import MIN_COVERAGE
 from mainrun.errors import RunError, UsageError
 from mainrun.files.inputs import printable, shown
-from mainrun.run.progress import clock, percent, short
+from mainrun.run.progress import clock, compact, percent, scientific, short
 from mainrun.store import costs
 
 if TYPE_CHECKING:
@@ -334,7 +334,7 @@ def _cells(row: dict[str, Any], *, first: bool) -> list[str]:
         f"{row['full_last']:.4f}",
         f"{row['full_best']:.4f}",
         "" if first else f"{row['delta_full']:+.4f}",
-        "" if row["forward_flops"] is None else short(row["forward_flops"]),
+        compact(row["forward_flops"]),
         _official(row),
         f"{row['bits_per_byte']:.4f}",
         f"{row['steps']:,}{star}",
@@ -357,8 +357,8 @@ def _cost_cells(row: dict[str, Any], letters: dict[str, str]) -> list[str]:
         short(row["params"]),
         str(row["members"]),
         str(row["presentations_per_epoch"]),
-        "" if row["flops"] is None else f"{row['flops']:.2e}".replace("e+", "e"),
-        "" if row["forward_flops"] is None else short(row["forward_flops"]),
+        scientific(row["flops"]),
+        compact(row["forward_flops"]),
         clock(row["seconds"]) + star,
         letters[row["machine"]],
     ]

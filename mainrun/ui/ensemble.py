@@ -16,7 +16,7 @@ import numpy as np
 
 from mainrun.config import MIN_COVERAGE
 from mainrun.errors import RunError, UsageError
-from mainrun.run.progress import clock, percent, short
+from mainrun.run.progress import clock, compact, percent, scientific, short
 from mainrun.store import costs, rundir, token_scores
 from mainrun.store.rundir import RunDir
 from mainrun.store.token_scores import TokenScores
@@ -29,8 +29,7 @@ SPLITS = ("val", "dev")
 TOLERANCE = 1e-3  # relative difference of two scores of the same weights on different machines
 COSTS = ("params", "presentations_per_epoch", "flops", "forward_flops", "seconds")  # are added up
 HEAD = [
-    "run", "seed", "full", "official", "params", "seen/epoch", "training FLOPs",
-    "forward FLOPs", "time",
+    "run", "seed", "full", "official", "params", "seen/epoch", "training FLOPs", "forward FLOPs", "time",
 ]  # fmt: skip
 
 
@@ -211,8 +210,8 @@ def _cells(name: str, seed: str, row: dict[str, Any], *, star: bool) -> list[str
     if row["official"] is not None:
         flag = "!" if row["coverage"] < MIN_COVERAGE else ""
         official = f"{row['official']:.4f} ({percent(row['coverage'])}{flag})"
-    flops = "" if row["flops"] is None else short(row["flops"])
-    forward = "" if row["forward_flops"] is None else short(row["forward_flops"])
+    flops = scientific(row["flops"])
+    forward = compact(row["forward_flops"])
     time = clock(row["seconds"])
     if star:
         time += "*"

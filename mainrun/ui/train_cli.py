@@ -50,7 +50,8 @@ Probe = Annotated[
     bool,
     typer.Option(
         "--probe",
-        help="With --dry-run, measure the time of a few steps. With --fit, also prove the micro-batch on a CPU.",
+        help="With --dry-run, measure the time of a few steps. With --fit, also train a step to prove that "
+        "the micro-batch fits.",
     ),
 ]
 Fit = Annotated[

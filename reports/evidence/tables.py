@@ -18,13 +18,15 @@ from mainrun import stats
 from mainrun.config import MIN_COVERAGE
 from mainrun.plan.cost import layer_flops
 from mainrun.plan.routing import LETTERS
+from mainrun.run.progress import compact, scientific
 from mainrun.store import costs
-from mainrun.ui.compare import machine_letters, one_line
+from mainrun.ui.compare import COST_NOTE, machine_letters, one_line
 from reports.evidence.load import (
     Recipe,
     ReportData,
     Run,
     Study,
+    base_indices,
     config_differences,
     is_failed,
     ladder_scores,
@@ -79,23 +81,6 @@ def text(words: Any) -> str:
     if words is None:
         return ""
     return str(words)
-
-
-def scientific(number: Any) -> str:
-    """Format a large number, such as a number of FLOPs, in scientific notation with three digits."""
-    if number is None:
-        return ""
-    return f"{number:.3g}".replace("e+", "e")
-
-
-def compact(number: Any) -> str:
-    """Format a number of FLOPs with three digits and a suffix, such as 4.59M."""
-    if number is None:
-        return ""
-    for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
-        if number >= size:
-            return f"{number / size:.3g}{suffix}"
-    return f"{number:.3g}"
 
 
 def setting(value: Any) -> str:

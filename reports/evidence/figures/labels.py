@@ -119,7 +119,10 @@ def _places(text: str, x: float, y: float) -> Iterator[Place]:
 
 
 def _cost(place: Place, taken: list[Box], names: list[Box], lines: list[Box], frame: Box) -> float:
-    """Return the cost of a place: the area that is covered or outside the frame, and a penalty per crossing."""
+    """Return the cost of a place.
+
+    The cost is the area that is covered or outside the frame, plus a penalty for each crossing.
+    """
     outside = place.box.area - place.box.overlap(frame)
     covered = sum(map(place.box.overlap, taken)) + ON_NAME * sum(map(place.box.overlap, names))
     crossings = ON_NAME * sum(place.box.overlap(square) > 0 for square in lines)
