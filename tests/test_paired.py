@@ -145,7 +145,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert line.split()[:6] == ["strong", "record", "3", "1.6017", "1.6350", "-0.0333"]
     assert "adjusted over 3 claims by Holm's method" in text and "p tests the difference -margin" in text
     assert "ensemble: seed 1337 was left out, because record has no run with this seed" in text
-    assert "left out: seed 1337" in (tmp_path / "t.svg").read_text().replace("&#160;", " ")
+    assert "seed 1337 was left out" in (tmp_path / "t.svg").read_text().replace("&#160;", " ")
     result = json.loads(invoke("compare", *names, "--out", tmp_path, *options, "--json").stdout)
     assert [row["run"] for row in result["runs"]] == names
     expected = paired.judge_claims(ALL, CLAIMS)

@@ -74,7 +74,7 @@ def test_a_bad_recipe_does_not_squeeze_the_others() -> None:
     scores = [run.full for recipe in data.recipes[1:] for run in recipe.valid_runs]
     assert low < min(scores) and max(scores) < high < 3
     assert "baseline 9.0000" in names(axes)
-    assert "A triangle" in training_flops.caption(data) and "Grey marks" in training_flops.caption(data)
+    assert "A triangle" in training_flops.caption(data) and "Gray marks" in training_flops.caption(data)
     few = make_data(CHEAP, WORSE, make_recipe("far", {1: 30.0}, flops=2e12))
     assert drawn(few).get_axes()[0].get_ylim()[1] > 30, "three recipes are all in the frame"
     assert "triangle" not in training_flops.caption(few) and "Grey" not in training_flops.caption(few)

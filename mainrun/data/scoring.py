@@ -73,12 +73,13 @@ def official_coverage(n_tokens: int, geometry: tuple[int, int]) -> float:
 def evaluate(
     model: nn.Module,
     tokens: np.ndarray,
+    on_losses: LossCallback | None = None,
+    /,
     *,
     chars: int,
     nbytes: int,
     block_size: int,
     geometry: tuple[int, int],
-    on_losses: LossCallback | None = None,
 ) -> Score:
     """Score a model on the tokens of one split.
 

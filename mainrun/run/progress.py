@@ -218,20 +218,3 @@ def short(number: float) -> str:
         if abs(number) >= size:
             return f"{number / size:.1f}{letter}"
     return f"{number:.0f}"
-
-
-def compact(number: float | None) -> str:
-    """Format a number of FLOPs with three digits and a suffix, such as 4.59M."""
-    if number is None:
-        return ""
-    for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
-        if number >= size:
-            return f"{number / size:.3g}{suffix}"
-    return f"{number:.3g}"
-
-
-def scientific(number: float | None) -> str:
-    """Format a large number, such as a number of FLOPs, in scientific notation with three digits."""
-    if number is None:
-        return ""
-    return f"{number:.3g}".replace("e+", "e")

@@ -36,9 +36,7 @@ def summarize(
     reused = accounts.ledger["reused"]
     presentations = count_presentations(setup, plan, state)
     flops = sum(segment["flops"] for segment in segments)
-    if (
-        not cfg.growth.ops
-    ):  # state.tokens counts each token once per member, but flops_per_token covers all members
+    if not cfg.growth.ops:  # state.tokens counts each member, but flops_per_token covers all members at once
         flops = state.tokens * segments[0]["flops_per_token"] // cfg.members
     summary = {
         "run": cfg.run_id,

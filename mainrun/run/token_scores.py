@@ -38,7 +38,7 @@ def score_tokens(setup: Setup, model: nn.Module, split: str) -> TokenScores:
         losses[name].append(values.cpu())
 
     size = {"chars": chars, "nbytes": data.bytes[split], "block_size": setup.cfg.block_size}
-    scoring.evaluate(model, tokens, **size, geometry=setup.cfg.geometry, on_losses=keep)
+    scoring.evaluate(model, tokens, keep, **size, geometry=setup.cfg.geometry)
     full = -torch.cat(losses["full"]).numpy()
     official = -torch.cat(losses["official"]).numpy()
     return TokenScores(hash_tokens(tokens), chars, full, official)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mainrun.config import MIN_COVERAGE
 from mainrun.errors import RunError, UsageError
 from mainrun.files.inputs import printable, shown
-from mainrun.run.progress import clock, compact, percent, scientific, short
+from mainrun.run.progress import clock, percent, short
 from mainrun.store import costs
 
 if TYPE_CHECKING:
@@ -236,6 +236,23 @@ def _remove_constant_columns(head: list[str], cells: list[list[str]], table: lis
         column = head.index(name)
         for line in (head, *cells):
             del line[column]
+
+
+def compact(number: float | None) -> str:
+    """Format a number of FLOPs with three digits and a suffix, such as 4.59M."""
+    if number is None:
+        return ""
+    for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            return f"{number / size:.3g}{suffix}"
+    return f"{number:.3g}"
+
+
+def scientific(number: float | None) -> str:
+    """Format a large number, such as a number of FLOPs, in scientific notation with three digits."""
+    if number is None:
+        return ""
+    return f"{number:.3g}".replace("e+", "e")
 
 
 def show_table(head: list[str], cells: list[list[str]], console: Console) -> None:

@@ -16,11 +16,11 @@ import numpy as np
 
 from mainrun.config import MIN_COVERAGE
 from mainrun.errors import RunError, UsageError
-from mainrun.run.progress import clock, compact, percent, scientific, short
+from mainrun.run.progress import clock, percent, short
 from mainrun.store import costs, rundir, token_scores
 from mainrun.store.rundir import RunDir
 from mainrun.store.token_scores import TokenScores
-from mainrun.ui.compare import check_same_kind_of_start, load_summary, show_table
+from mainrun.ui.compare import check_same_kind_of_start, compact, load_summary, scientific, show_table
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -87,7 +87,7 @@ def fit(setup: Setup, *, store: bool, memory: int = 0, probe: bool = False) -> d
 def _too_small(limit: int, why: str) -> str:
     return (
         f"a micro-batch of one row does not fit into {short(limit)}B: {why}; lower block_size, d_model, "
-        "n_layer or vocab_size, train only low-rank terms with base_frozen=true, or use a device with more memory"
+        "n_layer or vocab_size, train only low-rank terms with base_frozen=true, or use a larger device"
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mainrun import stats
 from mainrun.config import MIN_COVERAGE
-from mainrun.run.progress import scientific
+from mainrun.ui.compare import scientific
 from reports.evidence import tables
 from reports.evidence.load import Recipe, ReportData, Run, Study
 from reports.evidence.studies import importance, ledger

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 
 from mainrun.config import TASK
-from mainrun.run.progress import scientific
+from mainrun.ui.compare import scientific
 from reports.evidence import findings
 from reports.evidence.load import ReportData, Run, Study
 from reports.evidence.tables import Column, Table, fixed, get_flops, get_seconds, integer, text

@@ -12,7 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mainrun.run.progress import scientific
+from mainrun.ui.compare import scientific
 from reports.evidence import findings, model_card, tables
 from reports.evidence.figures import growth as growth_figure
 from reports.evidence.figures import registry

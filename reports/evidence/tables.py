@@ -18,9 +18,8 @@ from mainrun import stats
 from mainrun.config import MIN_COVERAGE
 from mainrun.plan.cost import layer_flops
 from mainrun.plan.routing import LETTERS
-from mainrun.run.progress import compact, scientific
 from mainrun.store import costs
-from mainrun.ui.compare import COST_NOTE, machine_letters, one_line
+from mainrun.ui.compare import COST_NOTE, compact, machine_letters, one_line, scientific
 from reports.evidence.load import (
     Recipe,
     ReportData,

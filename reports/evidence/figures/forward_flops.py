@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mainrun.run.progress import compact
 from mainrun.stats import frontier
+from mainrun.ui.compare import compact
 from reports.evidence.figures.axes import add_legend, format_ticks, panels
 from reports.evidence.figures.series import coloured, column
 from reports.evidence.figures.style import COLOURS, GREY, MARKERS

@@ -33,7 +33,7 @@ class Point(NamedTuple):
     """A recipe with the index of its color in the palette, and its mean FLOPs and score."""
 
     recipe: Recipe
-    index: int | None
+    color: int | None
     cost: float
     mean: float
 
@@ -54,7 +54,7 @@ def caption(data: ReportData) -> str:
         "passed its guards. A bar beside the marks shows the mean of several seeds and one standard "
         "deviation. The line joins the recipes whose mean is better than the means of all cheaper recipes."
     )
-    if any(point.index is None for point in points):
+    if any(point.color is None for point in points):
         text += " Gray marks are the other recipes. Those on the line or with several seeds are named."
     if len(in_frame(points)) < len(points):
         text += " A triangle at the top with a score stands for a recipe above the frame."
@@ -83,7 +83,7 @@ def draw(data: ReportData) -> Figure | None:
     format_cost_ticks(axes.xaxis)
     format_ticks(axes.yaxis)
     add_legend(figure, axes)
-    named = front + [p for p in points if p.index is None and len(p.recipe.scores) > 1 and p not in front]
+    named = front + [p for p in points if p.color is None and len(p.recipe.scores) > 1 and p not in front]
     named = [point for point in named if point in shown][:MAX_NAMES]
     place_labels(figure, axes, [(row_name(point.recipe.name), (point.cost, point.mean)) for point in named])
     return figure
@@ -118,8 +118,8 @@ def look_of(index: int | None) -> dict[str, Any]:
 def draw_recipe(axes: Axes, point: Point) -> None:
     """Draw a mark for each run of a recipe, and a bar if the recipe has several seeds."""
     recipe = point.recipe
-    look = look_of(point.index)
-    label = "" if point.index is None else recipe.name
+    look = look_of(point.color)
+    label = "" if point.color is None else recipe.name
     flops = [get_flops(run) for run in recipe.valid_runs]
     scores = [run.full for run in recipe.valid_runs]
     axes.plot(flops, scores, linestyle="", markerfacecolor="none", label=label, **look)
@@ -148,11 +148,11 @@ def draw_front(axes: Axes, front: Sequence[Point]) -> None:
 
 def mark_above_frame(axes: Axes, point: Point) -> None:
     """Draw a triangle at the top of the frame, with the score of a recipe that lies above the frame."""
-    color = look_of(point.index)["color"]
+    color = look_of(point.color)["color"]
     top = axes.get_xaxis_transform()  # the y coordinate 1 of this transform is the top of the frame
     axes.plot([point.cost], [0.96], "^", color=color, transform=top, zorder=3)
     text = f"{point.mean:.4f}"
-    if point.index is not None:
+    if point.color is not None:
         text = f"{row_name(point.recipe.name)} {text}"
     left, right = axes.get_xlim()
     in_left_half = point.cost**2 < left * right  # the axis is logarithmic
