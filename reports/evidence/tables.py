@@ -464,7 +464,8 @@ def _kept_steps(ladder: Sequence[Recipe], bases: Sequence[int]) -> str:
     text = "Each step keeps the changes of the steps before it"
     if not exceptions:
         return f"{text}."
-    return f"{text}, with these exceptions: {'; '.join(exceptions)}."
+    what = "this exception" if len(exceptions) == 1 else "these exceptions"
+    return f"{text}, with {what}: {'; '.join(exceptions)}."
 
 
 def _settings(differences: Iterable[tuple[str, Any, Any]], without: Sequence[str]) -> str:
