@@ -59,10 +59,15 @@ def norms_of(recipe: Recipe) -> Norms:
     """
     for run in recipe.valid_runs:
         logged = [row["grad_norms"] for row in run.steps if "grad_norms" in row]
-        rows = [row for row in logged if row.keys() == logged[0].keys()]
+        rows = [row for row in logged if list(row) == layers(len(logged[0]))]
         if rows:
             return {name: [row[name] for row in rows] for name in rows[0]}
     return {}
+
+
+def layers(count: int) -> list[str]:
+    """Return the names of all layers of a model, as metrics.jsonl contains them."""
+    return ["embedding", *(f"block_{i}" for i in range(count - 2)), "head"]
 
 
 def draw_norms(axes: Axes, norms: Norms, blocks: int, index: int | None, label: str) -> None:
