@@ -138,8 +138,9 @@ Pairs = Annotated[
     typer.Option(
         "--paired",
         metavar="BASE,OTHER[,MARGIN]",
-        help="Test whether recipe OTHER scores lower than recipe BASE, by more than MARGIN nats per "
-        "character, over the seeds of both. Repeat the option to test several claims together.",
+        help="Test whether recipes BASE and OTHER score differently, over the seeds of both. With MARGIN, "
+        "test whether OTHER scores lower by more than MARGIN nats per character. Repeat the option to test "
+        "several claims together.",
     ),
 ]
 
@@ -156,7 +157,7 @@ def compare(
             "--svg", metavar="FILE", callback=validate_paths, help="Also write the table as an SVG image."
         ),
     ] = None,
-    of_costs: Costs = False,
+    show_costs: Costs = False,
     pairs: Pairs = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -184,7 +185,7 @@ def compare(
         )
 
     def show(screen: Console) -> None:
-        comparison.show(rows, screen, of_costs)
+        comparison.show(rows, screen, show_costs)
         if claims:
             paired.show(claims, screen)
 

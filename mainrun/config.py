@@ -36,6 +36,7 @@ from mainrun.plan.ops import Fault, Schedule, walk
 from mainrun.plan.optimizers import OPTIMIZERS
 from mainrun.plan.routing import LETTERS
 
+MAX_BATCH_SIZE = 65_536  # the largest batch_size
 MIN_COVERAGE = 0.97  # official scores are comparable only if they cover this fraction of val
 # the values that the public task prescribes
 TASK = {"seed": 1337, "epochs": 7, "max_steps": 0, "val_frac": 0.1, "num_titles": 100_000}
@@ -132,7 +133,7 @@ class TrainConfig(BaseModel):
     )
     block_size: int = static(128, "context length in tokens", ge=2, le=65_536)
     batch_size: int = scheduled(
-        64, "sequences in a step, over all micro-batches and processes", ge=1, le=65_536
+        64, "sequences in a step, over all micro-batches and processes", ge=1, le=MAX_BATCH_SIZE
     )
     grad_accum: int = scheduled(
         1, "number of micro-batches that a step is split into, to save memory", ge=1, le=65_536
@@ -187,7 +188,9 @@ class TrainConfig(BaseModel):
         le=1,
     )
     key_shift: bool = static(
-        False, "take the channels of the keys that are not rotated from the token before, within a title_mask"
+        False,
+        "take the channels of the keys that are not rotated from the previous token, within a title if "
+        "title_mask is on",
     )
     mlp: Literal["gelu", "relu2", "swiglu"] = static("gelu", "activation of the MLP; swiglu is gated")
     bias: bool = static(True, "biases in linear layers and LayerNorm (the head never has one)")
@@ -210,7 +213,9 @@ class TrainConfig(BaseModel):
         "each block gets a * x + b * x0, where x0 is the input of the first block; at first, a = 1 and b = 0",
     )
     unet: bool = static(
-        False, "layer i also feeds layer n_layer - 1 - i, times a learned weight that is 0 at first"
+        False,
+        "add the output of layer i of the first half, times a learned weight that is 0 at first, to the "
+        "input of layer n_layer - 1 - i",
     )
     title_mask: bool = static(False, "restrict attention to tokens of the same title")
     tie_head: bool = static(True, "use the token embedding as the weights of the head")
@@ -221,7 +226,10 @@ class TrainConfig(BaseModel):
         "kaiming: sqrt(2 / inputs)",
     )
     init_std: float = static(
-        0.02, "standard deviation of the initial linear and embedding weights", gt=0, le=1
+        0.02,
+        "standard deviation of the initial linear and embedding weights, except those that init=kaiming sets",
+        gt=0,
+        le=1,
     )
     init_depth_scaled: bool = static(
         False, "divide the initial weights of branch outputs by sqrt(2 * n_layer)"
@@ -300,7 +308,7 @@ class TrainConfig(BaseModel):
     beta2: float = static(0.999, "beta2 of AdamW", ge=0, lt=1)
     eps: float = static(1e-8, "epsilon of AdamW", gt=0, le=1)
     weight_decay: float = scheduled(
-        0.0, "weight decay of matrices and embeddings; decoupled except for SGD", ge=0, le=100
+        0.0, "weight decay of the matrices inside blocks; decoupled except for SGD", ge=0, le=100
     )
     weight_decay_aux: float | None = scheduled(
         None, "weight decay of embeddings, head and routers; unset: same as weight_decay", ge=0, le=100

@@ -185,7 +185,7 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def holm_levels(ps: Sequence[float]) -> list[float]:
-    """Return the confidence level of the interval of each claim, which fits Holm's method.
+    """Return a confidence level for each claim, so that the intervals agree with Holm's method.
 
     The interval of a claim excludes the value that the claim tests if and only if the claim's adjusted
     p-value is below 1 - LEVEL.

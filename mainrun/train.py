@@ -43,7 +43,7 @@ from mainrun.core.parameters import freeze, saved_parameters
 from mainrun.core.pending_losses import PendingLosses, StepRow
 from mainrun.core.routing import Router, RoutingInfo, combine, count_numbers, numbers_of, selected_shares
 from mainrun.core.sharding import clear_gradients, clip_gradients, parts_of, whole_tensors
-from mainrun.core.shortcuts import InputMix, Skips, add_shortcuts
+from mainrun.core.shortcuts import InputMix, UNetSkips, add_shortcuts
 from mainrun.data import scoring
 from mainrun.data.batches import Batches
 from mainrun.data.corpus import Corpus, load_corpus
@@ -103,7 +103,7 @@ class Block(nn.Module):
         self.router: Router | None = None
         self.mix: InputMix | None = None
         self.dropout = 0.0
-        self.skipped = 0.0  # rate of stochastic depth
+        self.depth_rate = 0.0  # rate of stochastic depth
 
     @staticmethod
     def make_scale(cfg: TrainConfig) -> nn.Parameter | None:
@@ -115,7 +115,7 @@ class Block(nn.Module):
         """Apply layer scale, dropout and stochastic depth to the output of a residual branch."""
         if scale is not None:
             y = y * scale
-        return masks.drop_branch(y, self.dropout, self.skipped) if masks else y
+        return masks.drop_branch(y, self.dropout, self.depth_rate) if masks else y
 
     def forward(self, x: Tensor, context: Context, dropout: bool = True) -> tuple[Tensor, Tensor]:
         """Process all tokens of `x`. Return the output (B, T, D) and the attention values (B, K, T, h)."""
@@ -199,7 +199,7 @@ class GPT(nn.Module):
             if block.router is not None:
                 block.router.capacity = inputs.capacity
             block.dropout = inputs.resid_dropout
-            block.skipped = rate
+            block.depth_rate = rate
             block.attn.dropout = inputs.attn_dropout
             block.attn.fused = attention == "sdpa"
 
@@ -247,11 +247,11 @@ class GPT(nn.Module):
                 x = context.masks.drop(x, self.dropout)
             if self.cfg.x0_shortcut:
                 context = context._replace(x0=x)
-            skips = Skips(self.cfg)
+            skips = UNetSkips(self.cfg)
             x_before = x
             infos = []
             for layer, block in enumerate(self.blocks):
-                context = context._replace(skip=skips.into(layer))
+                context = context._replace(skip=skips.take(layer))
                 x_in = x
                 if block.router is None:
                     x, v = block(x, context)
@@ -262,7 +262,7 @@ class GPT(nn.Module):
                     x, info = block.router(block, x, x_before, context, self.sharpness, look_ahead)
                     infos.append(info)
                 x_before = x_in
-                skips.keep(layer, x)
+                skips.store(layer, x)
             logits = linear(self.norm(x), self.output_weight())  # (B, T, V)
             if self.cfg.softcap:
                 logits = self.cfg.softcap * torch.tanh(logits / self.cfg.softcap)
@@ -438,10 +438,12 @@ class TrainStep:
         # new values outside the gradients must not make the CUDA graph invalid
         state.model.set_sharpness(inputs)
         self.inputs = inputs._replace(**OUTSIDE_GRADIENTS)
-        self.first = state.step < state.cfg.grad_norm_steps
+        self.logs_norms = state.step < state.cfg.grad_norm_steps
         before = state.tokens
         with device.compiling():
-            numbers = self.forward_backward((self.inputs, x.shape, self.first), self._forward_backward, x, y)
+            numbers = self.forward_backward(
+                (self.inputs, x.shape, self.logs_norms), self._forward_backward, x, y
+            )
         assert numbers is not None
         self.tokens_per_replay = state.tokens - before or self.tokens_per_replay
         state.tokens = before + self.tokens_per_replay
@@ -455,18 +457,18 @@ class TrainStep:
         members = members_of(model)
         return merge_numbers([self._train_member(i, member, x, y) for i, member in enumerate(members)])
 
-    def _train_member(self, place: int, member: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    def _train_member(self, index: int, member: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Compute the clipped gradients of one member of the model."""
         cfg = self.state.cfg
         device = self.device
         inputs = self.inputs
-        runner = self.runners[place]
+        runner = self.runners[index]
         pieces = inputs.grad_accum * device.world
         sites = dropout_sites(cfg, inputs, cfg.passes * len(x) // pieces, device.attention)
         total = torch.zeros(count_numbers(cfg.routed_layers), device=device.torch_device)
         for micro in range(inputs.grad_accum):
             piece = micro * device.world + device.rank
-            pool = device.masks(sites, place * inputs.grad_accum + micro)
+            pool = device.masks(sites, index * inputs.grad_accum + micro)
             with device.gradient_exchange(runner, last=micro == inputs.grad_accum - 1):
                 x_piece = x.chunk(pieces)[piece]
                 y_piece = y.chunk(pieces)[piece]
@@ -474,10 +476,10 @@ class TrainStep:
                 (loss.minimized / inputs.grad_accum).backward()
             total += numbers_of(loss.plain, loss.routing) / inputs.grad_accum
             del loss, pool  # free this memory before the next micro-batch
-        layers = gradient_norms(member) if self.first else total[:0]
+        norms_by_layer = gradient_norms(member) if self.logs_norms else total[:0]
         norm = clip_gradients(member, cfg.clip or math.inf)
         total = device.mean(total)
-        return torch.cat((total[:1], norm.view(1), total[1:], layers))
+        return torch.cat((total[:1], norm.view(1), total[1:], norms_by_layer))
 
     def update(self, inputs: StepInputs) -> None:
         """Update the weights from the gradients. Then update the weight average, if the config has one."""

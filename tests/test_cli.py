@@ -438,12 +438,12 @@ def test_compare_shows_forward_flops_only_if_they_differ(tmp_path: Path) -> None
     lines = invoke("compare", "one", "mod", "--out", tmp_path).stdout.splitlines()
     head = next(line for line in lines if "full last" in line)
     assert head.index("delta full") < head.index("forward FLOPs") < head.index("official")
-    assert any(re.match(r" mod-\w+ .* 3\.0M ", line) for line in lines)
+    assert any(re.match(r" mod-\w+ .* 3M ", line) for line in lines)
     assert not any("0.1234" in line for line in lines), "a loss that sees the future is not compared"
     assert "forward FLOPs" not in invoke("compare", "one", "two", "--out", tmp_path).stdout
     narrow = io.StringIO()
     compare.show([a, b], Console(width=60, force_terminal=False, highlight=False, file=narrow))
-    assert re.search(r"forward FLOPs +4\.1M +3\.0M", narrow.getvalue()), "one column per run"
+    assert re.search(r"forward FLOPs +4\.07M +3M", narrow.getvalue()), "one column per run"
 
 
 def test_forward_flops_that_a_summary_lacks_are_left_blank() -> None:
@@ -452,7 +452,7 @@ def test_forward_flops_that_a_summary_lacks_are_left_blank() -> None:
     (row,) = compare.rows([old])
     assert row["forward_flops"] is None and row["flops"] is None
     text = io.StringIO()
-    compare.show([row], Console(width=120, file=text), of_costs=True)
+    compare.show([row], Console(width=120, file=text), show_costs=True)
     assert "seen/" in text.getvalue()
 
 
@@ -468,7 +468,7 @@ def test_costs_are_shown_beside_each_score(tmp_path: Path) -> None:
     make_run(tmp_path, many, presentations=counted, machine_classes=[other], flops=8e12)
     result = invoke("compare", "one", "many", "--out", tmp_path, "--costs")
     one, ensemble = re.findall(r"^ (?:one|many)-\w+ +(.*?) *$", result.stdout, re.M)
-    assert one.split() == ["1.5000", "1.4000", "(98%)", "27.2M", "1", "1", "1.00e12", "4.1M", "1:15*", "A"]
+    assert one.split() == ["1.5000", "1.4000", "(98%)", "27.2M", "1", "1", "1e12", "4.07M", "1:15*", "A"]
     assert ensemble.split() == [
         "1.5000",
         "1.4000",
@@ -476,7 +476,7 @@ def test_costs_are_shown_beside_each_score(tmp_path: Path) -> None:
         "27.2M",
         "4",
         "8",
-        "8.00e12",
+        "8e12",
         "16.3M",
         "1:15",
         "B",
@@ -507,11 +507,13 @@ def rows(n: int) -> list[dict[str, Any]]:
 
 def test_the_costs_fit_100_columns(capsys: pytest.CaptureFixture[str]) -> None:
     table = compare.rows([summary(TrainConfig(preset="optimized", seed=i)) for i in range(3)])
-    compare.show(table, Console(width=100, force_terminal=False, highlight=False), of_costs=True)
+    compare.show(table, Console(width=100, force_terminal=False, highlight=False), show_costs=True)
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith(" optimized-") for line in lines) == 3, "one row per run"
-    compare.show(rows(3), Console(width=80, force_terminal=False, highlight=False), of_costs=True)
-    assert re.search(r"^ FLOPs/token +4.1M +4.1M", capsys.readouterr().out, re.M), "one column per run"
+    compare.show(rows(3), Console(width=80, force_terminal=False, highlight=False), show_costs=True)
+    assert re.search(r"^ forward FLOPs +4\.0\dM +4\.0\dM", capsys.readouterr().out, re.M), (
+        "one column per run"
+    )
 
 
 @pytest.mark.parametrize("width", [48, 60, 80, 100, 120, 160, 240])

@@ -112,7 +112,7 @@ def test_train_limits_the_rows() -> None:
 
 @pytest.mark.usefixtures("linear")
 def test_memory_without_room_for_one_row_is_refused_with_the_numbers() -> None:
-    words = r"one row needs about 102.0MB, .* only 101.7MB .113.0MB less a margin of 10%.; lower block_size"
+    words = r"one row does not fit into 113.0MB: it needs about 102.0MB, and a margin .*; lower block_size"
     with pytest.raises(UsageError, match=words):
         fit(setup(), store=False, memory=113_000_000)
 
@@ -190,7 +190,9 @@ def test_fit_follows_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     found = fit(one, store=False, memory=limit)
     assert (found["largest_micro_batch"], found["grad_accum"], found["proved"]) == (20, 4, True)
     monkeypatch.setattr(module, "prove", lambda *_: module.Proof(0, False))
-    with pytest.raises(UsageError, match=r"one row does not fit: .* ran out of it"):
+    with pytest.raises(
+        UsageError, match=r"one row does not fit into .*: a training step needed more .*; lower block_size"
+    ):
         fit(one, store=False, memory=limit)
 
 
@@ -300,7 +302,7 @@ def test_the_table_has_the_rows_of_fit_only_if_requested() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--dry-run", "--fit", "--memory", "300MB"], "one row needs about"),
+        (["--dry-run", "--fit", "--memory", "300MB"], "one row does not fit into 300.0MB"),
         (["--dry-run", "--fit", "--memory", "x"], "got --memory 'x'; give a number with the unit"),
         (["--dry-run", "--fit", "--memory", "0"], "a size above 0"),
         (["--dry-run", "--memory", "2GB"], "without --fit; add --fit"),

@@ -1639,7 +1639,7 @@ def test_a_config_must_name_every_model(claimed: int, models: int) -> None:
     model = Ensemble(cfg, [Table() for _ in range(models)]) if models > 1 else Table()
     status, detail = check(evidence(cfg, model=model), "presentations")
     assert status == "fail"
-    assert detail == f"the model consists of {models} models, but the config says members={claimed}"
+    assert detail == f"the run has {models} models, but the config says members={claimed}"
 
 
 @pytest.mark.parametrize(

@@ -329,7 +329,7 @@ def test_a_run_states_its_members_and_passes_every_guard(tiny: Any, tmp_path: Pa
     table = compare.rows([single, summary])
     assert [row["members"] for row in table] == [1, 3]
     notes = [note for note in compare._notes(table) if "ensemble" in note]
-    assert notes == [f"{cfg.run_id} is an ensemble of 3 models; params and seen/token count all of them"]
+    assert notes == [f"{cfg.run_id} is an ensemble of 3 models; the columns count all of them"]
 
 
 def test_a_run_with_members_is_sampled_and_evaluated(ensemble: Any, tmp_path: Path) -> None:

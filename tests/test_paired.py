@@ -143,9 +143,9 @@ def test_the_command(tmp_path: Path) -> None:
     assert "strong-" in text, "the runs themselves are shown too"
     (line,) = [line for line in text.splitlines() if "better by >0.02" in line]
     assert line.split()[:6] == ["strong", "record", "3", "1.6017", "1.6350", "-0.0333"]
-    assert "adjusted over 3 claims by Holm's method" in text and "p tests the margin" in text
-    assert "ensemble against record: without a partner, so left out: seed 1337" in text
-    assert "left out: seed 1337" in (tmp_path / "t.svg").read_text().replace("&#160;", " ")
+    assert "adjusted over 3 claims by Holm's method" in text and "p tests the difference -margin" in text
+    assert "ensemble: seed 1337 was left out, because record has no run with this seed" in text
+    assert "seed 1337 was left out" in (tmp_path / "t.svg").read_text().replace("&#160;", " ")
     result = json.loads(invoke("compare", *names, "--out", tmp_path, *options, "--json").stdout)
     assert [row["run"] for row in result["runs"]] == names
     expected = paired.judge_claims(ALL, CLAIMS)
@@ -157,6 +157,6 @@ def test_the_command(tmp_path: Path) -> None:
 def test_the_table_of_claims_fits_the_screen(width: int) -> None:
     text = io.StringIO()
     paired.show(paired.judge_claims(ALL, CLAIMS), Console(width=width, file=text))
-    table = text.getvalue().split("full is the mean")[0]
+    table = text.getvalue().split("Both scores are")[0]
     assert table.count("better by >0.02") == 1 and "…" not in table
     assert all(len(line) <= width for line in table.splitlines())

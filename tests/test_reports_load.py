@@ -32,7 +32,7 @@ from mainrun.errors import RunError
 from mainrun.plan.recipes import load as load_preset
 from mainrun.ui.grouping import recipe_fields
 from reports.evidence import load
-from reports.evidence.load import Recipe, ReportData, Run, changed_steps
+from reports.evidence.load import Recipe, ReportData, Run, base_indices
 
 OPS = [
     {"name": "set_dropout", "value": 0.0, "trigger": {"step": 1}},
@@ -711,10 +711,10 @@ def test_a_step_changes_the_step_before_it_unless_that_step_was_not_kept() -> No
     for cfg in load_preset("ablation"):
         fields = cfg.model_dump(exclude={"preset", "seed", "growth"})
         ladder.append(make_recipe(cfg.preset, {1: 2.0, 2: 2.1}, fields))
-    assert changed_steps(ladder) == [0, 0, *range(2, len(ladder) - 1)]
+    assert base_indices(ladder) == [0, 0, *range(2, len(ladder) - 1)]
     without = [*ladder[:1], *ladder[2:]]
-    assert changed_steps(without) == list(range(len(without) - 1))
-    assert changed_steps(steps("baseline", "size", "adamw")) == [0, 1]
+    assert base_indices(without) == list(range(len(without) - 1))
+    assert base_indices(steps("baseline", "size", "adamw")) == [0, 1]
 
 
 def test_a_step_without_valid_runs_is_not_in_the_ladder() -> None:

@@ -266,7 +266,7 @@ def test_what_the_runs_cost(tmp_path: Path) -> None:
     assert "Machine A: a processor, 2 threads, float32; B: a GPU, bfloat16." in table.note
     head, first, *_ = table.write(tmp_path).read_text().splitlines()
     assert head == (
-        "run,full,official,covers %,params,members,seen/epoch,train FLOPs,FLOPs/token,seconds,machine"
+        "run,full,official,covers %,params,members,seen/epoch,training FLOPs,forward FLOPs,seconds,machine"
     )
     assert first.endswith('"a processor, 2 threads, float32"'), "the CSV has the whole machine"
 
@@ -401,8 +401,10 @@ def test_a_step_that_is_not_kept_is_not_part_of_the_next_change() -> None:
     assert table is not None
     assert [row[3] for row in table.rows[1:]] == pytest.approx([-0.2, -0.5, -0.1])
     assert [row[-1] for row in cells(table)[1:]] == ["init=kaiming", "lr=0.002", "dropout=0.2"]
-    kept = "Each step keeps the changes of the steps before it."
-    assert table.note.startswith(f"{kept} size changes baseline instead. low and high")
+    kept = "Each step keeps the changes of the steps before it"
+    assert table.note.startswith(
+        f"{kept}, with this exception: size starts from baseline again. low and high"
+    )
 
 
 def test_the_waterfall_starts_a_step_at_the_step_that_it_changes() -> None:

@@ -19,7 +19,7 @@ from mainrun.config import TrainConfig, from_dict
 from mainrun.core.attention import shift_keys
 from mainrun.core.layers import bias_of
 from mainrun.core.optimizers import Optimizers
-from mainrun.core.shortcuts import Skips
+from mainrun.core.shortcuts import UNetSkips
 from mainrun.data.tokenizer import EOS
 from mainrun.errors import ConfigError, UsageError
 from mainrun.growth.verify import check_rope, logit_change
@@ -118,13 +118,13 @@ def test_projections_are_matrices_and_other_weights_are_vectors_without_decay() 
 
 @pytest.mark.parametrize("layers", range(2, 8))
 def test_each_layer_of_the_first_half_feeds_its_mirror_image(layers: int) -> None:
-    skips = Skips(config(n_layer=layers, unet=True))
+    skips = UNetSkips(config(n_layer=layers, unet=True))
     fed = {}
     for layer in range(layers):
-        given = skips.into(layer)
+        given = skips.take(layer)
         if given is not None:
             fed[layer] = int(given)
-        skips.keep(layer, torch.tensor(layer))
+        skips.store(layer, torch.tensor(layer))
     assert fed == {layers - 1 - layer: layer for layer in range(layers // 2)}
     assert not skips.outputs, "no output is kept longer than needed"
 

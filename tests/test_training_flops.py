@@ -74,7 +74,7 @@ def test_a_bad_recipe_does_not_squeeze_the_others() -> None:
     scores = [run.full for recipe in data.recipes[1:] for run in recipe.valid_runs]
     assert low < min(scores) and max(scores) < high < 3
     assert "baseline 9.0000" in names(axes)
-    assert "A triangle" in training_flops.caption(data) and "Grey marks" in training_flops.caption(data)
+    assert "A triangle" in training_flops.caption(data) and "Gray marks" in training_flops.caption(data)
     few = make_data(CHEAP, WORSE, make_recipe("far", {1: 30.0}, flops=2e12))
     assert drawn(few).get_axes()[0].get_ylim()[1] > 30, "three recipes are all in the frame"
     assert "triangle" not in training_flops.caption(few) and "Grey" not in training_flops.caption(few)
@@ -83,7 +83,7 @@ def test_a_bad_recipe_does_not_squeeze_the_others() -> None:
 def test_grey_recipes_with_several_seeds_are_named() -> None:
     (axes,) = drawn(many()).get_axes()
     assert {"recipe-4", "recipe-8"} <= names(axes)
-    assert len(names(axes)) <= training_flops.MOST_NAMES + 1
+    assert len(names(axes)) <= training_flops.MAX_NAMES + 1
 
 
 def test_names_cover_neither_each_other_nor_marks() -> None:
@@ -114,7 +114,7 @@ def boxes_of(points: list[tuple[float, float]], marks: list[tuple[float, float]]
         figure, (axes,) = panels(3.0)
         axes.set(xlim=(0, 1), ylim=(0, 1))
         axes.plot(*zip(*points, *marks, strict=True), "o")
-        labels.place_labels(figure, axes, {f"a long name {i}": point for i, point in enumerate(points)})
+        labels.place_labels(figure, axes, [(f"a long name {i}", point) for i, point in enumerate(points)])
         figure.draw_without_rendering()
         renderer = figure._get_renderer()
         return axes, [Text.get_window_extent(text, renderer) for text in axes.texts]  # without lines

@@ -621,7 +621,7 @@ def presentations(e: Evidence, all: bool) -> Verdict:
     members = e.cfg.members
     models = len(members_of(e.model))
     if models != members:
-        return fail(f"the model consists of {models} models, but the config says members={members}")
+        return fail(f"the run has {models} models, but the config says members={members}")
     per_token = plan.tokens(plan.steps) * e.cfg.presentations / plan.train_tokens
     expected = {
         "train_tokens_per_epoch": plan.train_tokens,

@@ -113,15 +113,15 @@ class Attention(nn.Module):
             return attend(q * self.width**-0.5, k, v, bias, mask, self.dropout)
 
 
-def shift_keys(k: Tensor, first: int, bias: Tensor | None) -> Tensor:
-    """Take the channels of the keys (B, K, T, h) from `first` on from the token before.
+def shift_keys(k: Tensor, first_channel: int, bias: Tensor | None) -> Tensor:
+    """Replace the channels from `first_channel` of each key (B, K, T, h) with those of the previous token.
 
-    The first token of a row has no token before, and gets zeros. With `title_mask`, so does the first token
-    of a title.
+    The first token of a row has no previous token, so it gets zeros. With `title_mask`, so does the first
+    token of a title.
     """
-    before = k[..., :-1, first:]
+    before = k[..., :-1, first_channel:]
     if bias is not None and bias.dim() == 4:
-        # the bias is below 0 where a token may not attend to the token before, which is in another title
+        # the bias is below 0 where a token may not attend to the previous token, which is in another title
         other_title = bias.diagonal(-1, -2, -1) < 0  # (B, 1, T - 1)
         before = before.masked_fill(other_title.unsqueeze(-1), 0)
-    return torch.cat([k[..., :first], F.pad(before, (0, 0, 1, 0))], dim=-1)
+    return torch.cat([k[..., :first_channel], F.pad(before, (0, 0, 1, 0))], dim=-1)

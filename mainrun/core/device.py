@@ -120,13 +120,16 @@ class Device(ProcessGroup):
     def free_memory(self) -> int:
         """The memory in bytes that a run of this process may use now, or 0 if it is unknown.
 
-        On a CPU, a run in this process would include the memory that the process uses already.
+        On a CPU, memory that this process already uses counts as free, because the estimate of a run includes
+        it.
         """
         if self.torch_device.type == "cuda":
             torch.cuda.empty_cache()
             return torch.cuda.mem_get_info(self.torch_device)[0]
         available = available_memory()
-        return available and available // local_processes() + resident_memory()
+        if not available:
+            return 0
+        return available // local_processes() + resident_memory()
 
     def settle(self, cfg: TrainConfig, plan: Plan) -> None:
         """If compile=auto is set, decide whether to compile the model.

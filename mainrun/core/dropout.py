@@ -21,13 +21,15 @@ Site = tuple[int, float]  # the number of elements and the dropout rate of one d
 def dropout_sites(cfg: TrainConfig, inputs: StepInputs, rows: int, attention: str) -> list[Site]:
     """Return the number of elements and the dropout rate of each dropout in a forward pass, in order."""
     sites = [(rows * cfg.block_size * cfg.d_model, inputs.dropout)]
-    for letter, skipped in zip(cfg.letters, depth_rates(inputs.stochastic_depth, cfg.n_layer), strict=True):
+    for letter, depth_rate in zip(
+        cfg.letters, depth_rates(inputs.stochastic_depth, cfg.n_layer), strict=True
+    ):
         tokens = cfg.block_size if letter == "D" else selected_tokens(inputs.capacity, cfg.block_size)
         branch = rows * tokens * cfg.d_model
         # Fused attention creates the dropout mask itself.
         weights = rows * cfg.n_head * tokens**2 if attention == "plain" else 0
         sites.append((weights, inputs.attn_dropout))
-        sites += [(branch, inputs.resid_dropout), (rows, skipped)] * 2
+        sites += [(branch, inputs.resid_dropout), (rows, depth_rate)] * 2
     return [(size, rate) for size, rate in sites if size and rate]
 
 
@@ -92,6 +94,6 @@ class Masks:
             return x
         return x * self.take((x.size(0), 1, 1)).to(x.dtype) * (1 / (1 - p))
 
-    def drop_branch(self, y: Tensor, dropout: float, skipped: float) -> Tensor:
+    def drop_branch(self, y: Tensor, dropout: float, depth_rate: float) -> Tensor:
         """Apply dropout and stochastic depth to the output y (B, T, D) of a residual branch."""
-        return self.drop_rows(self.drop(y, dropout), skipped)
+        return self.drop_rows(self.drop(y, dropout), depth_rate)

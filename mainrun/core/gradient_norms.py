@@ -17,14 +17,14 @@ def gradient_norms(model: Any) -> Tensor:
     """
     layers: list[list[Tensor]] = [[] for _ in range(len(model.blocks) + 2)]
     for name, gradient in layer_gradients(model):
-        layers[_place(name)].append(gradient)
+        layers[_index(name)].append(gradient)
     zero = torch.zeros((), device=model.embed.weight.device)
     norms = [nn.utils.get_total_norm(layer) if layer else zero for layer in layers]
     return norms_of_whole(model, torch.stack(norms))
 
 
-def _place(name: str) -> int:
-    """Return the place of a parameter's layer in the result of `gradient_norms`."""
+def _index(name: str) -> int:
+    """Return the index of a parameter's layer in the result of `gradient_norms`."""
     part, _, rest = name.partition(".")
     if part == "blocks":
         return 1 + int(rest.partition(".")[0])

@@ -86,7 +86,7 @@ def release_free_memory() -> None:
         trim(0)
 
 
-def _kernel_number(path: Path, name: str) -> int:
+def _memory_field(path: Path, name: str) -> int:
     """Return a number in bytes from a file with lines such as `VmRSS: 1234 kB`, or 0 if it is not there."""
     with suppress(OSError):
         for line in path.read_bytes().splitlines():
@@ -97,13 +97,13 @@ def _kernel_number(path: Path, name: str) -> int:
 
 def resident_memory() -> int:
     """Return the memory in bytes that this process uses now, or 0 if it is unknown."""
-    return _kernel_number(Path("/proc/self/status"), "VmRSS")
+    return _memory_field(Path("/proc/self/status"), "VmRSS")
 
 
 def peak_memory() -> int:
     """Return the peak memory of this process in bytes."""
     # On Linux, the peak memory that getrusage reports can include the memory of the parent process.
-    recorded = _kernel_number(Path("/proc/self/status"), "VmHWM")
+    recorded = _memory_field(Path("/proc/self/status"), "VmHWM")
     if recorded:
         return recorded
     import resource
@@ -131,7 +131,7 @@ def available_memory() -> int:
 
     A container may have a lower limit than the machine.
     """
-    available = _kernel_number(Path("/proc/meminfo"), "MemAvailable") or total_memory()
+    available = _memory_field(Path("/proc/meminfo"), "MemAvailable") or total_memory()
     group = Path("/sys/fs/cgroup")
     with suppress(OSError, ValueError):  # without a limit, memory.max contains the word "max"
         limit = int((group / "memory.max").read_text())

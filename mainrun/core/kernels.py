@@ -424,11 +424,11 @@ def rdrop_of_chunk(
     vocab = log_p[0].size(1)
     a, b = (part.exp() for part in log_p)
     log_ratio = log_p[0] - log_p[1]
-    a_from_b = (a * log_ratio).sum(1, keepdim=True)  # KL(a|b)
-    b_from_a = (b * log_ratio).sum(1, keepdim=True).neg_()  # KL(b|a)
+    kl_ab = (a * log_ratio).sum(1, keepdim=True)  # KL(a|b)
+    kl_ba = (b * log_ratio).sum(1, keepdim=True).neg_()  # KL(b|a)
     difference = a - b
-    a_grad = (a * (log_ratio - a_from_b)).add_(difference)
-    b_grad = (b * (log_ratio + b_from_a)).add_(difference).neg_()
+    a_grad = (a * (log_ratio - kl_ab)).add_(difference)
+    b_grad = (b * (log_ratio + kl_ba)).add_(difference).neg_()
     plain = torch.zeros((), dtype=torch.float64, device=target.device)
     uniform = torch.zeros((), dtype=torch.float64, device=target.device)
     grads = []
@@ -439,7 +439,7 @@ def rdrop_of_chunk(
             p.sub_(smoothing / vocab)
         p[at_target] -= 1 - smoothing
         grads.append(p.add_(divergence_grad, alpha=weight))
-    divergence = (a_from_b + b_from_a).sum(dtype=torch.float64)
+    divergence = (kl_ab + kl_ba).sum(dtype=torch.float64)
     return torch.stack((plain, uniform, divergence)), grads
 
 

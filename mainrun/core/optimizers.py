@@ -147,7 +147,7 @@ class CautiousAdamW(torch.optim.AdamW):
 
 
 def decay_cautiously(p: Tensor, update: Tensor, amount: float | Tensor) -> None:
-    """Shrink the elements of p that the update moves towards zero by the given share."""
+    """Multiply the elements of p that the update moves towards zero by 1 - `amount`."""
     shrinks = p * update < 0
     p.copy_(torch.where(shrinks, p * (1 - amount), p))
 
@@ -251,9 +251,9 @@ class Optimizers:
             kind = (special_rate(cfg, name) or rate, self.schedules.get(name, DEFAULT_SCHEDULE))
             by_kind.setdefault(kind, []).append(p)
         groups = []
-        for (kind_rate, schedule), members in by_kind.items():
+        for (kind_rate, schedule), of_kind in by_kind.items():
             eps = cfg.eps * schedule.eps
-            group = {"params": members, "rate": kind_rate, "decay": decay, "schedule": schedule, "eps": eps}
+            group = {"params": of_kind, "rate": kind_rate, "decay": decay, "schedule": schedule, "eps": eps}
             groups.append(group)
         return groups
 

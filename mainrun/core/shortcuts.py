@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mainrun.config import TrainConfig
+from mainrun.core.initial import initial_std
 from mainrun.core.layers import Context, Linear
 
 
@@ -20,9 +21,9 @@ class ValueShortcut(Linear):
     The projection starts with random weights, because the gate would have no gradient otherwise.
     """
 
-    def __init__(self, cfg: TrainConfig) -> None:
+    def __init__(self, cfg: TrainConfig, std: float) -> None:
         super().__init__(cfg.d_model, cfg.kv_heads * cfg.head_width, bias=False)
-        nn.init.normal_(self.weight, std=cfg.init_std)
+        nn.init.normal_(self.weight, std=std)
         self.gate = nn.Parameter(torch.zeros(cfg.kv_heads))
 
     def forward(self, embedded: Tensor) -> Tensor:
@@ -33,7 +34,10 @@ class ValueShortcut(Linear):
 
 
 class InputMix(nn.Module):
-    """Compute the input of a block: the learned scalars x, x0 and skip, times the tensors of these names."""
+    """Compute the input of a block: the sum of x, x0 and skip.
+
+    Each of them is multiplied by a learned scalar of the same name.
+    """
 
     def __init__(self, cfg: TrainConfig, layer: int) -> None:
         super().__init__()
@@ -57,21 +61,21 @@ class InputMix(nn.Module):
         return mixed
 
 
-class Skips:
+class UNetSkips:
     """The outputs of the first half of the layers, which `unet` feeds to the second half in reverse order."""
 
     def __init__(self, cfg: TrainConfig) -> None:
-        self.givers = cfg.skips
-        self.first_taker = cfg.n_layer - cfg.skips
+        self.sources = cfg.skips
+        self.first_target = cfg.n_layer - cfg.skips
         self.outputs: list[Tensor] = []
 
-    def into(self, layer: int) -> Tensor | None:
+    def take(self, layer: int) -> Tensor | None:
         """Return the output of layer n - 1 - i for layer i of the second half, and None for other layers."""
-        return self.outputs.pop() if layer >= self.first_taker else None
+        return self.outputs.pop() if layer >= self.first_target else None
 
-    def keep(self, layer: int, x: Tensor) -> None:
-        """Keep the output of a layer of the first half."""
-        if layer < self.givers:
+    def store(self, layer: int, x: Tensor) -> None:
+        """Store the output of a layer of the first half."""
+        if layer < self.sources:
             self.outputs.append(x)
 
 
@@ -79,6 +83,7 @@ def add_shortcuts(model: Any, cfg: TrainConfig) -> None:
     """Add the shortcuts of a config to the blocks of a model."""
     for layer, block in enumerate(model.blocks):
         if cfg.value_shortcut:
-            block.attn.shortcut = ValueShortcut(cfg)
+            std = initial_std(cfg, f"blocks.{layer}.attn.shortcut", inputs=cfg.d_model)
+            block.attn.shortcut = ValueShortcut(cfg, std)
         if cfg.x0_shortcut or layer >= cfg.n_layer - cfg.skips:
             block.mix = InputMix(cfg, layer)

@@ -2,11 +2,11 @@
 
 A word is a run of letters and digits. A word whose only capital is its first character is written as the sign
 FIRST and the word in lower case. A word without lower-case letters is written as the sign ALL and the word in
-lower case. A word of one letter counts as the first kind, so "A" and "The" begin alike. A word that
-`restore` would not give back, such as "iPhone" or "STRAẞE", is not changed.
+lower case. A word of one letter counts as the first kind, so "A" and "The" start with the same sign. A word
+that `restore` would not give back, such as "iPhone" or "STRAẞE", is not changed.
 
 A space separates the sign and the word: "(Hacker News" becomes "(# hacker # news", where # is FIRST. The word
-therefore has the tokens that it has after any space, also where no space stood in front of it.
+therefore has the tokens that it has after any space, even if there was no space before it.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ LOGITS = {"cpu": 16_000_000, "cuda": 512_000_000}
 CHUNK = {"cpu": 1_000_000, "cuda": 64_000_000}
 
 Batch = tuple[np.ndarray, np.ndarray]  # the inputs and the targets, both of shape (rows, length)
-Keep = Callable[[str, Tensor], None]  # receives the name of a score and the losses of its next targets
+LossCallback = Callable[[str, Tensor], None]  # gets the name of a score and the losses of its next targets
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def official_coverage(n_tokens: int, geometry: tuple[int, int]) -> float:
 def evaluate(
     model: nn.Module,
     tokens: np.ndarray,
-    keep: Keep | None = None,
+    on_losses: LossCallback | None = None,
     /,
     *,
     chars: int,
@@ -87,7 +87,7 @@ def evaluate(
     divided by `chars`, and bits_per_byte is divided by `nbytes`. The function computes no gradients, draws no
     random numbers, and restores the training mode of every module.
 
-    keep: a function that receives the losses of "official" and then of "full", in the order of the targets.
+    on_losses: receives the losses of "official" and then of "full", in the order of the targets.
     """
     n = len(tokens)
     spans = official_spans(n, geometry)
@@ -106,8 +106,8 @@ def evaluate(
         # The code uses no_grad instead of inference_mode, because the model may keep a tensor that it creates
         # here and use the tensor in training.
         with torch.no_grad():
-            official_nll = _nll(model, _official(tokens, spans, geometry), "official", keep)
-            full_nll = _nll(model, _full(tokens, block_size), "full", keep)
+            official_nll = _nll(model, _official(tokens, spans, geometry), "official", on_losses)
+            full_nll = _nll(model, _full(tokens, block_size), "full", on_losses)
     finally:
         for module, mode in modes:
             module.training = mode
@@ -140,7 +140,9 @@ def _full(tokens: np.ndarray, block_size: int) -> Iterator[Batch]:
         yield inputs[None, complete:], tokens[None, complete:]
 
 
-def _nll(model: nn.Module, batches: Iterator[Batch], name: str = "", keep: Keep | None = None) -> float:
+def _nll(
+    model: nn.Module, batches: Iterator[Batch], name: str = "", on_losses: LossCallback | None = None
+) -> float:
     """Return the total negative log-likelihood in nats. Float32 losses are summed in float64."""
     first = next(model.parameters(), None)
     device = torch.device("cpu") if first is None else first.device
@@ -157,8 +159,8 @@ def _nll(model: nn.Module, batches: Iterator[Batch], name: str = "", keep: Keep 
             for chunk, target in zip(logits.flatten(0, 1).split(rows), y.flatten().split(rows), strict=True):
                 losses = F.cross_entropy(chunk.float(), target, reduction="none")
                 total += losses.double().sum()
-                if keep:
-                    keep(name, losses)
+                if on_losses:
+                    on_losses(name, losses)
             width = max(1, LOGITS[device.type] // (inputs.shape[1] * logits.shape[-1]))
     return float(total)
 

@@ -35,8 +35,8 @@ PAD, EOS, UNK = 0, 1, 2
 SPECIALS = ("<pad>", "<eos>", "<unk>")
 FORMAT = 2  # increase this version when the ids, tokenizer.json or the cache format change
 MIN_VOCAB_SIZE = 300  # enough tokens for the special tokens, all bytes and some learned tokens
-FOREIGN_FORMAT = 3  # the same version for tokenizers of checkpoints
-MARKED_FORMAT = 4  # the same version for tokenizers with case=marked
+FOREIGN_FORMAT = 3  # likewise for tokenizers of checkpoints
+MARKED_FORMAT = 4  # likewise for tokenizers with case=marked
 LIBRARY = {"bpe": "tokenizers", "unigram": "sentencepiece", "hf": "tokenizers"}
 DAMAGED = "restore tokenizer.json, or start the run again with --fresh"
 
@@ -110,6 +110,7 @@ class Tokenizer:
             texts = self._library.decode(text_ids)
         texts = [ESCAPED.sub(_unescape, text) for text in texts]
         if self.case == "marked":
+            # Titles are escaped twice: before the capitals are marked, and before the library gets them.
             return [ESCAPED.sub(_unescape, capitals.restore(text)) for text in texts]
         return texts
 

@@ -133,8 +133,8 @@ class NodeReader:
             if not path:
                 continue
             rows = list(self.rows_for_run(path, step))
-            normed = {row["step"] for row in rows if "grad_norms" in row}
-            if not course.plan.steps_with_norms(step, target) <= normed:
+            steps_with_norms = {row["step"] for row in rows if "grad_norms" in row}
+            if not course.plan.steps_with_norms(step, target) <= steps_with_norms:
                 continue
             scored = {row["step"] for row in rows if row["event"] == "eval"}
             missing = set(course.scores_between(step, target)) - scored
@@ -263,7 +263,7 @@ class LeaseHolder:
                 continue
             fork = min(self.fork(key, holder), limit)
             meets = self._meeting(key, holder, fork, limit)
-            if meets > step and self._leaves_rows(holder, step, meets):
+            if meets > step and self._logs_needed_rows(holder, step, meets):
                 others.append(OtherRun(meets, fork, key, str(holder.get("run"))))
         return max(others, default=None)
 
@@ -276,17 +276,17 @@ class LeaseHolder:
         at = holder.get("at")
         return fork if isinstance(at, int) and at < fork else 0
 
-    def _leaves_rows(self, holder: Row, step: int, meets: int) -> bool:
+    def _logs_needed_rows(self, holder: Row, step: int, meets: int) -> bool:
         """Return whether another run logs all rows that this run needs before the step `meets`."""
-        return self._leaves_norms(holder, step, meets) and self._leaves_scores(holder, step, meets)
+        return self._logs_needed_norms(holder, step, meets) and self._logs_needed_scores(holder, step, meets)
 
-    def _leaves_norms(self, holder: Row, step: int, meets: int) -> bool:
+    def _logs_needed_norms(self, holder: Row, step: int, meets: int) -> bool:
         needed = self.course.plan.steps_with_norms(step, meets)
         config = holder.get("config")
         logged = config.get("grad_norm_steps") if isinstance(config, dict) else None
         return not needed or (isinstance(logged, int) and logged >= max(needed))
 
-    def _leaves_scores(self, holder: Row, step: int, meets: int) -> bool:
+    def _logs_needed_scores(self, holder: Row, step: int, meets: int) -> bool:
         needed = self.course.scores_between(step, meets)
         if not needed:
             return True

@@ -36,7 +36,7 @@ def summarize(
     reused = accounts.ledger["reused"]
     presentations = count_presentations(setup, plan, state)
     flops = sum(segment["flops"] for segment in segments)
-    if not cfg.growth.ops:  # a token counts once per pass of a member, and its FLOPs are those of all members
+    if not cfg.growth.ops:  # state.tokens counts each member, but flops_per_token covers all members at once
         flops = state.tokens * segments[0]["flops_per_token"] // cfg.members
     summary = {
         "run": cfg.run_id,
@@ -83,7 +83,7 @@ def summarize(
     )
     if cfg.growth.ops:
         summary |= {"active": segments[-1]["active"], "segments": segments}
-    return summary | costs.derived(summary) | {"guards": [asdict(guard) for guard in guards(evidence)]}
+    return summary | costs.derived_costs(summary) | {"guards": [asdict(guard) for guard in guards(evidence)]}
 
 
 def describe_start(setup: Setup) -> dict[str, str] | None:

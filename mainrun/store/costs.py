@@ -32,8 +32,8 @@ def presentations_per_epoch(summary: Summary) -> int:
     return _passes(summary) * members(summary)
 
 
-def derived(summary: Summary) -> Summary:
-    """Return the costs that a new summary states although they follow from its other facts."""
+def derived_costs(summary: Summary) -> Summary:
+    """Return the costs that a new summary contains so that its readers need not derive them."""
     return {
         "forward_flops": forward_flops(summary),
         "presentations_per_epoch": presentations_per_epoch(summary),

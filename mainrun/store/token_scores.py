@@ -96,7 +96,7 @@ def _missing(run: RunDir) -> str:
         return f"{got}; {run.fix}"
     return (
         f"{got}, because its config has token_scores=false; train the run again with "
-        "--set token_scores=true, which gives a run with another id whose steps come from the store"
+        "--set token_scores=true; this creates a run with another id, which copies its steps from the store"
     )
 
 

@@ -50,12 +50,12 @@ HEAD = (
 )  # fmt: skip
 # The head of the table of costs. A line break divides a long name into two lines.
 COST_HEAD = (
-    "run", "full", "official", "params", MEMBERS, "seen/\nepoch", "train\nFLOPs", "FLOPs/\ntoken", "time",
+    "run", "full", "official", "params", MEMBERS, "seen/\nepoch", "training\nFLOPs", "forward\nFLOPs", "time",
     "machine",
 )  # fmt: skip
 COST_NOTE = (
     "seen/epoch is how often an epoch shows each token of train, over all passes and members. "
-    "FLOPs/token is the cost of a forward pass of what is scored."
+    "forward FLOPs is the cost per token of a forward pass of the scored model."
 )
 
 
@@ -198,10 +198,10 @@ def _row(summary: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
 # -- the table
 
 
-def show(table: list[dict[str, Any]], console: Console, of_costs: bool = False) -> None:
-    """Print the comparison table and its notes. `of_costs` selects the table of costs."""
+def show(table: list[dict[str, Any]], console: Console, show_costs: bool = False) -> None:
+    """Print the comparison table and its notes. `show_costs` selects the table of costs."""
     notes = _notes(table)
-    if of_costs:
+    if show_costs:
         letters = machine_letters(row["machine"] for row in table)
         head = list(COST_HEAD)
         cells = [_cost_cells(row, letters) for row in table]
@@ -210,7 +210,7 @@ def show(table: list[dict[str, Any]], console: Console, of_costs: bool = False) 
     else:
         head = list(HEAD)
         cells = [_cells(row, first=i == 0) for i, row in enumerate(table)]
-        _remove_idle_columns(head, cells, table)
+        _remove_constant_columns(head, cells, table)
     show_table(head, cells, console)
     for note in notes:
         console.print(note, soft_wrap=True, markup=False)
@@ -225,17 +225,34 @@ def machine_letters(machines: Iterable[str]) -> dict[str, str]:
     return letters
 
 
-def _remove_idle_columns(head: list[str], cells: list[list[str]], table: list[dict[str, Any]]) -> None:
+def _remove_constant_columns(head: list[str], cells: list[list[str]], table: list[dict[str, Any]]) -> None:
     """Remove the columns that say nothing about these runs."""
-    idle = []
+    constant = []
     if len({line[head.index(FORWARD_FLOPS)] for line in cells}) == 1:
-        idle.append(FORWARD_FLOPS)
+        constant.append(FORWARD_FLOPS)
     if all(row["members"] == 1 for row in table):
-        idle.append(MEMBERS)
-    for name in idle:
+        constant.append(MEMBERS)
+    for name in constant:
         column = head.index(name)
         for line in (head, *cells):
             del line[column]
+
+
+def compact(number: float | None) -> str:
+    """Format a number of FLOPs with three digits and a suffix, such as 4.59M."""
+    if number is None:
+        return ""
+    for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            return f"{number / size:.3g}{suffix}"
+    return f"{number:.3g}"
+
+
+def scientific(number: float | None) -> str:
+    """Format a large number, such as a number of FLOPs, in scientific notation with three digits."""
+    if number is None:
+        return ""
+    return f"{number:.3g}".replace("e+", "e")
 
 
 def show_table(head: list[str], cells: list[list[str]], console: Console) -> None:
@@ -302,14 +319,13 @@ def _notes(table: list[dict[str, Any]]) -> list[str]:
     for row in table:
         if row["members"] > 1:
             notes.append(
-                f"{row['run']} is an ensemble of {row['members']} models; params and seen/token count all of "
-                "them"
+                f"{row['run']} is an ensemble of {row['members']} models; the columns count all of them"
             )
     for row in table:
         if row["reused"]:
             notes.append(
                 f"(*) {row['run']}: {row['reused']:,} of {row['steps']:,} steps were copied from the store; "
-                "time and tok/s count only the other steps"
+                "its speed and time are those of the other steps"
             )
     for row in table:
         if row["guards"]["fail"] or row["guards"]["flag"]:
@@ -335,7 +351,7 @@ def _cells(row: dict[str, Any], *, first: bool) -> list[str]:
         f"{row['full_last']:.4f}",
         f"{row['full_best']:.4f}",
         "" if first else f"{row['delta_full']:+.4f}",
-        "" if row["forward_flops"] is None else short(row["forward_flops"]),
+        compact(row["forward_flops"]),
         _official(row),
         f"{row['bits_per_byte']:.4f}",
         f"{row['steps']:,}{star}",
@@ -358,8 +374,8 @@ def _cost_cells(row: dict[str, Any], letters: dict[str, str]) -> list[str]:
         short(row["params"]),
         str(row["members"]),
         str(row["presentations_per_epoch"]),
-        "" if row["flops"] is None else f"{row['flops']:.2e}".replace("e+", "e"),
-        "" if row["forward_flops"] is None else short(row["forward_flops"]),
+        scientific(row["flops"]),
+        compact(row["forward_flops"]),
         clock(row["seconds"]) + star,
         letters[row["machine"]],
     ]

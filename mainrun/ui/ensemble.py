@@ -20,7 +20,7 @@ from mainrun.run.progress import clock, percent, short
 from mainrun.store import costs, rundir, token_scores
 from mainrun.store.rundir import RunDir
 from mainrun.store.token_scores import TokenScores
-from mainrun.ui.compare import check_same_kind_of_start, load_summary, show_table
+from mainrun.ui.compare import check_same_kind_of_start, compact, load_summary, scientific, show_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,12 +29,11 @@ SPLITS = ("val", "dev")
 TOLERANCE = 1e-3  # relative difference of two scores of the same weights on different machines
 COSTS = ("params", "presentations_per_epoch", "flops", "forward_flops", "seconds")  # are added up
 HEAD = [
-    "run", "seed", "full", "official", "params", "presentations/epoch", "training FLOPs",
-    "FLOPs/scored token", "time",
+    "run", "seed", "full", "official", "params", "seen/epoch", "training FLOPs", "forward FLOPs", "time",
 ]  # fmt: skip
 
 
-class Member(NamedTuple):
+class ScoredRun(NamedTuple):
     """A run of an ensemble."""
 
     run: RunDir
@@ -68,28 +67,28 @@ def score_of(log_probs: np.ndarray, chars: int) -> float:
 # -- the runs
 
 
-def load(names: Sequence[str], out: Path, split: str) -> list[Member]:
+def load(names: Sequence[str], out: Path, split: str) -> list[ScoredRun]:
     """Find and read the runs of an ensemble. Raise UsageError if the runs cannot be combined."""
     if split not in SPLITS:
         raise UsageError(f"got --split {split!r}; use val or dev")
     if len(names) < 2:
         raise UsageError(f"got {len(names)} run, but an ensemble has at least two; give two or more runs")
-    runs = [rundir.find(name, out) for name in names]
-    paths = Counter(run.path.resolve() for run in runs)
-    twice = [run for run in runs if paths[run.path.resolve()] > 1]
+    found = [rundir.find(name, out) for name in names]
+    paths = Counter(run.path.resolve() for run in found)
+    twice = [run for run in found if paths[run.path.resolve()] > 1]
     if twice:
         raise UsageError(f"run {twice[0].path.name} is given more than once; give each run once")
-    members = [_load_member(run, split) for run in runs]
-    for i, member in enumerate(members):
-        for earlier in members[:i]:
-            _check_different_weights(earlier, member)
-    for member in members[1:]:
-        _check_same_tokens(members[0], member, split)
-        check_same_kind_of_start(members[0].summary, member.summary)
-    return members
+    runs = [_load_run(run, split) for run in found]
+    for i, scored in enumerate(runs):
+        for earlier in runs[:i]:
+            _check_different_weights(earlier, scored)
+    for scored in runs[1:]:
+        _check_same_tokens(runs[0], scored, split)
+        check_same_kind_of_start(runs[0].summary, scored.summary)
+    return runs
 
 
-def _load_member(run: RunDir, split: str) -> Member:
+def _load_run(run: RunDir, split: str) -> ScoredRun:
     summary = load_summary(run)
     by_split = token_scores.read(run)
     if split not in by_split:
@@ -103,10 +102,10 @@ def _load_member(run: RunDir, split: str) -> Member:
             f"{run.path / token_scores.FILE} gives the full score {full:.4f} on {split}, "
             f"but summary.json says {last:.4f}; {run.fix}"
         )
-    return Member(run, run.config().seed, summary, scores)
+    return ScoredRun(run, run.config().seed, summary, scores)
 
 
-def _check_different_weights(a: Member, b: Member) -> None:
+def _check_different_weights(a: ScoredRun, b: ScoredRun) -> None:
     """Raise UsageError if two runs have the same weights, because one of them would add nothing."""
     weights = a.summary.get("weights")
     if weights and weights == b.summary.get("weights"):
@@ -116,7 +115,7 @@ def _check_different_weights(a: Member, b: Member) -> None:
         )
 
 
-def _check_same_tokens(first: Member, other: Member, split: str) -> None:
+def _check_same_tokens(first: ScoredRun, other: ScoredRun, split: str) -> None:
     """Raise RunError if two runs were scored on different tokens."""
     theirs = _data_of(other, split)
     differences = []
@@ -131,37 +130,37 @@ def _check_same_tokens(first: Member, other: Member, split: str) -> None:
         )
 
 
-def _data_of(member: Member, split: str) -> dict[str, str]:
+def _data_of(scored: ScoredRun, split: str) -> dict[str, str]:
     """Return the values that identify the tokens of a run."""
-    fingerprints = member.summary["fingerprints"]
+    fingerprints = scored.summary["fingerprints"]
     return {
         "corpus fingerprint": fingerprints["corpus"][:12],
         f"{split} fingerprint": str(fingerprints.get(split))[:12],
-        "tokenizer": str(member.summary.get("tokenizer"))[:12],
-        "token hash": member.scores.tokens[:12],
-        "number of characters": f"{member.scores.chars:,}",
+        "tokenizer": str(scored.summary.get("tokenizer"))[:12],
+        "token hash": scored.scores.tokens[:12],
+        "number of characters": f"{scored.scores.chars:,}",
     }
 
 
 # -- the result
 
 
-def score(members: list[Member], split: str) -> dict[str, Any]:
+def score(runs: list[ScoredRun], split: str) -> dict[str, Any]:
     """Return the scores and the costs of each run and of the ensemble."""
-    chars = members[0].scores.chars
-    rows = [_row(member) for member in members]
-    curve = scores_of_means((member.scores.full for member in members), chars)
+    chars = runs[0].scores.chars
+    rows = [_row(scored) for scored in runs]
+    curve = scores_of_means((scored.scores.full for scored in runs), chars)
     singles = [row["full"] for row in rows]
     mean = sum(singles) / len(singles)
     official = None
     coverage = None
-    if len({tuple(member.summary["geometry"]) for member in members}) == 1:
-        official = scores_of_means((member.scores.official for member in members), chars)[-1]
+    if len({tuple(scored.summary["geometry"]) for scored in runs}) == 1:
+        official = scores_of_means((scored.scores.official for scored in runs), chars)[-1]
         coverage = rows[0]["coverage"]
     together: dict[str, Any] = {"full": curve[-1], "official": official, "coverage": coverage}
     for name in COSTS:
-        costs = [row[name] for row in rows]
-        together[name] = None if None in costs else sum(costs)
+        values = [row[name] for row in rows]
+        together[name] = None if None in values else sum(values)
     return {
         "split": split,
         "runs": rows,
@@ -172,12 +171,12 @@ def score(members: list[Member], split: str) -> dict[str, Any]:
     }
 
 
-def _row(member: Member) -> dict[str, Any]:
-    summary = member.summary
-    scores = member.scores
+def _row(scored: ScoredRun) -> dict[str, Any]:
+    summary = scored.summary
+    scores = scored.scores
     return {
         "run": summary["run"],
-        "seed": member.seed,
+        "seed": scored.seed,
         "full": score_of(scores.full, scores.chars),
         "official": score_of(scores.official, scores.chars),
         "coverage": len(scores.official) / len(scores.full),
@@ -200,7 +199,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     rows = result["runs"]
     count = len(rows)
     cells = [_cells(row["run"], str(row["seed"]), row, star=bool(row["reused"])) for row in rows]
-    cells.append(_cells(f"all {count} runs", "", result["ensemble"], star=False))
+    cells.append(_cells(f"all {count} runs", "", result["ensemble"], star=any(row["reused"] for row in rows)))
     show_table(HEAD, cells, console)
     for line in _lines(result):
         console.print(line, soft_wrap=True, markup=False)
@@ -211,8 +210,8 @@ def _cells(name: str, seed: str, row: dict[str, Any], *, star: bool) -> list[str
     if row["official"] is not None:
         flag = "!" if row["coverage"] < MIN_COVERAGE else ""
         official = f"{row['official']:.4f} ({percent(row['coverage'])}{flag})"
-    flops = "" if row["flops"] is None else short(row["flops"])
-    forward = "" if row["forward_flops"] is None else short(row["forward_flops"])
+    flops = scientific(row["flops"])
+    forward = compact(row["forward_flops"])
     time = clock(row["seconds"])
     if star:
         time += "*"

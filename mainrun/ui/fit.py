@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mainrun.config import TrainConfig, from_dict
+from mainrun.config import MAX_BATCH_SIZE, TrainConfig, from_dict
 from mainrun.core.cuda_graph import WARM
 from mainrun.core.hardware import peak_memory
 from mainrun.errors import ConfigError, UsageError
-from mainrun.plan.cost import SAVE_MEMORY
 from mainrun.plan.ops import Schedule
 from mainrun.plan.plan import Plan
 from mainrun.run.progress import short
@@ -26,7 +25,6 @@ from mainrun.train import Setup
 from mainrun.ui.estimate import StepProbe, compiling_off, configs_of, largest_segments, memory_of
 
 MARGIN = 0.1  # the share of the memory that stays free, because the estimate is not exact
-MOST_ROWS = 65_536  # the largest batch_size that a config allows
 
 
 class Proof(NamedTuple):
@@ -60,13 +58,12 @@ def fit(setup: Setup, *, store: bool, memory: int = 0, probe: bool = False) -> d
     cap = most_rows(setup)
     estimated = largest(memory_with, usable, cap)
     if not estimated:
-        raise UsageError(_too_small(memory_with(1), limit, usable))
+        why = f"it needs about {short(memory_with(1))}B, and a margin of {MARGIN:.0%} must stay free"
+        raise UsageError(_too_small(limit, why))
     proof = prove(setup, configs, estimated, limit, probe)
     if not proof.rows:
-        raise UsageError(
-            f"a micro-batch of one row does not fit: the GPU has {short(limit)}B of free memory, and a "
-            f"training step ran out of it (estimate: {short(memory_with(1))}B); {SAVE_MEMORY}"
-        )
+        why = f"a training step needed more than the estimate of {short(memory_with(1))}B"
+        raise UsageError(_too_small(limit, why))
     grad_accum = smallest_grad_accum(setup.cfg, proof.rows, device.world)
     micro_batch = setup.cfg.batch_size // grad_accum // device.world
     return {
@@ -87,11 +84,10 @@ def fit(setup: Setup, *, store: bool, memory: int = 0, probe: bool = False) -> d
     }
 
 
-def _too_small(needed: int, limit: int, usable: int) -> str:
+def _too_small(limit: int, why: str) -> str:
     return (
-        f"a micro-batch of one row needs about {short(needed)}B, but a process may use only {short(usable)}B "
-        f"({short(limit)}B less a margin of {MARGIN:.0%}); lower block_size, d_model, n_layer or vocab_size, "
-        "or train only low-rank terms with base_frozen=true, or use a device with more memory"
+        f"a micro-batch of one row does not fit into {short(limit)}B: {why}; lower block_size, d_model, "
+        "n_layer or vocab_size, train only low-rank terms with base_frozen=true, or use a larger device"
     )
 
 
@@ -127,7 +123,7 @@ def largest(memory_with: Callable[[int], int], usable: int, cap: int) -> int:
 def most_rows(setup: Setup) -> int:
     """Return the most rows that a process can have in a step, because train has no more tokens."""
     longest = (setup.plan.train_tokens - 1) // setup.cfg.block_size
-    return max(1, min(longest, MOST_ROWS) // setup.device.world)
+    return max(1, min(longest, MAX_BATCH_SIZE) // setup.device.world)
 
 
 def with_rows(configs: list[TrainConfig], rows: int, world: int) -> list[TrainConfig]:

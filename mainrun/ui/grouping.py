@@ -32,9 +32,9 @@ def group_by_recipe(
         recipes.setdefault(recipe_key(cfg), []).append(item)
     grouped = []
     for preset, recipes in presets.items():
-        differing = _differing_fields([cfg_of(members[0]) for members in recipes.values()])
-        for key, members in recipes.items():
-            grouped.append((_recipe_name(preset, json.loads(key), differing), members))
+        differing = _differing_fields([cfg_of(of_recipe[0]) for of_recipe in recipes.values()])
+        for key, of_recipe in recipes.items():
+            grouped.append((_recipe_name(preset, json.loads(key), differing), of_recipe))
     return grouped
 
 

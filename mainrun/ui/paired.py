@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Scores = dict[int, float]  # maps the seed of each run of a recipe to the score `full` of its last step
-HEAD = ("recipe", "base", "n", "full", "base full", "difference", "low", "high", "p", "result")
+HEAD = ("other", "base", "n", "other full", "base full", "difference", "low", "high", "p", "result")
 
 
 class Claim(NamedTuple):
-    """The claim that the scores of a recipe are lower than the scores of another by more than a margin."""
+    """The claim that the scores of `other` are lower than the scores of `base` by more than a margin."""
 
     base: str
     other: str
@@ -45,8 +45,8 @@ def judge_claims(runs: Sequence[RunScore], texts: Sequence[str]) -> list[dict[st
     recipes = _scores_of_recipes(runs)
     claims = [_parse(text, list(recipes)) for text in texts]
     _check_distinct(claims)
-    rows = [_row(claim, recipes) for claim in claims]
     differences = [_paired_difference(claim, recipes) for claim in claims]
+    rows = [_row(claim, change, recipes) for claim, change in zip(claims, differences, strict=True)]
     ps = [row["p"] for row in rows]
     adjusted = zip(rows, claims, differences, holm(ps), holm_levels(ps), strict=True)
     for row, claim, change, p, level in adjusted:
@@ -55,9 +55,8 @@ def judge_claims(runs: Sequence[RunScore], texts: Sequence[str]) -> list[dict[st
     return rows
 
 
-def _row(claim: Claim, recipes: Mapping[str, Scores]) -> dict[str, Any]:
+def _row(claim: Claim, change: Difference, recipes: Mapping[str, Scores]) -> dict[str, Any]:
     """Return the facts about a claim that do not depend on the other claims."""
-    change = _paired_difference(claim, recipes)
     left_out = {}
     for name in (claim.base, claim.other):
         left_out[name] = sorted(recipes[name].keys() - set(change.seeds))
@@ -79,14 +78,14 @@ def _scores_of_recipes(runs: Sequence[RunScore]) -> dict[str, Scores]:
     """Return the scores of each recipe. Raise RunError if the runs cannot support a claim."""
     _check_same_train(runs)
     recipes: dict[str, Scores] = {}
-    for name, members in group_by_recipe(runs, lambda run: run.cfg):
+    for name, of_recipe in group_by_recipe(runs, lambda run: run.cfg):
         if name in recipes:
             raise RunError(
                 f"two recipes are called {printable(name)}, although their configs differ; "
                 "compare them in two separate commands"
             )
         recipes[name] = {}
-        for run in members:
+        for run in of_recipe:
             _check_guards(run)
             if run.cfg.seed in recipes[name]:
                 raise RunError(
@@ -157,8 +156,8 @@ def _margin(text: str, number: str) -> float:
 def _check_distinct(claims: Sequence[Claim]) -> None:
     """Raise UsageError if two claims have the same recipes, because Holm's method would count both."""
     pairs = [{claim.base, claim.other} for claim in claims]
-    for place, pair in enumerate(pairs):
-        if pair in pairs[:place]:
+    for i, pair in enumerate(pairs):
+        if pair in pairs[:i]:
             names = printable(" and ".join(sorted(pair)))
             raise UsageError(f"--paired compares {names} twice; give each pair of recipes once")
 
@@ -219,20 +218,30 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     notes = [
-        "full is the mean over the n seeds that both recipes have, at the last step. low and high are the "
-        "t interval of the mean paired difference.",
+        "Both scores are the mean of full at the last step, over the n seeds that both recipes have. The "
+        "difference is the score of other minus the score of base, so a negative difference means that other "
+        "is better. low and high are the t interval of the mean paired difference.",
     ]
     if len(rows) > 1:
         notes.append(f"p and the intervals are adjusted over {len(rows)} claims by Holm's method.")
     if any(row["margin"] for row in rows):
-        notes.append("p tests the margin of a claim, not a difference of zero.")
-    left_out: dict[str, list[int]] = {}
+        notes.append(
+            "p tests the difference -margin, so the interval excludes -margin if and only if p is below 0.05."
+        )
     for row in rows:
         for name, seeds in row["seeds_left_out"].items():
             if seeds:
-                versus = row["other"] if name == row["base"] else row["base"]
-                left_out[f"{name} against {versus}"] = seeds
-    for names, seeds in left_out.items():
-        numbers = ", ".join(map(str, seeds))
-        notes.append(f"{printable(names)}: without a partner, so left out: seed {numbers}")
+                partner = row["other"] if name == row["base"] else row["base"]
+                notes.append(_left_out(name, partner, seeds))
     return notes
+
+
+def _left_out(name: str, partner: str, seeds: Sequence[int]) -> str:
+    """Say which seeds of a recipe were not compared with another recipe."""
+    if len(seeds) == 1:
+        subject = f"seed {seeds[0]} was left out"
+        object = "this seed"
+    else:
+        subject = f"seeds {', '.join(map(str, seeds[:-1]))} and {seeds[-1]} were left out"
+        object = "these seeds"
+    return f"{printable(name)}: {subject}, because {printable(partner)} has no run with {object}"

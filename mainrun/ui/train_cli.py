@@ -46,7 +46,14 @@ Fresh = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show the resolved plan and its cost, without training.")
 ]
-Probe = Annotated[bool, typer.Option("--probe", help="With --dry-run, measure the time of a few steps.")]
+Probe = Annotated[
+    bool,
+    typer.Option(
+        "--probe",
+        help="With --dry-run, measure the time of a few steps. With --fit, also train a step to prove that "
+        "the micro-batch fits.",
+    ),
+]
 Fit = Annotated[
     bool,
     typer.Option("--fit", help="With --dry-run, find the largest micro-batch that fits into memory."),

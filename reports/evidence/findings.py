@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from mainrun import stats
 from mainrun.config import MIN_COVERAGE
+from mainrun.ui.compare import scientific
 from reports.evidence import tables
 from reports.evidence.load import Recipe, ReportData, Run, Study
 from reports.evidence.studies import importance, ledger
-from reports.evidence.tables import fixed, get_flops, get_seconds, integer, scientific
+from reports.evidence.tables import fixed, get_flops, get_seconds, integer
 
 # If the training times of two runs of one recipe differ by more than the factor BUSY, the report says that
 # the machine was busy.

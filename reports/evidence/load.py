@@ -575,7 +575,7 @@ def shorten(names: Sequence[str], limit: int = 4) -> str:
 
 def _group_into_recipes(runs: Sequence[Run]) -> tuple[Recipe, ...]:
     ordered = sorted(runs, key=lambda run: (run.cfg.preset, run.cfg.seed, run.id))
-    return tuple(Recipe(name, tuple(members)) for name, members in group_by_recipe(ordered, _cfg_of))
+    return tuple(Recipe(name, tuple(runs)) for name, runs in group_by_recipe(ordered, _cfg_of))
 
 
 def _cfg_of(run: Run) -> TrainConfig:
@@ -633,21 +633,21 @@ def ladder_scores(ladder: Sequence[Recipe]) -> list[dict[int, float]]:
     return scores
 
 
-def changed_steps(ladder: Sequence[Recipe]) -> list[int]:
-    """Return, for each step of an ablation after the first, the place of the step that it changes.
+def base_indices(ladder: Sequence[Recipe]) -> list[int]:
+    """Return, for each step of an ablation after the first, the index of the step that it changes.
 
     A step changes the earlier step from which it differs in the fewest fields. This is the step before it,
     unless the step before it was not kept.
     """
     fields = [recipe_fields(recipe.cfg) for recipe in ladder]
-    places = []
+    indices = []
     for i in range(1, len(ladder)):
         differing = []
         for earlier in fields[:i]:
             differing.append(sum(earlier[name] != fields[i][name] for name in earlier))
         fewest = min(differing)
-        places.append(max(place for place, count in enumerate(differing) if count == fewest))
-    return places
+        indices.append(max(index for index, count in enumerate(differing) if count == fewest))
+    return indices
 
 
 def config_differences(a: TrainConfig, b: TrainConfig) -> list[tuple[str, Any, Any]]:

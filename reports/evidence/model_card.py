@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 
 from mainrun.config import TASK
+from mainrun.ui.compare import scientific
 from reports.evidence import findings
 from reports.evidence.load import ReportData, Run, Study
-from reports.evidence.tables import Column, Table, fixed, get_flops, get_seconds, integer, scientific, text
+from reports.evidence.tables import Column, Table, fixed, get_flops, get_seconds, integer, text
 
 Answer = tuple[str, str, str]  # (item of the checklist, question, answer)
 

@@ -12,13 +12,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mainrun.ui.compare import scientific
 from reports.evidence import findings, model_card, tables
 from reports.evidence.figures import growth as growth_figure
 from reports.evidence.figures import registry
 from reports.evidence.figures import routing as routing_figure
 from reports.evidence.load import ReportData, Study
 from reports.evidence.pdf import figure, heading, page_break, paragraph, table
-from reports.evidence.tables import Column, Row, Table, fixed, integer, mean_of, scientific, text
+from reports.evidence.tables import Column, Row, Table, fixed, integer, mean_of, text
 
 if TYPE_CHECKING:
     from reportlab.graphics.shapes import Drawing

@@ -19,13 +19,13 @@ from mainrun.config import MIN_COVERAGE
 from mainrun.plan.cost import layer_flops
 from mainrun.plan.routing import LETTERS
 from mainrun.store import costs
-from mainrun.ui.compare import machine_letters, one_line
+from mainrun.ui.compare import COST_NOTE, compact, machine_letters, one_line, scientific
 from reports.evidence.load import (
     Recipe,
     ReportData,
     Run,
     Study,
-    changed_steps,
+    base_indices,
     config_differences,
     is_failed,
     ladder_scores,
@@ -80,23 +80,6 @@ def text(words: Any) -> str:
     if words is None:
         return ""
     return str(words)
-
-
-def scientific(number: Any) -> str:
-    """Format a large number, such as a number of FLOPs, in scientific notation with three digits."""
-    if number is None:
-        return ""
-    return f"{number:.3g}".replace("e+", "e")
-
-
-def compact(number: Any) -> str:
-    """Format a number of FLOPs with three digits and a suffix, such as 4.59M."""
-    if number is None:
-        return ""
-    for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
-        if number >= size:
-            return f"{number / size:.3g}{suffix}"
-    return f"{number:.3g}"
 
 
 def setting(value: Any) -> str:
@@ -400,17 +383,13 @@ def run_costs(data: ReportData) -> Table:
         Column("params", integer),
         MEMBERS,
         Column("seen/\nepoch", integer),
-        Column("train\nFLOPs", scientific),
-        Column("FLOPs/\ntoken", compact),
+        Column("training\nFLOPs", scientific),
+        FORWARD_FLOPS,
         Column("seconds", fixed(1)),
         Column("machine", lambda name: letters[name]),
     ]
     machines = "; ".join(f"{letter}: {name}" for name, letter in letters.items())
-    note = (
-        "seen/epoch is how often an epoch shows each token of train, over all passes and members. "
-        "FLOPs/token is the cost of a forward pass of what is scored. Seconds exclude steps that were reused "
-        f"from the store. Machine {machines}."
-    )
+    note = f"{COST_NOTE} Seconds exclude steps that were reused from the store. Machine {machines}."
     return Table("costs", "What the runs cost", columns, rows, note, red)
 
 
@@ -438,14 +417,14 @@ def ablation(data: ReportData) -> Table | None:
     if not data.ladder:
         return None
     scores = ladder_scores(data.ladder)
-    changed = changed_steps(data.ladder)
-    changes = [stats.difference(scores[place], scores[i]) for i, place in enumerate(changed, 1)]
+    bases = base_indices(data.ladder)
+    changes = [stats.difference(scores[base], scores[i]) for i, base in enumerate(bases, 1)]
     adjusted = iter(stats.holm([change.p for change in changes if change.p is not None]))
     means = [stats.Mean(tuple(of_step.values())).mean for of_step in scores]
     first = data.ladder[0]
     rows: list[Row] = [[step_name(first.cfg), len(scores[0]), means[0], None, None, None, None, "", ""]]
     for i, change in enumerate(changes, 1):
-        before = data.ladder[changed[i - 1]].cfg
+        before = data.ladder[bases[i - 1]].cfg
         cfg = data.ladder[i].cfg
         low, high = change.interval or (None, None)
         p = None
@@ -466,7 +445,7 @@ def ablation(data: ReportData) -> Table | None:
         Column("what it sets", text, 0.27),
     ]
     note = (
-        f"{_kept_steps(data.ladder, changed)} low and high are the 95% interval of delta. "
+        f"{_kept_steps(data.ladder, bases)} low and high are the 95% interval of delta. "
         "p is adjusted over all steps by Holm's method."
     )
     noise = data.noise
@@ -476,13 +455,17 @@ def ablation(data: ReportData) -> Table | None:
     return Table("ablation", "From step to step", columns, rows, note)
 
 
-def _kept_steps(ladder: Sequence[Recipe], changed: Sequence[int]) -> str:
+def _kept_steps(ladder: Sequence[Recipe], bases: Sequence[int]) -> str:
     """Say which changes a step keeps, and name each step that does not change the step before it."""
-    text = "Each step keeps the changes of the steps before it."
-    for i, place in enumerate(changed, 1):
-        if place != i - 1:
-            text += f" {step_name(ladder[i].cfg)} changes {step_name(ladder[place].cfg)} instead."
-    return text
+    exceptions = []
+    for i, base in enumerate(bases, 1):
+        if base != i - 1:
+            exceptions.append(f"{step_name(ladder[i].cfg)} starts from {step_name(ladder[base].cfg)} again")
+    text = "Each step keeps the changes of the steps before it"
+    if not exceptions:
+        return f"{text}."
+    what = "this exception" if len(exceptions) == 1 else "these exceptions"
+    return f"{text}, with {what}: {'; '.join(exceptions)}."
 
 
 def _settings(differences: Iterable[tuple[str, Any, Any]], without: Sequence[str]) -> str:

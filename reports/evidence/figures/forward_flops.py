@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mainrun.stats import frontier
+from mainrun.ui.compare import compact
 from reports.evidence.figures.axes import add_legend, format_ticks, panels
 from reports.evidence.figures.series import coloured, column
 from reports.evidence.figures.style import COLOURS, GREY, MARKERS
 from reports.evidence.load import ReportData, Study
 from reports.evidence.studies import objective, values
-from reports.evidence.tables import compact, get_forward_flops, mean_of
+from reports.evidence.tables import get_forward_flops, mean_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -29,20 +29,20 @@ def caption(_: ReportData) -> str:
         "The norm of the gradient of each layer before clipping, at the first steps that the run logged "
         "(grad_norm_steps), of the first seed: the median over these steps, and a band from the lowest to "
         "the highest step. A layer that is not trained is left out. The gradient of a tied head counts as "
-        "part of the embedding, and the final normalisation counts as part of the head."
+        "part of the embedding, and the final normalization counts as part of the head."
     )
 
 
 def draw(data: ReportData) -> Figure | None:
-    drawn = [(recipe, norms_of(recipe), place) for recipe, place in coloured(data)]
-    drawn = [(recipe, norms, place) for recipe, norms, place in drawn if norms]
+    drawn = [(recipe, norms_of(recipe), index) for recipe, index in coloured(data)]
+    drawn = [(recipe, norms, index) for recipe, norms, index in drawn if norms]
     if not drawn:
         return None
     figure, (axes,) = panels(2.5)
     blocks = max(len(norms) - 2 for _, norms, _ in drawn)
-    for recipe, norms, place in drawn:
+    for recipe, norms, index in drawn:
         steps = len(norms["embedding"])
-        draw_norms(axes, norms, blocks, place, f"{recipe.name}, {steps} {'step' if steps == 1 else 'steps'}")
+        draw_norms(axes, norms, blocks, index, f"{recipe.name}, {steps} {'step' if steps == 1 else 'steps'}")
     axes.set(xlabel="layer", ylabel="gradient norm", yscale="log")
     every = math.ceil(blocks / MOST_TICKS)
     shown = range(0, blocks, every)
@@ -55,7 +55,7 @@ def draw(data: ReportData) -> Figure | None:
 def norms_of(recipe: Recipe) -> Norms:
     """Return the logged norms of the first valid run that has them, or an empty dict.
 
-    If the model grows during these steps, only the steps before its growth are used.
+    If the model grows during these steps, only the steps before the number of layers changes are used.
     """
     for run in recipe.valid_runs:
         logged = [row["grad_norms"] for row in run.steps if "grad_norms" in row]
@@ -70,15 +70,15 @@ def layers(count: int) -> list[str]:
     return ["embedding", *(f"block_{i}" for i in range(count - 2)), "head"]
 
 
-def draw_norms(axes: Axes, norms: Norms, blocks: int, place: int | None, label: str) -> None:
-    """Draw the norms of one run. The head is at the right end, behind the deepest model of the figure."""
+def draw_norms(axes: Axes, norms: Norms, blocks: int, index: int | None, label: str) -> None:
+    """Draw the norms of one run. The head is at the right end, after the last block of the deepest model."""
     x = [-1, *range(len(norms) - 2), blocks]
     values = np.array(list(norms.values()), dtype=float)
     values[values == 0] = np.nan  # a logarithmic axis cannot show the layers that are not trained
-    axes.plot(x, np.median(values, axis=1), marker=".", label=label, **line_style(place))
-    if place is not None:
+    axes.plot(x, np.median(values, axis=1), marker=".", label=label, **line_style(index))
+    if index is not None:
         low, high = values.min(axis=1), values.max(axis=1)
-        axes.fill_between(x, low, high, color=COLOURS[place], alpha=0.2, linewidth=0)
+        axes.fill_between(x, low, high, color=COLOURS[index], alpha=0.2, linewidth=0)
 
 
 def set_norm_ticks(axis: Axis, norms: Sequence[float]) -> None:

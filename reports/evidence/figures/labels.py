@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +22,8 @@ CROSSING = 40.0  # the cost of a line that crosses something, compared with the 
 ON_NAME = 10.0  # the cost of covering or crossing a name, compared with covering or crossing a mark
 DISTANCES = (GAP, 14.0, 26.0, 40.0)  # a name that is further away than GAP gets a line to its mark
 SHARES = tuple(share / 10 for share in range(3, 11))  # the parts of a line that are checked for crossings
-# The directions from a mark to its name. No better and cheaper point is to the left of a mark and below it.
+# The directions from a mark to its name. The lower left is first, because no point is to the lower left of a
+# recipe on the line.
 SIDES = ((-1, -1), (1, -1), (-1, 0), (1, 0), (0, -1), (1, 1), (-1, 1), (0, 1))
 
 
@@ -58,14 +59,14 @@ class Place(NamedTuple):
     line: tuple[Box, ...]  # small squares along the line from the mark to the name
 
 
-def place_labels(figure: Figure, axes: Axes, names: Mapping[str, tuple[float, float]]) -> None:
+def place_labels(figure: Figure, axes: Axes, names: Iterable[tuple[str, tuple[float, float]]]) -> None:
     """Write names next to their points. Call this function after everything else is drawn."""
     figure.draw_without_rendering()  # this call fixes the positions of the axes
     frame = _box(axes, axes.bbox.corners()).shrunk(MARK)
     taken = list(_obstacles(axes))
     names_at: list[Box] = []
     lines: list[Box] = []
-    for name, point in names.items():
+    for name, point in names:
         x, y = _points(axes, axes.transData.transform([point]))[0]
         best = min(_places(name, x, y), key=lambda place: _cost(place, taken, names_at, lines, frame))
         names_at.append(best.box)
@@ -118,7 +119,10 @@ def _places(text: str, x: float, y: float) -> Iterator[Place]:
 
 
 def _cost(place: Place, taken: list[Box], names: list[Box], lines: list[Box], frame: Box) -> float:
-    """Return the area of a name that covers other things or is outside the frame, and count crossings."""
+    """Return the cost of a place.
+
+    The cost is the area that is covered or outside the frame, plus a penalty for each crossing.
+    """
     outside = place.box.area - place.box.overlap(frame)
     covered = sum(map(place.box.overlap, taken)) + ON_NAME * sum(map(place.box.overlap, names))
     crossings = ON_NAME * sum(place.box.overlap(square) > 0 for square in lines)

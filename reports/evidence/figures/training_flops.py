@@ -21,26 +21,29 @@ if TYPE_CHECKING:
     from matplotlib.transforms import Transform
 
 FRONT = "no cheaper recipe is better"
-FRAME = 2.5  # the height of the frame is at most FRAME times the distance from the best score to the quartile
-FEWEST = 4  # with fewer recipes, the frame shows all scores
-MOST_NAMES = 12
+MAX_SPREAD = (
+    2.5  # the frame shows scores up to this many times the distance from the best score to the quartile
+)
+MIN_RECIPES = 4  # with fewer recipes, the frame shows all scores
+MAX_NAMES = 12
 BAR_SHIFT = 6.0  # the distance between the marks of runs and the bar of their recipe, in points
 
 
 class Point(NamedTuple):
-    """A recipe with its place in the color palette, and its mean FLOPs and score."""
+    """A recipe with the index of its color in the palette, and its mean FLOPs and score."""
 
     recipe: Recipe
-    place: int | None
+    color: int | None
     cost: float
     mean: float
 
 
 def points_of(data: ReportData) -> list[Point]:
     points = []
-    for recipe, place in coloured(data):
-        cost = mean_of(recipe.valid_runs, get_flops) or 0.0
-        points.append(Point(recipe, place, cost, recipe.mean_score))
+    for recipe, index in coloured(data):
+        cost = mean_of(recipe.valid_runs, get_flops)
+        assert cost, "a report refuses a run without FLOPs"
+        points.append(Point(recipe, index, cost, recipe.mean_score))
     return points
 
 
@@ -51,8 +54,8 @@ def caption(data: ReportData) -> str:
         "passed its guards. A bar beside the marks shows the mean of several seeds and one standard "
         "deviation. The line joins the recipes whose mean is better than the means of all cheaper recipes."
     )
-    if any(point.place is None for point in points):
-        text += " Grey marks are the other recipes. Those on the line or with several seeds are named."
+    if any(point.color is None for point in points):
+        text += " Gray marks are the other recipes. Those on the line or with several seeds are named."
     if len(in_frame(points)) < len(points):
         text += " A triangle at the top with a score stands for a recipe above the frame."
     return text
@@ -80,9 +83,9 @@ def draw(data: ReportData) -> Figure | None:
     format_cost_ticks(axes.xaxis)
     format_ticks(axes.yaxis)
     add_legend(figure, axes)
-    named = front + [p for p in points if p.place is None and len(p.recipe.scores) > 1 and p not in front]
-    named = [point for point in named if point in shown][:MOST_NAMES]
-    place_labels(figure, axes, {row_name(point.recipe.name): (point.cost, point.mean) for point in named})
+    named = front + [p for p in points if p.color is None and len(p.recipe.scores) > 1 and p not in front]
+    named = [point for point in named if point in shown][:MAX_NAMES]
+    place_labels(figure, axes, [(row_name(point.recipe.name), (point.cost, point.mean)) for point in named])
     return figure
 
 
@@ -92,11 +95,11 @@ def in_frame(points: Sequence[Point]) -> list[Point]:
     A few bad recipes would squeeze all other recipes together, so they are above the frame.
     """
     means = sorted(point.mean for point in points)
-    if len(means) < FEWEST:
+    if len(means) < MIN_RECIPES:
         return list(points)
     best = means[0]
     quartile = means[3 * (len(means) - 1) // 4]
-    return [point for point in points if point.mean <= best + FRAME * (quartile - best)]
+    return [point for point in points if point.mean <= best + MAX_SPREAD * (quartile - best)]
 
 
 def limit_frame(axes: Axes, shown: Sequence[Point]) -> None:
@@ -106,17 +109,17 @@ def limit_frame(axes: Axes, shown: Sequence[Point]) -> None:
     axes.set_ylim(min(scores) - 0.08 * height, max(scores) + 0.2 * height)
 
 
-def look_of(place: int | None) -> dict[str, Any]:
-    if place is None:
+def look_of(index: int | None) -> dict[str, Any]:
+    if index is None:
         return {"color": GREY, "marker": "o", "zorder": 2}
-    return {"color": COLOURS[place], "marker": MARKERS[place], "zorder": 3}
+    return {"color": COLOURS[index], "marker": MARKERS[index], "zorder": 3}
 
 
 def draw_recipe(axes: Axes, point: Point) -> None:
     """Draw a mark for each run of a recipe, and a bar if the recipe has several seeds."""
     recipe = point.recipe
-    look = look_of(point.place)
-    label = "" if point.place is None else recipe.name
+    look = look_of(point.color)
+    label = "" if point.color is None else recipe.name
     flops = [get_flops(run) for run in recipe.valid_runs]
     scores = [run.full for run in recipe.valid_runs]
     axes.plot(flops, scores, linestyle="", markerfacecolor="none", label=label, **look)
@@ -145,11 +148,11 @@ def draw_front(axes: Axes, front: Sequence[Point]) -> None:
 
 def mark_above_frame(axes: Axes, point: Point) -> None:
     """Draw a triangle at the top of the frame, with the score of a recipe that lies above the frame."""
-    colour = look_of(point.place)["color"]
+    color = look_of(point.color)["color"]
     top = axes.get_xaxis_transform()  # the y coordinate 1 of this transform is the top of the frame
-    axes.plot([point.cost], [0.96], "^", color=colour, transform=top, zorder=3)
+    axes.plot([point.cost], [0.96], "^", color=color, transform=top, zorder=3)
     text = f"{point.mean:.4f}"
-    if point.place is not None:
+    if point.color is not None:
         text = f"{row_name(point.recipe.name)} {text}"
     left, right = axes.get_xlim()
     in_left_half = point.cost**2 < left * right  # the axis is logarithmic

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from mainrun.stats import Mean
 from reports.evidence.figures.axes import format_ticks, label_bar, panels, set_row_names
 from reports.evidence.figures.style import COLOURS, GREY
-from reports.evidence.load import ReportData, changed_steps, ladder_scores
+from reports.evidence.load import ReportData, base_indices, ladder_scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,9 +37,9 @@ def draw(data: ReportData) -> Figure | None:
     figure, (axes,) = panels(0.8 + 0.25 * len(ladder))
     draw_start(axes, means[0])
     last = list(range(len(means)))  # the last row whose bar starts at the score of each step
-    for y, place in enumerate(changed_steps(ladder), 1):
-        draw_change(axes, y, means[place], means[y], floor)
-        last[place] = y
+    for y, base in enumerate(base_indices(ladder), 1):
+        draw_change(axes, y, means[base], means[y], floor)
+        last[base] = y
     for y, mean in enumerate(means):
         axes.plot([mean, mean], [y - 0.31, last[y] + 0.31], color="black", linewidth=0.7)
     set_row_names(axes, [recipe.cfg.preset.split(":")[-1] for recipe in ladder])
