@@ -602,10 +602,19 @@ def test_a_store_keeps_a_run_under_these_keys(lab: Lab, tmp_path: Path) -> None:
 # -- the chain
 
 
-def test_a_chain_of_a_hundred_thousand_steps_takes_half_a_second() -> None:
-    """The chain takes 0.25 s of processor time on an idle machine and 0.4 s on a busy one.
+def seconds_of_a_million_additions() -> float:
+    """Return the processor time of a plain Python loop, which tells fast machines from slow ones."""
+    begun = time.process_time()
+    total = 0
+    for i in range(1_000_000):
+        total += i * i
+    return time.process_time() - begun
 
-    The test allows 50% more than half a second.
+
+def test_a_chain_of_a_hundred_thousand_steps_is_fast() -> None:
+    """The chain takes 0.25 to 1.2 s, depending on the machine, and at most 12 times as long as the additions.
+
+    The test allows twice as much.
     """
     plan = Plan(
         from_dict(
@@ -620,12 +629,13 @@ def test_a_chain_of_a_hundred_thousand_steps_takes_half_a_second() -> None:
         801,
     )
     assert plan.steps == 100_000
-    taken = []
+    ratios = []
     for _ in range(3):
+        additions = seconds_of_a_million_additions()
         begun = time.process_time()
         assert len(lineage.chain("ab" * 32, plan)) == 100_001
-        taken.append(time.process_time() - begun)
-    assert min(taken) < 1.5 * 0.5, taken
+        ratios.append((time.process_time() - begun) / additions)
+    assert min(ratios) < 24, ratios
 
 
 def test_a_chain_is_the_hash_of_the_key_before_and_the_inputs() -> None:

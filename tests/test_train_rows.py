@@ -321,11 +321,11 @@ def test_set_dropout_sets_the_rates_of_every_block() -> None:
     at = inputs(model.cfg, dropout=0.25, attn_dropout=0.5, resid_dropout=0.75, stochastic_depth=0.375)
     model.set_dropout(at, "sdpa")
     assert model.dropout == 0.25
-    assert [block.skipped for block in model.blocks] == [0.125, 0.25, 0.375]
+    assert [block.depth_rate for block in model.blocks] == [0.125, 0.25, 0.375]
     assert [(b.dropout, b.attn.dropout, b.attn.fused) for b in model.blocks] == [(0.75, 0.5, True)] * 3
     model.set_dropout(inputs(model.cfg), "plain")
     assert [(b.dropout, b.attn.dropout, b.attn.fused) for b in model.blocks] == [(0.0, 0.0, False)] * 3
-    assert [block.skipped for block in model.blocks] == [0.0] * 3
+    assert [block.depth_rate for block in model.blocks] == [0.0] * 3
 
 
 @pytest.mark.parametrize("title_mask", [False, True])
