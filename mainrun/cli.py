@@ -172,14 +172,14 @@ def compare(
 
     if svg:
         check_regular_file(svg, "--svg", b"<svg", "SVG")
-    found = [rundir.find(place, out) for place in runs]
-    summaries = [comparison.load_summary(run) for run in found]
+    run_dirs = [rundir.find(place, out) for place in runs]
+    summaries = [comparison.load_summary(run) for run in run_dirs]
     rows = comparison.rows(summaries)
     claims = []
     if pairs:
         from mainrun.ui import paired
 
-        scores = zip(found, summaries, strict=True)
+        scores = zip(run_dirs, summaries, strict=True)
         claims = paired.judge_claims(
             [paired.RunScore(run.config(), summary) for run, summary in scores], pairs
         )

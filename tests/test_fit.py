@@ -75,13 +75,13 @@ def test_a_linear_memory_needs_few_estimates() -> None:
 @pytest.mark.usefixtures("linear")
 def test_the_largest_micro_batch_uses_the_memory_up_to_the_margin() -> None:
     one = setup(batch_size=64, num_titles=3000)
-    found = fit(one, store=False, memory=167_000_000)
-    assert (found["memory"], found["margin"], found["usable"]) == (167_000_000, 0.1, 150_300_000)
-    assert (found["largest_micro_batch"], found["largest_memory"]) == (25, 150_000_000)
-    assert (found["grad_accum"], found["micro_batch"], found["set"]) == (4, 16, "--set grad_accum=4")
-    assert found["micro_batch_memory"] == 132_000_000 and not found["all_of_train"]
-    assert not found["proved"] and "--probe" in found["why_not_proved"]
-    assert found["largest_batch"] == rates_for(one.cfg, 25)
+    result = fit(one, store=False, memory=167_000_000)
+    assert (result["memory"], result["margin"], result["usable"]) == (167_000_000, 0.1, 150_300_000)
+    assert (result["largest_micro_batch"], result["largest_memory"]) == (25, 150_000_000)
+    assert (result["grad_accum"], result["micro_batch"], result["set"]) == (4, 16, "--set grad_accum=4")
+    assert result["micro_batch_memory"] == 132_000_000 and not result["all_of_train"]
+    assert not result["proved"] and "--probe" in result["why_not_proved"]
+    assert result["largest_batch"] == rates_for(one.cfg, 25)
 
 
 @pytest.mark.usefixtures("linear")
@@ -94,17 +94,17 @@ def test_the_largest_micro_batch_uses_the_memory_up_to_the_margin() -> None:
     ],
 )
 def test_passes_and_grown_models_count(fields: dict[str, Any], rows: int) -> None:
-    found = fit(setup(**fields), store=False, memory=334_000_000)
-    assert found["largest_micro_batch"] == rows
+    result = fit(setup(**fields), store=False, memory=334_000_000)
+    assert result["largest_micro_batch"] == rows
 
 
 @pytest.mark.usefixtures("linear")
 def test_train_limits_the_rows() -> None:
     one = setup()
-    found = fit(one, store=False, memory=10**12)
+    result = fit(one, store=False, memory=10**12)
     rows = (one.plan.train_tokens - 1) // 16
-    assert found["largest_micro_batch"] == rows and found["all_of_train"] and found["grad_accum"] == 1
-    assert "train has no more rows" in dict(fit_rows(one.cfg, found, 1))["fit: largest micro-batch"]
+    assert result["largest_micro_batch"] == rows and result["all_of_train"] and result["grad_accum"] == 1
+    assert "train has no more rows" in dict(fit_rows(one.cfg, result, 1))["fit: largest micro-batch"]
     set_up(one.cfg.changed(batch_size=rows))
     with pytest.raises(ConfigError, match="lower batch_size"):
         set_up(one.cfg.changed(batch_size=rows + 1))
@@ -187,8 +187,8 @@ def test_fit_follows_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     one = setup(batch_size=64, num_titles=3000)
     limit = 10**9
     monkeypatch.setattr(module, "prove", lambda *_: module.Proof(20, True, 5))
-    found = fit(one, store=False, memory=limit)
-    assert (found["largest_micro_batch"], found["grad_accum"], found["proved"]) == (20, 4, True)
+    result = fit(one, store=False, memory=limit)
+    assert (result["largest_micro_batch"], result["grad_accum"], result["proved"]) == (20, 4, True)
     monkeypatch.setattr(module, "prove", lambda *_: module.Proof(0, False))
     with pytest.raises(
         UsageError, match=r"one row does not fit into .*: a training step needed more .*; lower block_size"
@@ -272,24 +272,24 @@ def test_the_command_shows_the_facts_in_both_formats() -> None:
     options = ("--fit", "--memory", "1GB", "--no-store")
     done = dry_run(*options, "--json", num_titles=90)
     assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout)["fit"]
-    assert found["memory"] == 10**9 and found["grad_accum"] == 1 and not found["proved"]
-    assert found["micro_batch_memory"] == json.loads(done.stdout)["memory"]
-    assert found["micro_batch_memory"] <= found["largest_memory"] <= found["usable"] == 900_000_000
-    rows = dict(fit_rows(cfg, found, 1))
+    result = json.loads(done.stdout)["fit"]
+    assert result["memory"] == 10**9 and result["grad_accum"] == 1 and not result["proved"]
+    assert result["micro_batch_memory"] == json.loads(done.stdout)["memory"]
+    assert result["micro_batch_memory"] <= result["largest_memory"] <= result["usable"] == 900_000_000
+    rows = dict(fit_rows(cfg, result, 1))
     assert rows["fit: memory"] == "1.0GB less a margin of 10%: 900.0MB"
     assert rows["fit: use"].startswith("--set grad_accum=1 keeps batch_size=8 with micro-batches of 8 rows")
     assert rows["fit: proof"].startswith("estimated, not proved: on a CPU, --probe")
-    batch = found["largest_batch"]
+    batch = result["largest_batch"]
     assert rows["fit: largest batch"].startswith(f"--set batch_size={batch['batch_size']} --set grad_accum=1")
     assert rows["fit: linear rule, lr x k"] == f"--set lr={batch['linear']['lr']:.4g}", "lr_aux follows lr"
     assert rows["fit: square-root rule, lr x sqrt(k)"] == f"--set lr={batch['square_root']['lr']:.4g}"
-    assert "per process" in dict(fit_rows(cfg, found, 2))["fit: memory"]
-    rows = dict(fit_rows(cfg, found | {"proved": True, "measured_peak": 7_000}, 1))
+    assert "per process" in dict(fit_rows(cfg, result, 2))["fit: memory"]
+    rows = dict(fit_rows(cfg, result | {"proved": True, "measured_peak": 7_000}, 1))
     assert rows["fit: proof"] == "by training: the peak was 7.0kB"
-    rows = dict(fit_rows(cfg, found | {"largest_batch": rates_for(cfg.changed(lr_aux=0.002), 32)}, 1))
+    rows = dict(fit_rows(cfg, result | {"largest_batch": rates_for(cfg.changed(lr_aux=0.002), 32)}, 1))
     assert rows["fit: linear rule, lr x k"] == f"--set lr={4 * cfg.lr:.4g} --set lr_aux=0.008"
-    assert "fit: largest batch" not in dict(fit_rows(cfg, found | {"largest_batch": rates_for(cfg, 8)}, 1))
+    assert "fit: largest batch" not in dict(fit_rows(cfg, result | {"largest_batch": rates_for(cfg, 8)}, 1))
 
 
 @pytest.mark.usefixtures("linear")

@@ -48,11 +48,11 @@ def test_each_layer_has_the_norm_of_its_own_parameters() -> None:
         "block_2": [model.blocks[2]],
         "head": [model.norm, model.head],
     }
-    found = named_norms(gradient_norms(model).tolist())
-    assert list(found) == list(layers)
+    logged = named_norms(gradient_norms(model).tolist())
+    assert list(logged) == list(layers)
     for name, modules in layers.items():
         grads = [p.grad.double() for module in modules for p in module.parameters()]  # type: ignore[union-attr]
-        assert found[name] == pytest.approx(math.sqrt(sum(float((g * g).sum()) for g in grads)), rel=1e-4), (
+        assert logged[name] == pytest.approx(math.sqrt(sum(float((g * g).sum()) for g in grads)), rel=1e-4), (
             name
         )
 

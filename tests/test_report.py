@@ -887,6 +887,7 @@ def test_the_figure_of_a_routed_run_shows_shares_accuracy_and_flops() -> None:
 
 def run_with_norms(preset: str, norms: list[dict[str, float]], **options: Any) -> load.Run:
     run = make_run(preset, **options)
+    # only the first steps have norms
     for row, values in zip(run.steps, norms, strict=False):
         row["grad_norms"] = values
     return run

@@ -73,12 +73,12 @@ def load(names: Sequence[str], out: Path, split: str) -> list[ScoredRun]:
         raise UsageError(f"got --split {split!r}; use val or dev")
     if len(names) < 2:
         raise UsageError(f"got {len(names)} run, but an ensemble has at least two; give two or more runs")
-    found = [rundir.find(name, out) for name in names]
-    paths = Counter(run.path.resolve() for run in found)
-    twice = [run for run in found if paths[run.path.resolve()] > 1]
+    run_dirs = [rundir.find(name, out) for name in names]
+    paths = Counter(run.path.resolve() for run in run_dirs)
+    twice = [run for run in run_dirs if paths[run.path.resolve()] > 1]
     if twice:
         raise UsageError(f"run {twice[0].path.name} is given more than once; give each run once")
-    runs = [_load_run(run, split) for run in found]
+    runs = [_load_run(run, split) for run in run_dirs]
     for i, scored in enumerate(runs):
         for earlier in runs[:i]:
             _check_different_weights(earlier, scored)

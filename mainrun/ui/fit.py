@@ -216,23 +216,23 @@ def rates_for(cfg: TrainConfig, batch_size: int) -> dict[str, Any]:
 # -- the rows of the table
 
 
-def fit_rows(cfg: TrainConfig, found: dict[str, Any], world: int) -> list[tuple[str, str]]:
+def fit_rows(cfg: TrainConfig, result: dict[str, Any], world: int) -> list[tuple[str, str]]:
     """Return the rows of the table that `--fit` adds."""
-    memory = f"{short(found['memory'])}B less a margin of {found['margin']:.0%}: {short(found['usable'])}B"
+    memory = f"{short(result['memory'])}B less a margin of {result['margin']:.0%}: {short(result['usable'])}B"
     each = " per process" if world > 1 else ""
     twice = ", each of which passes twice (rdrop)" if cfg.rdrop else ""
-    end = "; train has no more rows" if found["all_of_train"] else ""
-    most = f"{found['largest_micro_batch']} rows{each}{twice}, about {short(found['largest_memory'])}B{end}"
-    proof = f"estimated, not proved: {found['why_not_proved']}"
-    if found["proved"]:
-        proof = f"by training: the peak was {short(found['measured_peak'])}B"
+    end = "; train has no more rows" if result["all_of_train"] else ""
+    most = f"{result['largest_micro_batch']} rows{each}{twice}, about {short(result['largest_memory'])}B{end}"
+    proof = f"estimated, not proved: {result['why_not_proved']}"
+    if result["proved"]:
+        proof = f"by training: the peak was {short(result['measured_peak'])}B"
     setting = (
-        f"{found['set']} keeps batch_size={cfg.batch_size} with micro-batches of {found['micro_batch']} "
-        f"rows{each}, about {short(found['micro_batch_memory'])}B"
+        f"{result['set']} keeps batch_size={cfg.batch_size} with micro-batches of {result['micro_batch']} "
+        f"rows{each}, about {short(result['micro_batch_memory'])}B"
     )
     rows = [("fit: memory", memory + each), ("fit: largest micro-batch", most), ("fit: proof", proof)]
     rows.append(("fit: use", setting))
-    batch = found["largest_batch"]
+    batch = result["largest_batch"]
     if batch["batch_size"] == cfg.batch_size:
         return rows
     change = f"--set batch_size={batch['batch_size']} --set grad_accum=1"

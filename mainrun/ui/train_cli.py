@@ -453,9 +453,9 @@ def _estimate(cfg: TrainConfig, options: EstimateOptions) -> dict[str, Any]:
     from mainrun.ui.fit import fit
 
     # measure the free memory before --probe allocates a part of it
-    found = fit(setup, store=options.store, memory=options.memory, probe=options.probe)
+    result = fit(setup, store=options.store, memory=options.memory, probe=options.probe)
     cost = estimate_setup(setup, options.probe, options.store)
-    return cost | {"fit": found}
+    return cost | {"fit": result}
 
 
 def _show_estimates(configs: list[TrainConfig], options: EstimateOptions, as_json: bool) -> None:
