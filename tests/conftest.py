@@ -20,6 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Hypothesis examples take longer on a busy machine, so a slow example is not an error.
 settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("house")
+settings.register_profile("fast", settings.get_profile("house"), max_examples=25)
 
 REAL_TITLES = Path(__file__).parents[2] / "shared" / "data" / "hn_titles.txt"
 
@@ -36,6 +37,17 @@ TINY = {
     "device": "cpu",
     "eval_per_epoch": 2,
 }
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Try a quarter of the random examples if the slow tests are left out. CI runs all tests."""
+    if config.option.markexpr == "not slow":
+        settings.load_profile("fast")
+
+
+def examples(count: int) -> int:
+    """Return `count`, or a quarter of it if the slow tests are left out."""
+    return count * settings.default.max_examples // 100
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1170,9 +1170,7 @@ def test_eviction_costs_steps_and_no_bit(tmp_path: Path, alone: Any, filled_stor
 # -- other machines
 
 
-def test_another_number_of_threads_shares_nothing_and_reports_why(
-    tmp_path: Path, filled_store: Any
-) -> None:
+def test_another_number_of_threads_shares_nothing_and_reports_why(tmp_path: Path, filled_store: Any) -> None:
     """The runs train one step, because two threads take seconds on a busy machine."""
     cfg, watch = config(threads=2), Watch()
     try:

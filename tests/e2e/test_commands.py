@@ -197,9 +197,7 @@ def test_sample(trained: tuple[Path, Any], forked: Callable[..., Outcome]) -> No
     assert len(set(likeliest)) == 1
 
 
-def test_sample_escapes_control_characters(
-    trained: tuple[Path, Any], forked: Callable[..., Outcome]
-) -> None:
+def test_sample_escapes_control_characters(trained: tuple[Path, Any], forked: Callable[..., Outcome]) -> None:
     out, _ = trained
     options = ["--prompt", "a\x1b[31mb\nc", "-n", 2, "--max-tokens", 2]
     lines = forked("sample", only(out).name[:12], "--out", out, *options).out.splitlines()
