@@ -55,6 +55,8 @@ WARM = (
     "yaml", "ctypes", "difflib", "http.client", "urllib.request", "concurrent.futures", "multiprocessing",
 )  # fmt: skip
 
+OURS = ("mainrun", "sweeps", "reports")
+
 # Every command may exit with 0, 2 or 75. This table lists the additional exit codes of each command.
 OTHER_CODES = {
     "train": {3},  # the loss became NaN
@@ -140,11 +142,12 @@ class Driver:
 
     Use a driver as a context manager and from a single thread.
 
-    `tree` is the root of the code under test. `env` changes the environment of the interpreter, for example
-    its locale. With `warm=False`, the process imports only the command line.
+    `tree` is the root of the code under test. With `tree=None`, the process imports only libraries, and each
+    case imports the code in its folder. `env` changes the environment of the interpreter, for example its
+    locale. With `warm=False`, the process imports only the command line.
     """
 
-    tree: Path = ROOT
+    tree: Path | None = ROOT
     env: Mapping[str, str] = field(default_factory=dict)
     warm: bool = True
     limit: float = 60.0
@@ -157,12 +160,13 @@ class Driver:
             "MPLBACKEND": "agg",
         }
         closed = {"HF_ENDPOINT": "http://127.0.0.1:9", "no_proxy": "*", "HF_HUB_DISABLE_TELEMETRY": "1"}
-        env = os.environ | quiet | closed | {"PYTHONPATH": str(self.tree)} | dict(self.env)
+        path = {"PYTHONPATH": str(self.tree)} if self.tree else {}
+        env = os.environ | quiet | closed | path | dict(self.env)
         for name in ("MAINRUN_STORE", "RANK", "WORLD_SIZE", "COLUMNS", "HF_HUB_OFFLINE"):
             env.pop(name, None)
         self.home = tempfile.mkdtemp(prefix="doors-")
         env |= {"HOME": self.home, "MPLCONFIGDIR": self.home, "MAINRUN_CACHE": f"{self.home}/cache"}
-        command = [sys.executable, __file__, "--serve", *([] if self.warm else ["--cold"])]
+        command = [sys.executable, __file__, "--serve", *self._imports()]
         self.server = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, cwd=self.home
         )
@@ -173,6 +177,12 @@ class Driver:
         self.server.stdin.close()
         self.server.wait(30)
         shutil.rmtree(self.home, ignore_errors=True)
+
+    def _imports(self) -> list[str]:
+        """Return the modules that the process imports before the first case."""
+        if not self.tree:
+            return [name for name in WARM if not name.startswith(OURS)]
+        return list(WARM if self.warm else WARM[:1])
 
     def run(
         self,
@@ -213,8 +223,11 @@ class Driver:
 # -- forking the cases
 
 
-def serve(warm: bool) -> None:
-    """Read one case per line from stdin, run it and write its outcome, until stdin is closed."""
+def serve(modules: list[str]) -> None:
+    """Read one case per line from stdin, run it and write its outcome, until stdin is closed.
+
+    modules: the modules to import before the first case.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     channel = os.fdopen(os.dup(1), "wb")
     requests = os.fdopen(os.dup(0), "rb")
@@ -223,16 +236,17 @@ def serve(warm: bool) -> None:
         os.dup2(null, fd)
     for fd in (null, channel.fileno(), requests.fileno()):
         os.set_inheritable(fd, False)
-    for name in WARM if warm else WARM[:1]:
+    for name in modules:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as e:  # another version of the code may lack this module
-            if name == WARM[0] or not name.startswith(("mainrun", "sweeps", "reports")):
+            if name == WARM[0] or not name.startswith(OURS):
                 raise RuntimeError(f"{name} cannot be imported") from e
     typer_main = importlib.import_module("typer.main")
-    # Build the Typer command once, because building it takes as long as running a small command.
-    typer_main.get_command = functools.cache(typer_main.get_command)
-    typer_main.get_command(importlib.import_module("mainrun.cli").app)
+    if WARM[0] in modules:
+        # Build the Typer command once, because building it takes as long as running a small command.
+        typer_main.get_command = functools.cache(typer_main.get_command)
+        typer_main.get_command(importlib.import_module("mainrun.cli").app)
     gc.collect()
     gc.freeze()
     for line in requests:
@@ -334,6 +348,8 @@ def _child(case: dict[str, Any], writes: dict[str, int | None]) -> None:
         else:
             os.environ[name] = _decode(value)
     sys.argv = ["mainrun", *map(_decode, case["argv"])]
+    if WARM[0] not in sys.modules:
+        sys.path.insert(0, case["cwd"])
     signal.signal(signal.SIGINT, signal.default_int_handler)
     from mainrun.cli import main
 
@@ -528,7 +544,7 @@ def _summary(rows: list[CaseRow], seed: int, seconds: float) -> None:
 
 if __name__ == "__main__":
     if "--serve" in sys.argv:
-        serve("--cold" not in sys.argv)
+        serve(sys.argv[2:])
         sys.exit()
     try:
         sys.exit(main())

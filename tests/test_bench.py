@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import math
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -17,14 +19,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_sets
+from typer.testing import CliRunner
 
 from mainrun.bench import gpu, lineage, parts, plain, step, worker
+from mainrun.cli import app
 from mainrun.config import TrainConfig, from_dict
 from mainrun.core.device import Device
 from mainrun.errors import MainrunError, UsageError
 from mainrun.plan.cost import costs
 from mainrun.plan.plan import Plan
 from mainrun.run import batch
+from mainrun.run import summary as summaries
 from mainrun.run.session import train
 from mainrun.store.rundir import RunDir
 from mainrun.train import build
@@ -347,11 +352,18 @@ def test_a_worker_answers_in_json_only(tiny: Any) -> None:
     assert evaluation["tokens_per_s"] > 0 and 0 < abs(evaluation["loss"] - evaluation["loss_float32"]) < 1e-3
 
 
-def test_a_worker_refuses_an_unknown_word(tiny: Any) -> None:
-    with step.start("x", "floor", True, tiny()) as started:
-        started.listen()
-        with pytest.raises(UsageError, match="got the command 'stop', but accepts only step and end"):
-            started.ask("stop")
+def test_a_worker_refuses_an_unknown_word(tiny: Any, one_thread: None) -> None:
+    words: queue.Queue[str] = queue.Queue()
+    words.put("stop")
+    with pytest.raises(UsageError, match="got the command 'stop', but accepts only step and end"):
+        worker.serve({"rival": "floor", "config": tiny().model_dump()}, words, io.StringIO())
+
+
+def test_a_worker_that_is_refused_answers_with_the_error(tiny: Any) -> None:
+    with step.start("x", "floor", True, tiny().model_copy(update={"n_head": 7})) as started:
+        with pytest.raises(UsageError, match="n_head=7"):
+            started.listen()
+        assert started.process.wait(60) == 2
 
 
 @pytest.mark.slow
@@ -374,11 +386,9 @@ def test_the_parent_does_not_import_torch() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_bench_gpu_needs_a_gpu() -> None:
-    process = subprocess.run(
-        [sys.executable, "-m", "mainrun", "bench", "gpu"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert (process.returncode, process.stdout) == (2, "")
-    assert process.stderr == "error: torch finds no GPU; run this command on a machine with a GPU\n"
+    result = CliRunner().invoke(app, ["bench", "gpu"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "error: torch finds no GPU; run this command on a machine with a GPU\n"
 
 
 def test_the_name_of_a_gpu_decides_its_stated_peak() -> None:
@@ -422,9 +432,12 @@ def test_the_time_of_a_whole_run_is_measured(tmp_path: Path) -> None:
 # -- the savings from sharing steps
 
 
-def test_the_studies_train_the_fewest_steps_and_change_no_bit(tiny: Any) -> None:
+def test_the_studies_train_the_fewest_steps_and_change_no_bit(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(summaries, "guards", lambda evidence: [])
     small = {
-        "num_titles": 200,
+        "num_titles": 120,
         "n_layer": 1,
         "optimizer": "adamw",
         "lr": 0.01,
@@ -432,7 +445,7 @@ def test_the_studies_train_the_fewest_steps_and_change_no_bit(tiny: Any) -> None
         "eval_per_epoch": 0,
         "compile": "off",
     }
-    rows = lineage.measure(tiny(**small), studies=(1, 2, 3, 4), trials=3)
+    rows = lineage.measure(tiny(**small), studies=(1, 2, 3, 4), trials=2)
     assert [(row["study"], row["way"]) for row in rows] == [
         ("1", "known at once"), ("1", "one by one"), ("1 and 2", "known at once"), ("1 and 2", "one by one"),
         ("3", "successive halving"), ("4", "known at once"), ("4", "one by one"),
@@ -444,7 +457,7 @@ def test_the_studies_train_the_fewest_steps_and_change_no_bit(tiny: Any) -> None
         assert row["saving"] == row["asked"] / row["trained"]
     assert rows[2]["fewest"] < rows[2]["asked"]
     head, lines = lineage.table(rows)
-    assert {len(line) for line in lines} == {len(head)} and lines[0][-1] == "same (3)"
+    assert {len(line) for line in lines} == {len(head)} and lines[0][-1] == "same (2)"
 
 
 def test_a_run_with_other_bits_is_reported(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -265,7 +266,7 @@ def test_a_missing_file_is_a_usage_error(tmp_path: Path) -> None:
         assert result.stderr == f"error: there is no file {path}; give a bundle that `mainrun submit` made\n"
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(st.lists(st.text(max_size=12), max_size=4).map("/".join))
 def test_an_allowed_name_stays_in_its_folder(name: str) -> None:
     if not name_problem(name):
@@ -273,7 +274,7 @@ def test_an_allowed_name_stays_in_its_folder(name: str) -> None:
         assert path.resolve().is_relative_to("/in") and str(path) == f"/in/{name}"
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(st.data())
 def test_a_flipped_byte_is_detected(data: st.DataObject) -> None:
     """If one byte of a bundle changes, reading fails, the manifest differs, or the files are unchanged."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_tokens import TRICKY, a_corpus, same
@@ -87,7 +88,7 @@ def test_capitals_are_written_as_signs(title: str, marked: str) -> None:
     assert restore(marked) == title
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(st.text(st.characters(codec="utf-8", exclude_characters="".join(SIGNS))))
 def test_any_text_is_restored(title: str) -> None:
     assert restore(mark(title)) == title
@@ -109,7 +110,7 @@ def test_a_sign_without_a_word_is_dropped() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(titles=st.lists(titles_of_any_kind(), max_size=4))
 @example(titles=[f"Signs {FIRST}A {ALL} a", f"\\x{{e000}}{FIRST}"])
 def test_any_title_is_restored_from_its_tokens(kind: str, titles: list[str]) -> None:

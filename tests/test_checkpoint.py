@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -74,7 +75,7 @@ def edit_meta(place: Path, change: Callable[[dict[str, Any]], Any], **dump: Any)
     raw=st.binary(min_size=8 * 64, max_size=8 * 64),
     transposed=st.booleans(),
 )
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 def test_every_bit_comes_back(
     tmp_path_factory: pytest.TempPathFactory,
     dtype: torch.dtype,
@@ -252,7 +253,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, bytes]:
 
 
 @given(st.data())
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 def test_any_changed_byte_is_detected(whole: dict[Path, bytes], data: st.DataObject) -> None:
     path = data.draw(st.sampled_from(sorted(whole)))
     at = data.draw(st.integers(0, len(whole[path]) - 1))

@@ -168,8 +168,8 @@ def test_help_takes_less_than_400_ms() -> None:
         children = resource.getrusage(resource.RUSAGE_CHILDREN)
         return children.ru_utime + children.ru_stime
 
-    times = []
-    for _ in range(5):
+    times = [1.0]
+    while min(times) >= 0.4 and len(times) < 6:
         begin = processor_time()
         subprocess.run([sys.executable, "-m", "mainrun", "--help"], capture_output=True, check=True)
         times.append(processor_time() - begin)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import os
 import random
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +35,6 @@ from mainrun.store import records
 from mainrun.store.rundir import RunDir
 from reports.submission.prepare import _run_files
 
-SECONDS = 8.0  # time limit of all random cases
-
 
 @pytest.fixture(scope="module")
 def fixture(tmp_path_factory: pytest.TempPathFactory) -> FixtureDirectory:
@@ -51,12 +47,6 @@ def fixture(tmp_path_factory: pytest.TempPathFactory) -> FixtureDirectory:
     return FixtureDirectory(folder / "made", folder / "copy")
 
 
-@pytest.fixture(scope="module")
-def driver() -> Iterator[Driver]:
-    with Driver(limit=60.0) as process:  # enough time even on a busy machine
-        yield process
-
-
 @pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
 def test_damage_that_crashed_or_hung(fixture: FixtureDirectory, driver: Driver, row: Row) -> None:
     outcome, problem = run_case(fixture, driver, prepare_row(fixture, row))
@@ -64,32 +54,25 @@ def test_damage_that_crashed_or_hung(fixture: FixtureDirectory, driver: Driver, 
     assert outcome.code == row.code, outcome.err
 
 
-def sample(fixture: FixtureDirectory, driver: Driver, seed: int, seconds: float) -> None:
-    """Run random cases until the time limit is reached.
-
-    The message of a failed case contains the command that repeats this case.
-    """
-    end = time.monotonic() + seconds
-    index = 0
-    while time.monotonic() < end:
+def sample(fixture: FixtureDirectory, driver: Driver, seed: int, cases: int) -> None:
+    """Run random cases. The message of a failed case contains the command that repeats this case."""
+    for index in range(cases):
         case = prepare(fixture, seed, index)
         outcome, problem = run_case(fixture, driver, case)
         again = f"python tests/damage.py --case {case.name}"
         assert not problem, (
             f"{problem}\n{case.place}: {case.damage}\n{' '.join(case.argv)}\n{outcome.err}\n{again}"
         )
-        index += 1
-    assert index > 3
 
 
 def test_random_damage(fixture: FixtureDirectory, driver: Driver) -> None:
-    sample(fixture, driver, seed=0, seconds=SECONDS)
+    sample(fixture, driver, seed=0, cases=10)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_more_random_damage(fixture: FixtureDirectory, driver: Driver, seed: int) -> None:
-    sample(fixture, driver, seed, seconds=120)
+    sample(fixture, driver, seed, cases=400)
 
 
 def test_a_case_is_a_function_of_its_number(fixture: FixtureDirectory) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+from doors import Driver
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "extending.md"
@@ -63,36 +65,83 @@ def last_row(lines: list[str], table: str) -> int:
     return close
 
 
-def copy_code(target: Path) -> Path:
+def copy_code(target: Path) -> None:
+    """Copy the code with its compiled files, which stay valid because the copies keep their times."""
     for package in ("mainrun", "sweeps", "reports"):
-        shutil.copytree(ROOT / package, target / package, ignore=shutil.ignore_patterns("__pycache__"))
-    return target
+        shutil.copytree(ROOT / package, target / package)
 
 
-def run(command: str, root: Path) -> subprocess.CompletedProcess[str]:
+class Done(NamedTuple):
+    """The end of a command."""
+
+    code: int | None
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def libraries() -> Iterator[Driver]:
+    """Return a process that has imported all libraries, and runs the code in the folder of each command."""
+    with Driver(None, limit=180) as started:
+        yield started
+
+
+def run(command: str, root: Path, libraries: Driver) -> Done:
     """Run a command of the page in the copied code."""
-    command = re.sub(r"^mainrun\b", f"{shlex.quote(sys.executable)} -m mainrun", command)
-    env = os.environ | {"PYTHONPATH": str(root), "MAINRUN_CACHE": str(root / "cache")}
-    return subprocess.run(
-        ["bash", "-c", command], cwd=root, env=env, capture_output=True, text=True, timeout=180
-    )
+    env = {"PYTHONPATH": str(root), "MAINRUN_CACHE": str(root / "cache")}
+    words = shlex.split(command)
+    if words[0] == "mainrun":
+        outcome = libraries.run(words[1:], cwd=root, env=env)
+        return Done(outcome.code, outcome.out, outcome.err)
+    done = subprocess.run(["bash", "-c", command], cwd=root, capture_output=True, text=True, timeout=180)
+    return Done(done.returncode, done.stdout, done.stderr)
 
 
-@pytest.mark.parametrize("heading", sections(PAGE.read_text(encoding="utf-8")))
-def test_an_example_works_as_it_stands(tmp_path: Path, heading: str) -> None:
+def apply(heading: str, root: Path) -> list[str]:
+    """Apply an example of the page to a copy of the code, and return its commands."""
     body = sections(PAGE.read_text(encoding="utf-8"))[heading]
-    root = copy_code(tmp_path)
+    copy_code(root)
     blocks = list(BLOCK.finditer(body))
     assert len(blocks) == body.count("```python") + body.count("```toml"), (
         "a block without a sentence that says where it belongs"
     )
     for block in blocks:
         insert(root, block["place"], block["code"])
-    commands = [line.removeprefix("$ ") for line in COMMANDS.search(body)["text"].splitlines()]  # type: ignore[index]
-    assert commands
-    for command in commands:
-        done = run(command, root)
-        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
+    found = COMMANDS.search(body)
+    assert found
+    return [line.removeprefix("$ ") for line in found["text"].splitlines()]
+
+
+@pytest.mark.parametrize(
+    "heading",
+    [
+        # A study trains seven runs, each in its own process.
+        pytest.param(heading, marks=pytest.mark.slow if heading == "A sampler" else [])
+        for heading in sections(PAGE.read_text(encoding="utf-8"))
+    ],
+)
+def test_an_example_works_as_it_stands(tmp_path: Path, libraries: Driver, heading: str) -> None:
+    for command in apply(heading, tmp_path):
+        done = run(command, tmp_path, libraries)
+        assert done.code == 0, f"{command}\n{done.out[-2000:]}{done.err[-3000:]}"
+
+
+DRAW = """
+from sweeps.sampling import TrialSampler
+from sweeps.study import read_study
+
+study = read_study("brute.toml")
+sampler = TrialSampler(study.sampler, study.space, study.base())
+for number in range(study.budget.trials):
+    print(sampler.ask(number))
+"""
+
+
+def test_the_sampler_of_the_page_draws_every_value(tmp_path: Path) -> None:
+    assert apply("A sampler", tmp_path) == ["mainrun sweep run brute.toml --out studies"]
+    done = subprocess.run([sys.executable, "-c", DRAW], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["{'lr': 0.01}", "{'lr': 0.02}", "{}"]
 
 
 def test_every_kind_of_the_table_has_an_example() -> None:
@@ -102,19 +151,20 @@ def test_every_kind_of_the_table_has_an_example() -> None:
     assert [anchor for _, anchor in linked] == anchors
 
 
-def test_a_command_that_fails_is_noticed(tmp_path: Path) -> None:
-    root = copy_code(tmp_path)
-    assert run("mainrun train --preset demo:baseline --set optimizer=lyon", root).returncode == 2
+def test_a_command_that_fails_is_noticed(tmp_path: Path, libraries: Driver) -> None:
+    copy_code(tmp_path)
+    command = "mainrun train --preset demo:baseline --set optimizer=lyon"
+    assert run(command, tmp_path, libraries).code == 2
+    assert run("test -f nothing", tmp_path, libraries).code == 1
 
 
-def test_a_wrong_example_fails(tmp_path: Path) -> None:
-    root = copy_code(tmp_path)
+def test_a_wrong_example_fails(tmp_path: Path, libraries: Driver) -> None:
+    copy_code(tmp_path)
     insert(
-        root,
+        tmp_path,
         "In `OPTIMIZERS` of `mainrun/plan/optimizers.py`:",
         '    "lyon": OptimizerSpec({"exp_avg": 1}),\n',
     )
-    done = run(
-        "mainrun train --preset demo:baseline --set optimizer=lyon --set num_titles=300 --out runs", root
-    )
-    assert done.returncode == 1 and "lyon" in done.stderr, "the class is missing"
+    command = "mainrun train --preset demo:baseline --set optimizer=lyon --set num_titles=300 --out runs"
+    done = run(command, tmp_path, libraries)
+    assert done.code == 1 and "lyon" in done.err, "the class is missing"

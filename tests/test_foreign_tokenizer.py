@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from conftest import TINY
+from conftest import TINY, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -152,7 +152,7 @@ def test_a_text_in_nfc_keeps_its_ids_and_a_text_in_nfd_is_not_changed(tmp_path: 
     assert tokenizer().titles(tokenizer().encode([NFD])) == [NFD]
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(
     texts=st.lists(st.text(st.characters(codec="utf-8"), max_size=30) | st.sampled_from(TEXTS), max_size=4)
 )

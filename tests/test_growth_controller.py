@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -166,10 +167,8 @@ def test_the_original_example_runs_unchanged(tmp_path: Path) -> None:
     assert abs(again[0]["change"]) > 1e-4, "copied layers change the function"
 
 
-def test_ops_fire_at_the_right_evaluation(tmp_path: Path) -> None:
-    cfg = config(*MANY)
-    train(cfg, tmp_path)
-    run = tmp_path / cfg.run_id
+def test_ops_fire_at_the_right_evaluation(whole: Any) -> None:
+    run = whole(config(*MANY))
     assert applied_ops(run) == [
         ("stack_layers", 7), ("set_lr", 9), ("widen_mlp", 18), ("widen_model", 27),
         ("set_attn_lora_rank", 30), ("merge_lora_weights", 33),
@@ -221,32 +220,46 @@ def test_the_journal_records_what_an_op_kept(tmp_path: Path) -> None:
 # -- equal bits after interruptions
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TrainConfig], Path]:
+    """Return a function that trains a config without an interruption. Each config is trained only once."""
+    out = tmp_path_factory.mktemp("whole")
+
+    def run(cfg: TrainConfig) -> Path:
+        if not (out / cfg.run_id / "summary.json").exists():
+            train(cfg, out)
+        return out / cfg.run_id
+
+    return run
+
+
 @pytest.mark.parametrize("at", [3, 8, 9, 20, 27, 31])
-def test_a_killed_run_grows_to_the_same_bits(tmp_path: Path, at: int) -> None:
+def test_a_killed_run_grows_to_the_same_bits(tmp_path: Path, whole: Any, at: int) -> None:
     cfg = config(*MANY, ema=0.5 if at % 2 else 0.0)
-    train(cfg, tmp_path / "whole")
 
     def kill() -> None:
         raise Killed
 
     with pytest.raises(Killed):
-        train(cfg, tmp_path / "cut", progress=Watch({at: kill}))
-    train(cfg, tmp_path / "cut")
-    assert outcome_with_journal(tmp_path / "cut" / cfg.run_id) == outcome_with_journal(
-        tmp_path / "whole" / cfg.run_id
-    )
+        train(cfg, tmp_path, progress=Watch({at: kill}))
+    train(cfg, tmp_path)
+    assert outcome_with_journal(tmp_path / cfg.run_id) == outcome_with_journal(whole(cfg))
 
 
-def test_a_stop_between_any_two_steps_keeps_the_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "stops",
+    [
+        pytest.param((1, 6, 7, 8, 9, 17, 18, 27, 30, 33), id="at every op"),
+        pytest.param(range(1, 37), id="between any two steps", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_is_stopped_often_keeps_the_bits(tmp_path: Path, whole: Any, stops: Sequence[int]) -> None:
     cfg = config(*MANY)
-    train(cfg, tmp_path / "whole")
-    for step in range(1, 37):
+    for step in stops:
         with pytest.raises(Interrupted):
-            train(cfg, tmp_path / "cut", until=step)
-    train(cfg, tmp_path / "cut")
-    assert outcome_with_journal(tmp_path / "cut" / cfg.run_id) == outcome_with_journal(
-        tmp_path / "whole" / cfg.run_id
-    )
+            train(cfg, tmp_path, until=step)
+    train(cfg, tmp_path)
+    assert outcome_with_journal(tmp_path / cfg.run_id) == outcome_with_journal(whole(cfg))
 
 
 KILLER = """
@@ -296,31 +309,29 @@ def test_kill_9_in_the_middle_of_an_op(tmp_path: Path, store: bool) -> None:
 # -- sharing
 
 
-def test_a_run_reuses_a_grown_run_from_the_store(tmp_path: Path) -> None:
+def test_a_run_reuses_a_grown_run_from_the_store(tmp_path: Path, whole: Any) -> None:
     cfg = config(*MANY, ema=0.5)
     store = Store(tmp_path / "store")
     train(cfg, tmp_path / "first", store=store)
     train(cfg, tmp_path / "second", store=store)
-    train(cfg, tmp_path / "alone")
-    first, second, alone = (tmp_path / name / cfg.run_id for name in ("first", "second", "alone"))
+    first, second = (tmp_path / name / cfg.run_id for name in ("first", "second"))
     assert reused_steps(second) == list(range(1, 38))
-    assert outcome_with_journal(first) == outcome_with_journal(second) == outcome_with_journal(alone)
+    assert outcome_with_journal(first) == outcome_with_journal(second) == outcome_with_journal(whole(cfg))
 
 
-@pytest.mark.parametrize("later", [20, 33])
-def test_runs_that_grow_at_different_steps_share_the_steps_before(tmp_path: Path, later: int) -> None:
+@pytest.mark.parametrize("later", [20, pytest.param(33, marks=pytest.mark.slow)])
+def test_runs_that_grow_at_different_steps_share_the_steps_before(
+    tmp_path: Path, whole: Any, later: int
+) -> None:
     early, late = (
         config(op("widen_mlp", 160, {"step": step}), op("set_lr", 0.001, {"loss_below": 100.0}))
         for step in (15, later)
     )
     store = Store(tmp_path / "store")
     for cfg in (early, late):
-        train(cfg, tmp_path / "shared", store=store)
-        train(cfg, tmp_path / "alone")
-        assert outcome_with_journal(tmp_path / "shared" / cfg.run_id) == outcome_with_journal(
-            tmp_path / "alone" / cfg.run_id
-        )
-    assert reused_steps(tmp_path / "shared" / late.run_id) == list(range(1, 16))
+        train(cfg, tmp_path, store=store)
+        assert outcome_with_journal(tmp_path / cfg.run_id) == outcome_with_journal(whole(cfg))
+    assert reused_steps(tmp_path / late.run_id) == list(range(1, 16))
 
 
 def test_a_run_reuses_no_step_after_a_different_decision(tmp_path: Path) -> None:

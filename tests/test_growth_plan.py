@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +12,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_growth_schedule import LIST
+from typer.testing import CliRunner, Result
 
+from mainrun.cli import app
 from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import ConfigError
 from mainrun.plan.cost import size
@@ -297,14 +297,8 @@ def test_warnings(ops: list[dict[str, Any]], tokens: int | None, warnings: list[
 # -- the command
 
 
-def run_plan(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "mainrun", "grow", "plan", *args],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+def run_plan(*args: str) -> Result:
+    return CliRunner().invoke(app, ["grow", "plan", *args], catch_exceptions=False)
 
 
 SETS = [arg for key, value in START.items() for arg in ("--set", f"{key}={value}")]
@@ -314,7 +308,7 @@ def test_the_plan_of_a_valid_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text(LIST)
     done = run_plan(str(path), "--preset", "baseline", *SETS)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.exit_code, done.stderr) == (0, "")
     head, _, *rows = [
         re.split(r"\s{2,}", line.strip())
         for line in done.stdout.splitlines()
@@ -348,7 +342,7 @@ def test_the_plan_as_json_with_times() -> None:
     done = run_plan(
         text, "--preset", "baseline", *SETS, "--train-tokens", "102401", "--speed", "1e9", "--json"
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.exit_code, done.stderr) == (0, "")
     output = json.loads(done.stdout)
     assert output["warnings"] == [] and [row["steps"] for row in output["segments"]] == [100, 600]
     first, second = output["segments"]
@@ -365,7 +359,7 @@ def test_each_fault_has_its_own_line_and_the_exit_code_is_2(tmp_path: Path) -> N
         "- {name: set_lrr}\n- {name: stack_layers, value: 2, trigger_loss: 3, max_wait_iters: 9}\n"
     )
     done = run_plan(str(path), "--preset", "baseline", *SETS)
-    assert (done.returncode, done.stdout) == (2, "")
+    assert (done.exit_code, done.stdout) == (2, "")
     first, *faults = done.stderr.splitlines()
     assert first == f"error: {path} cannot be applied" and len(faults) == 4
     assert (
@@ -387,4 +381,4 @@ def test_each_fault_has_its_own_line_and_the_exit_code_is_2(tmp_path: Path) -> N
 )
 def test_invalid_arguments_are_refused_with_the_reason(args: list[str], words: str) -> None:
     done = run_plan(*args)
-    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert done.exit_code == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -7,6 +7,7 @@ plants a violation and expects the function to name it.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import subprocess
 import sys
@@ -115,12 +116,18 @@ def plant(root: Path, **files: str) -> Path:
     return root
 
 
+@functools.cache
+def parse(text: str) -> ast.Module:
+    """Parse a source text. Many tests read the same files, and parsing all of them takes a second."""
+    return ast.parse(text)
+
+
 def sources(root: Path) -> Iterator[tuple[str, Path, ast.Module]]:
     """Yield (dotted name, path, syntax tree) of every module of the packages."""
     for package in PACKAGES:
         for path in sorted((root / package).rglob("*.py")):
             dotted = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
-            yield dotted, path, ast.parse(path.read_text(encoding="utf-8"))
+            yield dotted, path, parse(path.read_text(encoding="utf-8"))
 
 
 # -- directions
@@ -140,6 +147,16 @@ def imported(node: ast.AST, dotted: str, is_package: bool) -> list[str]:
     return [f"{home}.{alias.name}" for alias in node.names]
 
 
+@functools.cache
+def imports(tree: ast.Module, dotted: str, is_package: bool) -> list[tuple[str, int]]:
+    """Return the names that a module may import, with the line of each import."""
+    return [
+        (name, node.lineno)  # type: ignore[attr-defined]
+        for node in ast.walk(tree)
+        for name in imported(node, dotted, is_package)
+    ]
+
+
 def import_graph(root: Path) -> dict[str, dict[str, int]]:
     """Map each module to the modules that it imports, with the line of each import.
 
@@ -149,12 +166,11 @@ def import_graph(root: Path) -> dict[str, dict[str, int]]:
     graph: dict[str, dict[str, int]] = {}
     for dotted, (path, tree) in modules.items():
         graph[dotted] = {}
-        for node in ast.walk(tree):
-            for name in imported(node, dotted, path.name == "__init__.py"):
-                while name and name not in modules:
-                    name = name.rpartition(".")[0]
-                if name and name != dotted:
-                    graph[dotted].setdefault(name, node.lineno)  # type: ignore[attr-defined]
+        for name, line in imports(tree, dotted, path.name == "__init__.py"):
+            while name and name not in modules:
+                name = name.rpartition(".")[0]
+            if name and name != dotted:
+                graph[dotted].setdefault(name, line)
     return graph
 
 

@@ -313,7 +313,7 @@ def waiting(tmp_path: Path) -> tuple[list[str], Path]:
     return command, pid_file
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize("name", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.slow), "SIGKILL"])
 def test_no_process_outlives_the_command(name: str, waiting: tuple[list[str], Path]) -> None:
     command, pid_file = waiting
     # Shells start background jobs with SIGINT ignored, and child processes inherit this setting.

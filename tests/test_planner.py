@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 
 import pytest
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,7 +39,7 @@ def deepest(keys: list[str], stored: set[str]) -> int:
 
 
 @given(batches())
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 def test_every_needed_step_is_trained_once_and_no_other(batch: tuple[dict[str, list[str]], set[str]]) -> None:
     chains, stored = batch
     planned = assign(chains, stored)
@@ -57,7 +58,7 @@ def test_every_needed_step_is_trained_once_and_no_other(batch: tuple[dict[str, l
 
 
 @given(batches())
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 def test_every_run_starts_from_a_node_that_exists_by_then(
     batch: tuple[dict[str, list[str]], set[str]],
 ) -> None:
@@ -80,7 +81,7 @@ def test_every_run_starts_from_a_node_that_exists_by_then(
 
 
 @given(batches(), st.data())
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 def test_a_resumed_run_trains_the_rest_and_leaves_no_nodes_before(
     batch: tuple[dict[str, list[str]], set[str]], data: st.DataObject
 ) -> None:
@@ -116,7 +117,7 @@ def test_a_finished_run_trains_nothing_and_leaves_no_nodes() -> None:
 
 
 @given(batches())
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 def test_of_the_runs_that_can_start_the_longest_starts_first(
     batch: tuple[dict[str, list[str]], set[str]],
 ) -> None:
@@ -141,7 +142,7 @@ def test_of_the_runs_that_can_start_the_longest_starts_first(
 
 
 @given(batches())
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 def test_the_order_of_the_runs_does_not_matter(
     batch: tuple[dict[str, list[str]], set[str]],
 ) -> None:

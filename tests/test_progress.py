@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -134,7 +135,7 @@ def test_the_bar_shows_step_loss_best_score_eta_and_speed() -> None:
 
 
 @given(st.integers(1, 250), st.integers(1, 10**9), st.floats(0, 1e6))
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_the_bar_is_one_line_on_any_terminal(width: int, steps: int, loss: float) -> None:
     display, _ = bar(width)
     LineProgress.start(display, TrainConfig(), {"steps": steps, "tokens_per_step": 8192})

@@ -19,8 +19,10 @@ from typing import Any
 import pytest
 from evidence import make_data, make_recipe, make_routed_run, make_run, make_study, make_trial, write_run
 from reporting import edit, export, fail_guard, make, rescore, reseed
+from typer.testing import CliRunner, Result
 
 from mainrun import stats
+from mainrun.cli import app
 from mainrun.errors import RunError
 from reports import cli
 from reports.evidence import findings, load, studies, tables
@@ -36,7 +38,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from mainrun.config import from_dict
 
     out = tmp_path_factory.mktemp("made")
-    make(out, lambda **changes: from_dict(TINY | changes))
+    make(out, lambda **changes: from_dict(TINY | {"num_titles": 200} | changes))
     return out
 
 
@@ -58,6 +60,11 @@ def score(runs: Path, **fulls: list[float]) -> None:
     for preset, values in fulls.items():
         for run, full in zip(of(runs, preset).values(), values, strict=True):
             rescore(run, full)
+
+
+def invoke(*args: Any) -> Result:
+    """Run `mainrun report` in this process."""
+    return CliRunner().invoke(app, ["report", *map(str, args)], catch_exceptions=False)
 
 
 def report(*args: Any, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
@@ -143,8 +150,8 @@ def test_all_problems_are_reported_together(runs: Path, tmp_path: Path) -> None:
     edit(opt[1] / "summary.json", lambda summary: summary["last"].update(full=0.5))
     study = export(tmp_path / "half")
     (study / "study.json").unlink()
-    done = report(runs, study, "no-such-run", "--runs", runs, "--out", tmp_path / "r.pdf")
-    assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "r.pdf").exists()
+    done = invoke(runs, study, "no-such-run", "--runs", runs, "--out", tmp_path / "r.pdf")
+    assert done.exit_code == 2 and done.stdout == "" and not (tmp_path / "r.pdf").exists()
     assert done.stderr.startswith("error: 5 problems prevent the report:\n")
     for message in (
         f"run {base[1].name} is not finished (interrupted)",
@@ -239,11 +246,14 @@ def test_a_damaged_export_is_refused(tmp_path: Path, text: str) -> None:
         (["--samples", "-1"], "--samples"),
     ],
 )
-def test_invalid_options_are_refused(runs: Path, tmp_path: Path, args: list[str], message: str) -> None:
+def test_invalid_options_are_refused(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], message: str
+) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "notes.md").write_text("mine")
-    done = report(runs, *args, cwd=tmp_path)
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    done = invoke(runs, *args)
+    assert done.exit_code == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
 # -- claims

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -327,7 +328,7 @@ values = st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
     st.integers(0, 8),
     st.binary(max_size=12),
 )
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_rewinding_to_a_mark_keeps_exactly_the_rows_before_it(
     tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], at: int, torn: bytes
 ) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -123,7 +124,7 @@ class ById(nn.Module):
         return self.table.expand(*idx.shape, self.vocab)
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(n=st.integers(3, 400), block_size=st.integers(2, 64))
 def test_every_token_is_a_target_exactly_once(n: int, block_size: int) -> None:
     tokens = np.random.default_rng(n).permutation(np.arange(2, n + 2)).astype(np.uint16)

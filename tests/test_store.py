@@ -23,6 +23,7 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+from conftest import examples
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -1046,7 +1047,7 @@ def test_gc_evicts_after_removing(store: Store) -> None:
     keep=st.sets(st.integers(0, 7), max_size=2),
     budget=st.integers(0, 200),
 )
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 def test_the_least_recently_used_states_are_evicted_first_and_no_more(
     tmp_path_factory: pytest.TempPathFactory,
     sizes: list[int],

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import examples
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -98,7 +99,7 @@ def titles_of_any_kind() -> st.SearchStrategy[str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(titles=st.lists(titles_of_any_kind(), max_size=4))
 def test_any_title_is_restored_from_its_tokens(kind: str, titles: list[str]) -> None:
     tokenizer = fitted(kind)
@@ -695,7 +696,7 @@ def geometries(draw: st.DrawFn) -> tuple[np.ndarray, int, int]:
     return stream, batch, block
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(geometry=geometries(), epochs=st.integers(1, 4))
 def test_sequential_order_matches_the_loop_of_the_task(
     geometry: tuple[np.ndarray, int, int], epochs: int
@@ -722,7 +723,7 @@ def test_sequential_order_matches_the_loop_of_the_task(
         assert np.array_equal(got_y, y)
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(geometry=geometries(), seed=st.integers(0, 2**32 - 1), asked=st.randoms(use_true_random=False))
 def test_a_shuffled_epoch_contains_each_title_once(
     geometry: tuple[np.ndarray, int, int], seed: int, asked: random.Random
@@ -797,7 +798,7 @@ def growing(draw: st.DrawFn, order: str) -> tuple[np.ndarray, Plan, Batches]:
         raise
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @given(growing("sequential"))
 def test_sequential_order_continues_when_the_batch_size_changes(
     run: tuple[np.ndarray, Plan, Batches],
@@ -815,7 +816,7 @@ def test_sequential_order_continues_when_the_batch_size_changes(
         pointer += span
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @given(growing("shuffle_titles"), st.randoms(use_true_random=False))
 def test_shuffled_epochs_repeat_no_title_when_the_batch_size_changes(
     run: tuple[np.ndarray, Plan, Batches], asked: random.Random
