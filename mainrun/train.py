@@ -47,6 +47,7 @@ from mainrun.core.shortcuts import InputMix, UNetSkips, add_shortcuts
 from mainrun.data import scoring
 from mainrun.data.batches import Batches
 from mainrun.data.corpus import Corpus, load_corpus
+from mainrun.data.lengths import check_lengths
 from mainrun.data.token_cache import TokenData, prepare
 from mainrun.data.tokenizer import EOS
 from mainrun.errors import Interrupted, MainrunError, UsageError
@@ -601,6 +602,7 @@ def set_up(cfg: TrainConfig, fired: Sequence[Any] = ()) -> Setup:
     with device.leader_first():  # the leader fills the token cache for the other processes
         data = prepare(cfg, corpus)
         start = check_start(cfg, data)
+    check_lengths(cfg, data.splits)
     plan = Plan(cfg, len(data.splits["train"]), fired)
     device.settle(cfg, plan)
     return Setup(cfg, device, corpus, data, plan, start)
@@ -687,9 +689,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train a preset with this file alone."""
     parser = argparse.ArgumentParser(prog="python -m mainrun.train", description=main.__doc__)
     parser.add_argument("--preset", default="demo:optimized", help="a built-in preset or a TOML file")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="set a field; can be repeated"
-    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="may be repeated")
     options = parser.parse_args(arguments)
     try:
         for cfg in load(options.preset, options.set):

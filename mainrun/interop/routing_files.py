@@ -50,7 +50,8 @@ def write_routing(model: Model, folder: Path) -> None:
         return
     sharpness = cfg.sharpness
     if "S" in cfg.letters or "T" in cfg.letters:
-        sharpness = float(model.get_buffer("sharpness"))  # the value of the last step, which the scores depend on
+        # the value of the last step, which the scores depend on
+        sharpness = float(model.get_buffer("sharpness"))
     tensors = {name: p.float() for name, p in model.named_parameters() if ".router." in name}
     fields = {
         "block_pattern": cfg.letters,

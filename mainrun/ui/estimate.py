@@ -37,7 +37,6 @@ from mainrun.plan.cost import forward_cost, segment_costs, size
 from mainrun.plan.ops import Schedule
 from mainrun.plan.optimizers import state_tensors
 from mainrun.plan.plan import Plan, StepInputs
-from mainrun.run.resume import check_spans
 from mainrun.run.summary import describe_start
 from mainrun.train import GPT, Model, Setup, State, TrainStep, build, compute_loss, set_up
 
@@ -62,7 +61,6 @@ def estimate_setup(setup: Setup, probe: bool, store: bool) -> dict[str, Any]:
     device = setup.device
     data = setup.data
     plan = setup.plan
-    check_spans(cfg, data)
     vocab_size = data.tokenizer.vocab_size
     segments = segment_costs(plan, vocab_size)
     flops = sum(segment["flops"] for segment in segments)
@@ -71,6 +69,7 @@ def estimate_setup(setup: Setup, probe: bool, store: bool) -> dict[str, Any]:
         "params": segments[-1]["params"],
         "flops": flops,
         "memory": estimate_memory(plan, device, vocab_size, store and not device.sharded),
+        "process_memory": process_floor(device),
         "device_memory": device.memory,
     }
     if cfg.members > 1:
@@ -221,6 +220,11 @@ PROCESS = 500_000_000  # the amount of RAM that Python, torch and other librarie
 FRAGMENTATION = 1.28
 # The memory in bytes that torch.compile keeps allocated. A compiled training step does not fragment the heap.
 COMPILER = 100_000_000
+
+
+def process_floor(device: Device) -> int:
+    """Return the part of an estimate that every run needs. On a GPU, an estimate counts only tensors."""
+    return 0 if device.torch_device.type == "cuda" else PROCESS
 
 
 class LiveBytes(TorchDispatchMode):

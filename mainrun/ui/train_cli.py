@@ -26,6 +26,7 @@ from mainrun.ui.console import (
     field_value,
     forward_cost_text,
     is_leader,
+    memory_words,
     process_group,
     show_table,
     stoppable,
@@ -192,6 +193,9 @@ def _memory_limit(memory: str | None, fit: bool) -> int:
     limit = parse_size(memory, "--memory")
     if not limit:
         raise UsageError(f"got --memory {shown(memory, 80)}; give a size above 0, like 16GB")
+    if memory.strip().isdecimal():
+        fix = f"give a number with the unit KB, MB, GB or TB, like {memory.strip()}GB"
+        raise UsageError(f"got --memory {shown(memory, 80)} without a unit; {fix}")
     return limit
 
 
@@ -496,7 +500,7 @@ def _estimate_rows(cost: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if "routing" in cost:
         yield "layers", cost["routing"]["letters"]
         yield "forward pass", forward_cost_text(cost["routing"])
-    yield "memory", _memory_text(cost["memory"], cost["device_memory"], cost["machine_class"]["processes"])
+    yield "memory", _memory_text(cost)
     yield "ETA", f"about {clock(cost['eta_seconds'])} {_eta_basis(cost)}"
     plan = cost["plan"]
     for key, value in plan.items():
@@ -512,14 +516,16 @@ def _estimate_rows(cost: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield key, field_value(value)
 
 
-def _memory_text(needed: int, available: int, processes: int) -> str:
+def _memory_text(cost: dict[str, Any]) -> str:
     """Describe the memory of a run. If the device has too little memory, suggest how to reduce it."""
     from mainrun.plan.cost import SAVE_MEMORY
     from mainrun.run.progress import short
 
-    text = f"about {short(needed)}B"
-    if processes > 1:
-        text += " per process"
+    needed = cost["memory"]
+    available = cost["device_memory"]
+    text = f"about {memory_words(needed, cost['process_memory'])}"
+    if cost["machine_class"]["processes"] > 1:
+        text += ", per process"
     if 0 < available < needed:
         text += f", but a process has only {short(available)}B; {SAVE_MEMORY}"
     return text
