@@ -76,3 +76,10 @@ def test_a_vocabulary_that_is_the_only_fault_is_named_alone() -> None:
     with pytest.raises(ConfigError) as error:
         set_up(from_dict(TINY | {"vocab_size": 100_000}))
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_run_is_refused_with_all_faults_before_it_is_planned() -> None:
+    with pytest.raises(ConfigError) as error:
+        set_up(from_dict(TINY | {"batch_size": 2000}))
+    first, second = str(error.value).splitlines()
+    assert first.startswith("train has ") and second.startswith("the val split is too short: ")

@@ -304,6 +304,7 @@ def _train_one(cfg: TrainConfig, options: TrainOptions, label: str, keep: list[i
         _check_titles(run, cfg)
         _check_start(run, cfg)
         _track_finished(cfg, options)
+        _note_missing_scores(run, cfg, options.quiet)
         return compare.load_summary(run)
     progress = make_progress(options.quiet)
     if options.trackers:
@@ -329,6 +330,14 @@ def _train_one(cfg: TrainConfig, options: TrainOptions, label: str, keep: list[i
             raise
         finally:
             progress.close()
+
+
+def _note_missing_scores(run: RunDir, cfg: TrainConfig, quiet: bool) -> None:
+    """Say how to get the log-probabilities of a finished run if their file was deleted."""
+    from mainrun.store import token_scores
+
+    if cfg.token_scores and token_scores.is_missing(run) and is_leader() and not quiet:
+        print(token_scores.how_to_restore(run), file=sys.stderr)
 
 
 def _track_finished(cfg: TrainConfig, options: TrainOptions) -> None:
