@@ -37,7 +37,7 @@ from mainrun.core.gradient_norms import gradient_norms
 from mainrun.core.initial import initial_std
 from mainrun.core.kernels import cross_entropy, gelu, linear, rdrop
 from mainrun.core.layers import Context, Linear, bias_of, cast, make_norm, rope_table
-from mainrun.core.members import build_members, count_tokens, members_of, merge_numbers, step_seeds
+from mainrun.core.members import Ensemble, build_members, count_tokens, members_of, merge_numbers, step_seeds
 from mainrun.core.optimizers import Optimizers
 from mainrun.core.parameters import freeze, saved_parameters
 from mainrun.core.pending_losses import PendingLosses, StepRow
@@ -47,6 +47,7 @@ from mainrun.core.shortcuts import InputMix, UNetSkips, add_shortcuts
 from mainrun.data import scoring
 from mainrun.data.batches import Batches
 from mainrun.data.corpus import Corpus, load_corpus
+from mainrun.data.lengths import check_lengths
 from mainrun.data.token_cache import TokenData, prepare
 from mainrun.data.tokenizer import EOS
 from mainrun.errors import Interrupted, MainrunError, UsageError
@@ -281,12 +282,12 @@ class GPT(nn.Module):
         return Context(self.attention_bias(idx), rope, None, masks)
 
 
-def build(cfg: TrainConfig, vocab_size: int) -> GPT:
-    """Build the model of a config with its initial weights, which the config's seed and start determine.
+Model = GPT | Ensemble  # an ensemble if the config has `members` > 1
 
-    With `members` > 1, the model is an `Ensemble`.
-    """
-    model: GPT = build_members(cfg, lambda: GPT(cfg, vocab_size))
+
+def build(cfg: TrainConfig, vocab_size: int) -> Model:
+    """Build the model of a config with its initial weights, which the config's seed and start determine."""
+    model: Model = build_members(cfg, lambda: GPT(cfg, vocab_size))
     if cfg.start:
         from mainrun.interop import start
 
@@ -338,18 +339,18 @@ class State:
     """The state of a run after a training step. A checkpoint contains this state."""
 
     cfg: TrainConfig  # the current config, which growth may have changed
-    model: GPT
+    model: Model
     optimizers: Optimizers
     average: Average
 
-    def __init__(self, cfg: TrainConfig, model: GPT) -> None:
+    def __init__(self, cfg: TrainConfig, model: Model) -> None:
         self.step = 0
         self.tokens = 0  # number of tokens processed in training, in each pass of R-Drop and by each member
         self.growth_state: dict[str, Any] = {}  # the growth state; empty if the run does not grow
         self.generation = 0  # number of times that tensors were replaced, which makes CUDA graphs invalid
         self.replace_model(cfg, model, Optimizers(cfg, model))
 
-    def replace_model(self, cfg: TrainConfig, model: GPT, optimizers: Optimizers) -> None:
+    def replace_model(self, cfg: TrainConfig, model: Model, optimizers: Optimizers) -> None:
         self.cfg = cfg
         self.model = model
         self.optimizers = optimizers
@@ -394,7 +395,7 @@ class TrainStep:
     def __init__(self, state: State, device: Device) -> None:
         self.state = state
         self.device = device
-        self.model: GPT | None = None
+        self.model: Model | None = None
         self.generation = -1
         self.runners: list[Any] = []  # one for each member of the model
         self.stop_counting: Callable[[], None] = lambda: None
@@ -589,7 +590,7 @@ class Setup(NamedTuple):
 
     def start(self) -> State:
         """Return the initial state."""
-        model: GPT = self.device.place(build(self.cfg, self.data.tokenizer.vocab_size))
+        model: Model = self.device.place(build(self.cfg, self.data.tokenizer.vocab_size))
         model.set_inputs(self.plan.at(0), self.device.attention)
         return State(self.cfg, model)
 
@@ -601,6 +602,7 @@ def set_up(cfg: TrainConfig, fired: Sequence[Any] = ()) -> Setup:
     with device.leader_first():  # the leader fills the token cache for the other processes
         data = prepare(cfg, corpus)
         start = check_start(cfg, data)
+    check_lengths(cfg, data.splits)
     plan = Plan(cfg, len(data.splits["train"]), fired)
     device.settle(cfg, plan)
     return Setup(cfg, device, corpus, data, plan, start)
@@ -687,9 +689,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train a preset with this file alone."""
     parser = argparse.ArgumentParser(prog="python -m mainrun.train", description=main.__doc__)
     parser.add_argument("--preset", default="demo:optimized", help="a built-in preset or a TOML file")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="set a field; can be repeated"
-    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="may be repeated")
     options = parser.parse_args(arguments)
     try:
         for cfg in load(options.preset, options.set):

@@ -87,6 +87,7 @@ MIRRORS = {
     "mainrun/data/hub_dataset.py": "test_hub_dataset",
     "mainrun/data/hub_files.py": "test_hub test_hub_dataset",
     "mainrun/data/mix.py": "test_corpus",
+    "mainrun/data/lengths.py": "test_lengths test_fit",
     "mainrun/data/scoring.py": "test_scoring test_guards",
     "mainrun/data/sources.py": "test_corpus test_hub test_documents",
     "mainrun/data/title_files.py": "test_corpus test_documents",

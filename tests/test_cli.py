@@ -630,6 +630,18 @@ def test_a_finished_run_is_shown_without_training(tmp_path: Path) -> None:
     assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, "", "")
 
 
+def test_a_finished_run_without_its_token_scores_says_how_to_write_them_again(tmp_path: Path) -> None:
+    cfg = from_dict({"preset": "baseline", "token_scores": True})
+    path = make_run(tmp_path, cfg)
+    words = ["train", "--preset", "baseline", "--set", "token_scores=true", "--out", tmp_path]
+    shown = invoke(*words)
+    assert shown.exit_code == 0 and f"{path}/token_scores.safetensors was deleted after" in shown.stderr
+    assert f"delete {path}/summary.json and repeat the `mainrun train` command" in shown.stderr
+    assert "was deleted" not in invoke(*words, "--quiet").stderr
+    (path / "token_scores.safetensors").touch()
+    assert "was deleted" not in invoke(*words).stderr
+
+
 def test_a_finished_run_is_refused_if_its_titles_have_changed(tmp_path: Path) -> None:
     titles = tmp_path / "titles.txt"
     titles.write_text("".join(f"Title number {i}\n" for i in range(40)))

@@ -27,6 +27,7 @@ from mainrun.data.token_cache import prepare
 from mainrun.data.tokenizer import EOS
 from mainrun.errors import RunError
 from mainrun.run.session import train
+from mainrun.store import costs as costs_of
 from mainrun.store import token_scores
 from mainrun.store.nodes import Store
 from mainrun.store.rundir import RunDir, open_run, write_json
@@ -175,8 +176,8 @@ def test_a_run_that_was_killed_before_its_end_writes_the_same_file(
     made: Made, copied: Callable[[str], RunDir]
 ) -> None:
     run = copied("averaged")
-    (run.path / "summary.json").unlink()
     (run.path / FILE).unlink()
+    (run.path / "summary.json").unlink()  # what a user is told to delete to get the file again
     (run.path / f".{FILE}.tmp").write_bytes(b"half of it")
     train(made.configs["averaged"], run.path.parent)
     assert (run.path / FILE).read_bytes() == (made.run("averaged").path / FILE).read_bytes()
@@ -335,6 +336,8 @@ def test_the_result_as_json(made: Made) -> None:
         assert result["ensemble"][name] == pytest.approx(sum(costs)), name
     assert [row["presentations_per_epoch"] for row in result["runs"]] == [1, 1, 2], "R-Drop has two passes"
     assert result["ensemble"]["presentations_per_epoch"] == 4
+    assert [row["members"] for row in result["runs"]] == [1, 1, 1] and result["ensemble"]["members"] == 3
+    assert {row["machine"] for row in result["runs"]} == {costs_of.machine(made.summaries["one"])}
     assert result["ensemble"]["forward_flops"] == sum(row["forward_flops"] for row in result["runs"])
     assert result["ensemble"]["official"] is None, "the runs have different geometries"
 
@@ -347,6 +350,8 @@ def test_the_result_as_a_table(made: Made) -> None:
         assert f"{row['full']:.4f}" in line and f"{row['official']:.4f} (" in line
     (line,) = (line for line in text.splitlines() if line.startswith(" all 3 runs "))
     assert f"{result['ensemble']['full']:.4f}" in line and "%" not in line
+    assert line.split()[-1] == "A" and f"machine A: {result['runs'][0]['machine']}" in text
+    assert "members" in text.partition(result["runs"][0]["run"])[0]
     curve = ", ".join(f"{count}: {value:.4f}" for count, value in enumerate(result["curve"], 1))
     assert f"full of the first runs: {curve}" in text
     assert f"the gain is {result['gain']:.4f}" in text
@@ -354,6 +359,19 @@ def test_the_result_as_a_table(made: Made) -> None:
     assert f"(*) {made.id('one')}: 12 of 12 steps were copied from the store" in text
     two = invoke(made, made.id("one"), made.id("averaged")).stdout
     assert "full of the first runs" not in two and "different official geometries" not in two
+
+
+def test_members_and_machines_are_counted(made: Made, copied: Callable[[str], RunDir]) -> None:
+    run = copied("averaged")
+    summary = run.summary() or {}
+    summary["presentations"]["ensemble_members"] = 4
+    summary["machine_classes"] = [{"device": "another"}]
+    write_json(run.path / "summary.json", summary)
+    result = json.loads(invoke(made, made.id("one"), run.path, "--json").stdout)
+    assert [row["members"] for row in result["runs"]] == [1, 4] and result["ensemble"]["members"] == 5
+    text = invoke(made, made.id("one"), run.path).stdout
+    (line,) = (line for line in text.splitlines() if line.startswith(" all 2 runs "))
+    assert line.rstrip().endswith("A, B") and "machine B: another" in text
 
 
 def test_a_failed_guard_is_shown(made: Made, copied: Callable[[str], RunDir]) -> None:
@@ -378,7 +396,7 @@ def test_runs_that_cannot_be_combined_are_refused(made: Made, copied: Callable[[
     assert f"run {made.id('without')} has no {FILE}" in text and "--set token_scores=true" in text
     gone = copied("averaged")
     (gone.path / FILE).unlink()
-    assert refusal(invoke(made, one, gone.path)).endswith("train the run again with --fresh")
+    assert f"{gone.path / FILE} was deleted after the run" in refusal(invoke(made, one, gone.path))
     (gone.path / "summary.json").unlink()
     assert "is not finished (done)" in refusal(invoke(made, one, gone.path))
 

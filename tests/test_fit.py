@@ -17,6 +17,7 @@ from mainrun.cli import app
 from mainrun.config import TrainConfig, from_dict
 from mainrun.core import device as device_module
 from mainrun.core import hardware
+from mainrun.data.lengths import check_lengths
 from mainrun.errors import ConfigError, UsageError
 from mainrun.train import Setup, set_up
 from mainrun.ui import fit as module
@@ -81,7 +82,8 @@ def test_the_largest_micro_batch_uses_the_memory_up_to_the_margin() -> None:
     assert (result["grad_accum"], result["micro_batch"], result["set"]) == (4, 16, "--set grad_accum=4")
     assert result["micro_batch_memory"] == 132_000_000 and not result["all_of_train"]
     assert not result["proved"] and "--probe" in result["why_not_proved"]
-    assert result["largest_batch"] == rates_for(one.cfg, 25)
+    facts = {"limited_by": None, "steps": set_up(one.cfg.changed(batch_size=25)).plan.steps, "why_not": ""}
+    assert result["largest_batch"] == rates_for(one.cfg, 25) | facts
 
 
 @pytest.mark.usefixtures("linear")
@@ -105,16 +107,81 @@ def test_train_limits_the_rows() -> None:
     rows = (one.plan.train_tokens - 1) // 16
     assert result["largest_micro_batch"] == rows and result["all_of_train"] and result["grad_accum"] == 1
     assert "train has no more rows" in dict(fit_rows(one.cfg, result, 1))["fit: largest micro-batch"]
-    set_up(one.cfg.changed(batch_size=rows))
-    with pytest.raises(ConfigError, match="lower batch_size"):
-        set_up(one.cfg.changed(batch_size=rows + 1))
+    set_up(one.cfg.changed(batch_size=rows, official_geometry="8x16"))
+    with pytest.raises(ConfigError, match=r"train has .* lower batch_size"):
+        set_up(one.cfg.changed(batch_size=rows + 1, official_geometry="8x16"))
 
 
 @pytest.mark.usefixtures("linear")
-def test_memory_without_room_for_one_row_is_refused_with_the_numbers() -> None:
-    words = r"one row does not fit into 113.0MB: it needs about 102.0MB, and a margin .*; lower block_size"
-    with pytest.raises(UsageError, match=words):
-        fit(setup(), store=False, memory=113_000_000)
+@pytest.mark.parametrize(
+    ("fields", "dev_tokens", "limit"),
+    [
+        ({}, 0, "val"),
+        ({"dev_frac": 0.5, "val_frac": 0.5}, 200, "dev"),
+        ({"official_geometry": "8x16"}, 0, None),
+    ],
+)
+def test_the_largest_batch_is_one_that_the_run_accepts(
+    fields: dict[str, Any], dev_tokens: int, limit: str | None
+) -> None:
+    one = setup(**fields)
+    if dev_tokens:
+        one.data.splits["dev"] = one.data.splits["dev"][:dev_tokens]
+    batch = fit(one, store=False, memory=10**12)["largest_batch"]
+    assert batch["limited_by"] == limit
+    rows = batch["batch_size"]
+    if limit:
+        assert rows == (len(one.data.splits[limit]) - 1) // 16
+    else:
+        assert rows == (one.plan.train_tokens - 1) // 16
+    check_lengths(one.cfg.changed(batch_size=rows), one.data.splits)
+    with pytest.raises(ConfigError, match=f"the {limit} split" if limit else "train has"):
+        check_lengths(one.cfg.changed(batch_size=rows + 1), one.data.splits)
+    assert batch["steps"] == one.plan.train_tokens // (16 * rows)
+
+
+@pytest.mark.usefixtures("linear")
+def test_a_batch_that_a_growth_schedule_refuses_is_called_so() -> None:
+    one = setup(growth={"ops": [op("set_dropout", 0.1)]}, official_geometry="8x16")
+    batch = fit(one, store=False, memory=10**12)["largest_batch"]
+    assert batch["steps"] is None and "earlier trigger" in batch["why_not"]
+    text = dict(fit_rows(one.cfg, fit(one, store=False, memory=10**12), 1))["fit: largest batch"]
+    assert "the growth schedule does not allow this batch: " in text and "step " in text
+
+
+@pytest.mark.usefixtures("linear")
+def test_the_rows_name_the_steps_the_limit_and_the_memory_of_the_process() -> None:
+    one = setup()
+    result = fit(one, store=False, memory=10**12)
+    rows = dict(fit_rows(one.cfg, result, 1))
+    steps = result["largest_batch"]["steps"]
+    assert f"; the run would have {steps} step" in rows["fit: largest batch"]
+    assert "; val has no more tokens for one span of the official score" in rows["fit: largest batch"]
+    assert "500.0MB of it for the process itself" in rows["fit: largest micro-batch"]
+    on_a_gpu = dict(fit_rows(one.cfg, result | {"process_memory": 0}, 1))
+    assert "of tensors, besides the memory of CUDA itself" in on_a_gpu["fit: largest micro-batch"]
+
+
+@pytest.mark.usefixtures("linear")
+@pytest.mark.parametrize(
+    ("fields", "fixes"),
+    [
+        ({}, "vocab_size, train only low-rank terms with base_frozen=true, or use a larger device"),
+        (
+            {"members": 2, "rdrop": 1.0, "dropout": 0.1},
+            "vocab_size, lower members=2, set rdrop=0, train only low-rank terms",
+        ),
+    ],
+)
+def test_memory_without_room_for_one_row_is_refused_with_the_numbers(
+    fields: dict[str, Any], fixes: str
+) -> None:
+    words = (
+        r"one row does not fit into 113.0MB: it needs about 10\d.0MB, 500.0MB of it for the process itself, "
+        "and a margin .*; lower block_size, d_model, n_layer or "
+    )
+    with pytest.raises(UsageError, match=words + fixes):
+        fit(setup(**fields), store=False, memory=113_000_000)
 
 
 def op(name: str, value: int) -> dict[str, Any]:
@@ -287,7 +354,8 @@ def test_the_command_shows_the_facts_in_both_formats() -> None:
     assert "per process" in dict(fit_rows(cfg, result, 2))["fit: memory"]
     rows = dict(fit_rows(cfg, result | {"proved": True, "measured_peak": 7_000}, 1))
     assert rows["fit: proof"] == "by training: the peak was 7.0kB"
-    rows = dict(fit_rows(cfg, result | {"largest_batch": rates_for(cfg.changed(lr_aux=0.002), 32)}, 1))
+    rates = rates_for(cfg.changed(lr_aux=0.002), 32)
+    rows = dict(fit_rows(cfg, result | {"largest_batch": batch | rates}, 1))
     assert rows["fit: linear rule, lr x k"] == f"--set lr={4 * cfg.lr:.4g} --set lr_aux=0.008"
     assert "fit: largest batch" not in dict(fit_rows(cfg, result | {"largest_batch": rates_for(cfg, 8)}, 1))
 
@@ -305,6 +373,7 @@ def test_the_table_has_the_rows_of_fit_only_if_requested() -> None:
         (["--dry-run", "--fit", "--memory", "300MB"], "one row does not fit into 300.0MB"),
         (["--dry-run", "--fit", "--memory", "x"], "got --memory 'x'; give a number with the unit"),
         (["--dry-run", "--fit", "--memory", "0"], "a size above 0"),
+        (["--dry-run", "--fit", "--memory", "16"], "KB, MB, GB or TB, like 16GB"),
         (["--dry-run", "--memory", "2GB"], "without --fit; add --fit"),
         (["--fit"], "without --dry-run; add --dry-run"),
     ],

@@ -92,6 +92,34 @@ def test_equal_differences_have_no_noise() -> None:
     assert row["p"] == 1 and row["result"] == "not proved"
 
 
+def test_the_parts_of_a_name_may_be_in_any_order() -> None:
+    runs = recipe("strong", RECORD, lr=0.01) + recipe("strong", STRONG, lr=0.02)
+    (expected,) = paired.judge_claims(runs, ["strong lr=0.01,strong lr=0.02,0.01"])
+    (row,) = paired.judge_claims(runs, [" lr=0.01  strong , lr=0.02 strong , 0.01"])
+    assert row == expected and row["base"] == "strong lr=0.01"
+
+
+def test_a_name_may_contain_a_comma() -> None:
+    runs = []
+    for frozen, scores in (((), RECORD), ((0, 1), STRONG)):
+        for run in recipe("strong", scores):
+            runs.append(run._replace(cfg=run.cfg.model_copy(update={"frozen": frozen})))
+    (row,) = paired.judge_claims(runs, ["strong frozen=[], strong frozen=[0, 1], 0.01"])
+    assert (row["other"], row["margin"]) == ("strong frozen=[0, 1]", 0.01)
+
+
+def test_runs_that_differ_only_in_inert_fields_count_as_one() -> None:
+    again = []
+    for run in recipe("record", RECORD):
+        again.append(run._replace(cfg=run.cfg.model_copy(update={"token_scores": True})))
+    assert {run.cfg.run_id for run in again}.isdisjoint(run.cfg.run_id for run in ALL)
+    assert paired.judge_claims(ALL + again, CLAIMS) == paired.judge_claims(ALL, CLAIMS)
+    other = [run._replace(summary={**run.summary, "last": {"full": 1.0}}) for run in again]
+    with pytest.raises(RunError) as error:
+        paired.judge_claims(ALL + other, CLAIMS)
+    assert ALL[0].summary["run"] in str(error.value) and str(error.value).count("record-") == 2
+
+
 FAILED = [{"name": "causality", "status": "fail", "detail": "sees the future"}]
 OTHER_TRAIN = {"corpus": "c" * 64, "val": "v" * 64, "train": "u" * 64}
 
@@ -100,6 +128,8 @@ OTHER_TRAIN = {"corpus": "c" * 64, "val": "v" * 64, "train": "u" * 64}
     ("runs", "claims", "words"),
     [
         (ALL, ["record,strng"], "got --paired 'record,strng'; give BASE,OTHER"),
+        (ALL, ["record,strng,0.1"], "of the given runs: strong; record; ensemble"),
+        (ALL, ["ensembel,record"], "of the given runs: ensemble; "),
         (ALL, ["record"], "of the given runs: record; strong; ensemble"),
         (ALL, ["record,record"], "compares a recipe with itself"),
         (ALL, ["record,strong,x"], "margin is not a number"),
@@ -109,7 +139,12 @@ OTHER_TRAIN = {"corpus": "c" * 64, "val": "v" * 64, "train": "u" * 64}
         (ALL, ["record,strong", "strong,record,0.1"], "compares record and strong twice"),
         (ALL + recipe("late", {2: 1.0, 9: 1.1}), ["record,late"], "of record are 1, 2, 3 and of late are 2"),
         (ALL + recipe("late", {8: 1.0, 9: 1.1}), ["record,late"], "needs at least two seeds that both"),
-        (ALL + recipe("record", {2: 1.0}), ["record,strong"], "seed 2 of record was given more than once"),
+        (ALL + recipe("record", {2: 1.0}), ["record,strong"], "seed 2 of record has two runs with different"),
+        (
+            recipe("a", RECORD, weights="1") + recipe("a", RECORD, weights="2") + recipe("b", STRONG),
+            ["a,b"],
+            "seed 1 of a has two runs with different results",
+        ),
         (ALL + recipe("bad", RECORD, guards=FAILED), ["record,bad"], "failed the guard causality"),
         (
             ALL + recipe("dev", RECORD, fingerprints=OTHER_TRAIN),
@@ -150,7 +185,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert [row["run"] for row in result["runs"]] == names
     expected = paired.judge_claims(ALL, CLAIMS)
     assert result["paired"] == json.loads(json.dumps(expected))
-    refused(invoke("compare", *names, "--out", tmp_path, "--paired", "a,b"), "record; strong; ensemble")
+    refused(invoke("compare", *names, "--out", tmp_path, "--paired", "x,y"), "record; strong; ensemble")
 
 
 @pytest.mark.parametrize("width", [60, 100, 160])

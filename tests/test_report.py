@@ -26,7 +26,7 @@ from mainrun.cli import app
 from mainrun.errors import RunError
 from reports import cli
 from reports.evidence import findings, load, studies, tables
-from reports.evidence.figures import forward_flops, grad_norms, registry, routing, style
+from reports.evidence.figures import forward_flops, grad_norms, registry, routing, schedules, style
 
 T3 = 4.302653  # the 97.5% quantile of Student's t with 2 degrees of freedom, from a printed table
 
@@ -199,8 +199,9 @@ def test_a_study_with_different_data_is_refused(runs: Path) -> None:
 
 
 def test_a_seed_counts_once(runs: Path) -> None:
-    shutil.copytree(of(runs, "baseline")[1], runs / "copy")
-    with pytest.raises(RunError, match="seed 1 of baseline was given more than once"):
+    other = reseed(of(runs, "baseline")[1], runs, log_every=7)
+    rescore(other, 1.0)
+    with pytest.raises(RunError, match="seed 1 of baseline has two runs with different results"):
         load.gather([], runs)
 
 
@@ -927,6 +928,27 @@ def test_gradient_norms_are_drawn_by_layer_with_their_median_over_the_steps() ->
     assert low < 0.125 and high > 4, "the band of all steps fits"
     assert grad_norms.draw(make_data(make_recipe("silent", {1: 2.0}))) is None
     assert grad_norms.draw(make_data()) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [({}, ["lr", "weight_decay"]), ({"weight_decay_aux": 0.5}, ["lr", "weight_decay", "weight_decay_aux"])],
+)
+def test_the_auxiliary_weight_decay_is_drawn_if_a_recipe_sets_it(
+    fields: dict[str, float], names: list[str]
+) -> None:
+    decay = {"optimizer": "adamw", "weight_decay": 0.1}
+    recipes = [
+        make_recipe("one", {1: 2.0}, fields=decay),
+        make_recipe("two", {1: 2.0}, fields=decay | fields),
+    ]
+    figure = schedules.draw(make_data(*recipes))
+    assert figure is not None
+    panels = figure.get_axes()
+    assert [axes.get_title().split()[0] for axes in panels] == names
+    last = panels[-1]
+    assert {y for _, y in points_of(last, "one")} == {0.1}, "unset: as weight_decay"
+    assert {y for _, y in points_of(last, "two")} == {fields.get("weight_decay_aux", 0.1)}
 
 
 def test_steps_after_a_growth_operation_and_damaged_norms_are_not_drawn() -> None:

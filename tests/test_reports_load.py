@@ -31,7 +31,7 @@ from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import RunError
 from mainrun.plan.recipes import load as load_preset
 from mainrun.ui.grouping import recipe_fields
-from reports.evidence import load
+from reports.evidence import load, tables
 from reports.evidence.load import Recipe, ReportData, Run, base_indices
 
 OPS = [
@@ -535,19 +535,54 @@ def test_a_seed_counts_once(tmp_path: Path) -> None:
     for seed in (1, 2, 3):
         write_run(tmp_path, make_run(seed=seed))
     for seed in (3, 1):
-        shutil.copytree(tmp_path / make_run(seed=seed).id, tmp_path / f"again-{seed}")
-    message = refusal(tmp_path)
-    assert (
-        message.splitlines()[1].startswith("seed 1 of baseline was given more than once (")
-        and "seed 3 of baseline" in message
-    )
-    first = message.splitlines()[1]
-    assert "again-1" in first and "again-3" not in first
-    assert (
-        str(tmp_path / "again-1") in message
-        and str(tmp_path / make_run().id) in message
-        and "seed 2" not in message
-    )
+        write_run(tmp_path, make_run(seed=seed, fields={"log_every": 2}, weights="f" * 64))
+    message = refusal(tmp_path).splitlines()
+    assert message[0] == "2 problems prevent the report:" and "seed 3 of baseline" in message[2]
+    first = message[1]
+    assert first.startswith("seed 1 of baseline has two runs with different results, ")
+    for run in (make_run(), make_run(fields={"log_every": 2})):
+        assert str(tmp_path / run.id) in first
+
+
+def test_a_run_that_repeats_another_one_is_left_out(tmp_path: Path) -> None:
+    once = make_run()
+    again = make_run(fields={"grad_norm_steps": 5, "token_scores": True})
+    for run in (once, again, make_run(seed=2)):
+        write_run(tmp_path, run)
+    shutil.copytree(tmp_path / make_run(seed=2).id, tmp_path / "copy")
+    data = load.gather([], tmp_path)
+    (recipe,) = data.recipes
+    assert [run.id for run in recipe.runs] == [again.id, make_run(seed=2).id]
+    left_out = f"{tmp_path / once.id} repeats {tmp_path / again.id} with the same result, and is left out."
+    assert left_out in data.repeats and len(data.repeats) == 2
+    assert left_out in tables.runs(data).note
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"full": 2.1}, {"weights": "f" * 64}, {"guards": failing()}],
+    ids=["score", "weights", "guards"],
+)
+def test_a_repetition_with_another_result_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    write_run(tmp_path, make_run())
+    write_run(tmp_path, make_run(fields={"token_scores": True}, **changes))
+    assert "seed 1 of baseline has two runs with different results" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fuller", "poorer"),
+    [
+        ({"fields": {"grad_norm_steps": 1}}, {"fields": {"token_scores": True}}),
+        ({"fields": {"log_every": 2}, "ledger": {"reused": 0}}, {"ledger": {"reused": 4}}),
+        ({"fields": {"token_scores": True}}, {}),
+    ],
+    ids=["gradient norms", "own time", "token scores"],
+)
+def test_the_run_with_the_most_data_is_kept(fuller: dict[str, Any], poorer: dict[str, Any]) -> None:
+    runs = [make_run(**fuller), make_run(**poorer)]
+    for order in (runs, runs[::-1]):
+        (recipe,) = load._group_into_recipes(order)
+        assert load._without_repeats(recipe).runs == (runs[0],)
 
 
 # -- recipes
@@ -598,6 +633,14 @@ def test_a_recipe_name_lists_only_differences_within_its_preset() -> None:
             {"optimizer": "adamw", "n_layer": 3},
             {},
             ["baseline n_layer=2 optimizer=sgd", "baseline n_layer=3 optimizer=adamw"],
+        ),
+        (
+            {"qk_norm": True, "weight_decay_aux": 0.5},
+            {},
+            [
+                "baseline qk_norm=false weight_decay_aux=none",
+                "baseline qk_norm=true weight_decay_aux=0.5",
+            ],
         ),
         (GROWTH, {"dropout": 0.1}, ["baseline", "baseline with growth"]),
         (GROWTH, {}, ["baseline dropout=0", "baseline dropout=0.1 with growth"]),

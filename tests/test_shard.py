@@ -246,10 +246,18 @@ def test_a_model_that_does_not_fit_is_reported(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_dry_run_compares_the_estimate_with_the_memory() -> None:
-    assert train_cli._memory_text(10**9, 2 * 10**9, 1) == "about 1.0GB"
-    assert train_cli._memory_text(10**9, 0, 2) == "about 1.0GB per process"
-    text = train_cli._memory_text(3 * 10**9, 2 * 10**9, 1)
-    assert text.startswith("about 3.0GB, but a process has only 2.0GB; raise grad_accum")
+    def text_of(needed: int, available: int, processes: int) -> str:
+        cost = {"memory": needed, "device_memory": available, "process_memory": 5 * 10**8}
+        return train_cli._memory_text(cost | {"machine_class": {"processes": processes}})
+
+    fact = "about 1.0GB, 500.0MB of it for the process itself"
+    assert text_of(10**9, 2 * 10**9, 1) == fact
+    assert text_of(10**9, 0, 2) == f"{fact}, per process"
+    text = text_of(3 * 10**9, 2 * 10**9, 1)
+    assert text.startswith(
+        "about 3.0GB, 500.0MB of it for the process itself, but a process has only 2.0GB; "
+    )
+    assert "raise grad_accum" in text
     assert "base_frozen=true" in text and "shard=true" in text
 
 

@@ -34,16 +34,19 @@ from mainrun.data.tokenizer import (
     FORMAT,
     LIBRARY,
     MARKED_FORMAT,
+    MIN_VOCAB_SIZE,
     SPECIALS,
     Tokenizer,
+    VocabularyError,
     fit,
 )
-from mainrun.errors import ConfigError, RunError
+from mainrun.errors import ConfigError, RunError, UsageError
 from mainrun.files import inputs
 from mainrun.files.hashing import compact_json
 
 SPLITS = ("train", "dev", "val")
 PUBLISH_ATTEMPTS = 10  # a write is repeated if another process changes the entry at the same time
+FEW_TITLES = 20_000  # a tokenizer is fitted on this number of titles within seconds
 ABANDONED = 86_400  # a temporary folder counts as abandoned if it is older than this many seconds
 
 
@@ -70,7 +73,25 @@ def prepare(cfg: TrainConfig, corpus: Corpus) -> TokenData:
     cached = _load(entry)
     if cached is not None:
         return cached
-    return _store(entry, _build(cfg, corpus, tokenizer))
+    try:
+        data = _build(cfg, corpus, tokenizer)
+    except VocabularyError as e:
+        raise ConfigError("\n".join([str(e), *_next_faults(cfg, corpus, e.largest)])) from None
+    return _store(entry, data)
+
+
+def _next_faults(cfg: TrainConfig, corpus: Corpus, vocab_size: int) -> list[str]:
+    """Return what the run would be refused for next, with the largest vocabulary that the titles allow."""
+    from mainrun.data.lengths import too_short
+
+    if vocab_size < MIN_VOCAB_SIZE or len(corpus.train) > FEW_TITLES:
+        return []
+    smaller = cfg.model_copy(update={"vocab_size": vocab_size})
+    try:
+        data = _build(smaller, corpus)
+    except UsageError:  # the library did not keep its word about the largest vocabulary
+        return []
+    return [f"with vocab_size={vocab_size:,}, {fault}" for fault in too_short(smaller, data.splits)]
 
 
 def _foreign_tokenizer(cfg: TrainConfig) -> Tokenizer:

@@ -47,6 +47,12 @@ ESCAPE_ALPHABET = "\\x{}0123456789abcdef"
 ESCAPED = re.compile(r"\\x\{([0-9a-f]{1,6})\}")
 
 
+class VocabularyError(ConfigError):
+    """The titles have too few tokens for the vocabulary."""
+
+    largest: int  # the size of the largest vocabulary that the titles allow
+
+
 class Tokenizer:
     """A fitted tokenizer, or the tokenizer of a checkpoint.
 
@@ -284,7 +290,7 @@ def _unigram_error(reason: str, n_titles: int, vocab_size: int) -> Exception:
     )
 
 
-def _vocabulary_error(wanted: int, largest: int) -> ConfigError:
+def _vocabulary_error(wanted: int, largest: int) -> VocabularyError:
     problem = (
         f"vocab_size={wanted:,} is larger than the text allows: these titles give at most {largest:,} tokens"
     )
@@ -292,7 +298,9 @@ def _vocabulary_error(wanted: int, largest: int) -> ConfigError:
         fix = f"use --set vocab_size={largest}, or "
     else:
         fix = f"the minimum is {MIN_VOCAB_SIZE}, so "
-    return ConfigError(f"{problem}; {fix}raise num_titles, or lower val_frac or dev_frac")
+    error = VocabularyError(f"{problem}; {fix}raise num_titles, or lower val_frac or dev_frac")
+    error.largest = largest
+    return error
 
 
 def _load_bpe(model: bytes) -> Any:

@@ -26,7 +26,7 @@ from mainrun.core.parameters import saved_parameters
 from mainrun.errors import UsageError
 from mainrun.growth.moments import IndexMap, param_schedules, transfer
 from mainrun.growth.operators import empty_model, grow, map_parameters, meta_model
-from mainrun.growth.state import FIGURES, Row, growth_state, ops_applied
+from mainrun.growth.state import FIGURES, Row, growth_state, ops_applied, single_model
 from mainrun.growth.verify import (
     PromiseCheck,
     check_coverage,
@@ -143,7 +143,7 @@ class Growth:
                 continue
             recent = self._surviving(op, recent)
             if self.state.step < segment.first + SETTLES:
-                old = empty_model(self.state.model, last.cfg)
+                old = empty_model(single_model(self.state), last.cfg)
                 for p in old.parameters():
                     p.detach().zero_()  # the index map does not depend on the values of the weights
                 new = meta_model(old, segment.cfg)
@@ -348,7 +348,7 @@ class Growth:
     def _make(self, op: Op, before: TrainConfig, after: TrainConfig) -> Grown:
         """Compute and check the result of an operation without changing the state."""
         state = self.state
-        old = state.model
+        old = single_model(state)
         set_last_inputs(state, self.plan, self.device)
         idx = self._probe()
         new, moved = grow(op, before, after, old, op.seed)
@@ -414,7 +414,7 @@ class Growth:
 
     def _look(self, recent: Recent) -> None:
         """Check whether the copies from an operation have diverged, and whether a router is stuck."""
-        model = self.state.model
+        model = single_model(self.state)
         set_last_inputs(self.state, self.plan, self.device)
         op = recent.op
         later = self.state.step - recent.step

@@ -62,11 +62,18 @@ def rebuild_model(state: State, growth: dict[str, Any]) -> None:
     from mainrun.growth.operators import empty_model
 
     cfg = from_dict(growth["config"])
-    model = empty_model(state.model, cfg)
+    old = single_model(state)
+    model = empty_model(old, cfg)
     if cfg.base_frozen:
-        copy_base(state.model, model)
+        copy_base(old, model)
     schedules = {name: ParamSchedule(*values) for name, values in growth["marks"].items()}
     state.replace_model(cfg, model, Optimizers(cfg, model, schedules))
+
+
+def single_model(state: State) -> GPT:
+    """Return the model of a run that grows, which has no members because `TrainConfig` refuses both."""
+    assert isinstance(state.model, GPT)
+    return state.model
 
 
 def copy_base(old: GPT, new: GPT) -> None:

@@ -29,7 +29,7 @@ from mainrun.files.hashing import sha256_file, sha256_json
 from mainrun.interop.choice_files import Question
 from mainrun.store.checkpoint import sha256_tensors
 from mainrun.store.rundir import RunDir, disk_errors, write_json
-from mainrun.train import GPT
+from mainrun.train import Model
 from mainrun.ui.sample import load_scored_state
 
 REPORT_EVERY = 10.0  # seconds between two reports of the progress
@@ -56,7 +56,7 @@ class Likelihood(NamedTuple):
 class Scorer:
     """Computes the log-probabilities of texts with a model."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: Model, tokenizer: Tokenizer) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.device = model.embed.weight.device
@@ -267,14 +267,14 @@ def load(run: RunDir, route: str | None) -> ScoredRun:
     return ScoredRun(Scorer(model.to(device), tokenizer), finished, run_info)
 
 
-def set_route(model: GPT, route: str) -> None:
+def set_route(model: Model, route: str) -> None:
     """Let either the routers or their students select the tokens of all routed blocks."""
     for block in model.blocks:
         if block.router is not None:
             block.router.by_student = route == "student"
 
 
-def routes(model: GPT) -> dict[str, str]:
+def routes(model: Model) -> dict[str, str]:
     """Return what selects the tokens of each routed layer: "own" or "student"."""
     names = {}
     for layer, block in enumerate(model.blocks):

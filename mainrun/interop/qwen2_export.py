@@ -17,7 +17,7 @@ from mainrun.interop.routing_files import write_routing
 from mainrun.interop.source import ExportedModel
 from mainrun.interop.tokenizer_files import file_order, write_tokenizer
 from mainrun.store.rundir import to_json
-from mainrun.train import GPT
+from mainrun.train import Model
 
 RMS_NORM_EPS = 1e-6  # the epsilon of RMSNorm in mainrun and in Qwen2
 SHARD = "5GB"  # the largest size of a file of weights
@@ -60,7 +60,7 @@ def checkpoint_tensors(source: ExportedModel, merge: bool = True) -> dict[str, T
 
 
 @torch.no_grad()
-def merged_weight(model: GPT, name: str) -> Tensor:
+def merged_weight(model: Model, name: str) -> Tensor:
     """Return a parameter of the model, with its low-rank term added if it has one."""
     part, _, kind = name.rpartition(".")
     module: Any = model.get_submodule(part)

@@ -22,7 +22,7 @@ from mainrun.files import inputs
 from mainrun.files.inputs import BadInput
 
 if TYPE_CHECKING:
-    from mainrun.train import GPT
+    from mainrun.train import Model
 
 FORMAT = 1
 TENSORS = "routing.safetensors"
@@ -40,7 +40,7 @@ FIELDS: dict[str, type] = {
 FIX = "export the model again, or remove both files to use the dense model"
 
 
-def write_routing(model: GPT, folder: Path) -> None:
+def write_routing(model: Model, folder: Path) -> None:
     """Write the routers of a model to a folder. Do nothing if the model is dense."""
     from mainrun.store.checkpoint import save_tensors
     from mainrun.store.rundir import to_json
@@ -50,7 +50,8 @@ def write_routing(model: GPT, folder: Path) -> None:
         return
     sharpness = cfg.sharpness
     if "S" in cfg.letters or "T" in cfg.letters:
-        sharpness = float(model.sharpness)  # the value of the last step, which the scores depend on
+        # the value of the last step, which the scores depend on
+        sharpness = float(model.get_buffer("sharpness"))
     tensors = {name: p.float() for name, p in model.named_parameters() if ".router." in name}
     fields = {
         "block_pattern": cfg.letters,

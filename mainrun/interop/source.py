@@ -12,7 +12,7 @@ from mainrun.data.tokenizer import Tokenizer
 from mainrun.errors import UsageError
 from mainrun.store.checkpoint import sha256_tensors
 from mainrun.store.rundir import RunDir
-from mainrun.train import GPT
+from mainrun.train import Model
 from mainrun.ui.sample import load_scored_state
 
 
@@ -22,7 +22,7 @@ class ExportedModel:
 
     run: RunDir
     run_cfg: TrainConfig  # the config that the run began with
-    model: GPT  # with the scored weights, which are averages in a run with EMA or SWA
+    model: Model  # with the scored weights, which are averages in a run with EMA or SWA
     tokenizer: Tokenizer
     step: int
     finished: bool  # whether the run is finished

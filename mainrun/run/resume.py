@@ -13,8 +13,7 @@ from mainrun.config import TrainConfig
 from mainrun.core.device import Device
 from mainrun.core.machine_class import versions
 from mainrun.data import scoring
-from mainrun.data.token_cache import TokenData
-from mainrun.errors import ConfigError, RunError
+from mainrun.errors import RunError
 from mainrun.growth.state import Controller, load_state
 from mainrun.run.accounts import Accounts
 from mainrun.run.log import RunLog
@@ -25,17 +24,6 @@ from mainrun.train import State
 
 Row = dict[str, Any]
 EMPTY_LOG = {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}  # the size and the hash of an empty log
-
-
-def check_spans(cfg: TrainConfig, data: TokenData) -> None:
-    """Raise an error before training if a split is too short to be scored."""
-    for split in ("val", "dev"):
-        if split not in data.splits:
-            continue
-        try:
-            scoring.official_spans(len(data.splits[split]), cfg.geometry)
-        except ConfigError as e:
-            raise ConfigError(f"the {split} split is too short: {e}") from None
 
 
 def environment(device: Device) -> Row:

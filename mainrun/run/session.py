@@ -29,7 +29,7 @@ from mainrun.plan.plan import Plan
 from mainrun.run.accounts import Accounts
 from mainrun.run.log import NullLog, RunLog
 from mainrun.run.progress import QUIET, Progress, short
-from mainrun.run.resume import check_spans, environment, follow_leader, resume
+from mainrun.run.resume import environment, follow_leader, resume
 from mainrun.run.sharing import NoSharing, Sharing
 from mainrun.run.slow_steps import SlowSteps
 from mainrun.run.stop import StopSignal
@@ -66,7 +66,6 @@ def train(
         started = time.perf_counter()
         check_writable(Path(out))  # report a read-only folder before the data is read, which may take long
         setup = set_up(cfg)
-        check_spans(cfg, setup.data)
         data_seconds = time.perf_counter() - started
         run_dir = open_run_directory(setup, Path(out), fresh)
         stack.callback(run_dir.release)

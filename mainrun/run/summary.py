@@ -19,7 +19,7 @@ from mainrun.plan.routing import STATS
 from mainrun.run.accounts import Accounts
 from mainrun.store import checkpoint, costs
 from mainrun.store.rundir import RunDir
-from mainrun.train import GPT, Setup, State, set_last_inputs
+from mainrun.train import Model, Setup, State, set_last_inputs
 
 SCORE_FIELDS = ("step", "split", "official", "full", "loss", "bits_per_byte", "coverage", "tokens")
 
@@ -93,7 +93,7 @@ def describe_start(setup: Setup) -> dict[str, str] | None:
     return {"source": setup.cfg.start, "digest": setup.start_digest}
 
 
-def hash_weights(model: GPT) -> str:
+def hash_weights(model: Model) -> str:
     """Return a hash of the weights. All processes of a sharded run must call this function together."""
     shards = shards_of(model)
     if shards:
@@ -131,7 +131,7 @@ def summarize_routing(setup: Setup, plan: Plan, state: State, evals: list[dict[s
 class LookAhead(nn.Module):
     """A model whose routers select the best tokens of the whole row, as in training."""
 
-    def __init__(self, model: GPT) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
         self.tokens = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def _checksum(arrays: dict[str, np.ndarray], about: dict[str, Any]) -> str:
 def read(run: RunDir) -> dict[str, TokenScores]:
     """Return the log-probabilities of each split. Raise RunError if the file is missing or damaged."""
     path = run.path / FILE
-    if not path.exists() and not path.is_symlink():
+    if is_missing(run):
         raise RunError(_missing(run))
     try:
         return _read(path, str(run.config_file().get("digest")))
@@ -89,11 +90,24 @@ def read(run: RunDir) -> dict[str, TokenScores]:
         raise RunError(f"{path} is damaged: it {e}; {run.fix}") from None
 
 
+def is_missing(run: RunDir) -> bool:
+    return not os.path.lexists(run.path / FILE)
+
+
+def how_to_restore(run: RunDir) -> str:
+    """Say that the file of a finished run was deleted, and how to write it again."""
+    return (
+        f"{run.path / FILE} was deleted after the run had written it; restore it, or delete "
+        f"{run.path / 'summary.json'} and repeat the `mainrun train` command, which then continues from the "
+        "last checkpoint and scores the model again"
+    )
+
+
 def _missing(run: RunDir) -> str:
     """Return a message that says how to get the file of a run."""
-    got = f"run {run.path.name} has no {FILE}"
     if run.config().token_scores:
-        return f"{got}; {run.fix}"
+        return how_to_restore(run)
+    got = f"run {run.path.name} has no {FILE}"
     return (
         f"{got}, because its config has token_scores=false; train the run again with "
         "--set token_scores=true; this creates a run with another id, which copies its steps from the store"

@@ -428,6 +428,18 @@ def forward_cost_text(cost: dict[str, Any]) -> str:
     return text
 
 
+def memory_words(memory: int, process: int) -> str:
+    """Format an estimate of memory in bytes, and say which part of it every run needs.
+
+    process: the memory of a process without a model, or 0 if the estimate counts only the tensors on a GPU.
+    """
+    from mainrun.run.progress import short
+
+    if not process:
+        return f"{short(memory)}B of tensors, besides the memory of CUDA itself"
+    return f"{short(memory)}B, {short(process)}B of it for the process itself"
+
+
 def field_value(value: Any) -> str:
     """Format the value of a config field in the syntax of --set."""
     if value is None:

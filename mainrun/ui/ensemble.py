@@ -16,20 +16,31 @@ import numpy as np
 
 from mainrun.config import MIN_COVERAGE
 from mainrun.errors import RunError, UsageError
+from mainrun.files.inputs import printable
 from mainrun.run.progress import clock, percent, short
 from mainrun.store import costs, rundir, token_scores
 from mainrun.store.rundir import RunDir
 from mainrun.store.token_scores import TokenScores
-from mainrun.ui.compare import check_same_kind_of_start, compact, load_summary, scientific, show_table
+from mainrun.ui.compare import (
+    MEMBERS,
+    check_same_kind_of_start,
+    compact,
+    load_summary,
+    machine_letters,
+    scientific,
+    show_table,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 SPLITS = ("val", "dev")
 TOLERANCE = 1e-3  # relative difference of two scores of the same weights on different machines
-COSTS = ("params", "presentations_per_epoch", "flops", "forward_flops", "seconds")  # are added up
+COSTS = ("params", "members", "presentations_per_epoch", "flops", "forward_flops", "seconds")  # are added up
+# A line break divides a long name into two lines.
 HEAD = [
-    "run", "seed", "full", "official", "params", "seen/epoch", "training FLOPs", "forward FLOPs", "time",
+    "run", "seed", "full", "official", "params", MEMBERS, "seen/\nepoch", "training\nFLOPs",
+    "forward\nFLOPs", "time", "machine",
 ]  # fmt: skip
 
 
@@ -181,10 +192,12 @@ def _row(scored: ScoredRun) -> dict[str, Any]:
         "official": score_of(scores.official, scores.chars),
         "coverage": len(scores.official) / len(scores.full),
         "params": summary["params"],
+        "members": costs.members(summary),
         "presentations_per_epoch": costs.presentations_per_epoch(summary),
         "flops": summary.get("flops"),
         "forward_flops": costs.forward_flops(summary),
         "seconds": summary["seconds"],
+        "machine": costs.machine(summary),
         "steps": summary["steps"],
         "reused": summary.get("ledger", {}).get("reused", 0),
         "failed_guards": [guard["name"] for guard in summary["guards"] if guard["status"] == "fail"],
@@ -197,15 +210,22 @@ def _row(scored: ScoredRun) -> dict[str, Any]:
 def show(result: dict[str, Any], console: Console) -> None:
     """Print the result of `score`."""
     rows = result["runs"]
-    count = len(rows)
-    cells = [_cells(row["run"], str(row["seed"]), row, star=bool(row["reused"])) for row in rows]
-    cells.append(_cells(f"all {count} runs", "", result["ensemble"], star=any(row["reused"] for row in rows)))
+    letters = machine_letters(row["machine"] for row in rows)
+    cells = []
+    for row in rows:
+        name_and_seed = [row["run"], str(row["seed"])]
+        cells.append([*name_and_seed, *_cells(row, star=bool(row["reused"])), letters[row["machine"]]])
+    total = _cells(result["ensemble"], star=any(row["reused"] for row in rows))
+    cells.append([f"all {len(rows)} runs", "", *total, ", ".join(letters.values())])
     show_table(HEAD, cells, console)
+    for machine, letter in letters.items():
+        console.print(f"machine {letter}: {printable(machine)}", soft_wrap=True, markup=False)
     for line in _lines(result):
         console.print(line, soft_wrap=True, markup=False)
 
 
-def _cells(name: str, seed: str, row: dict[str, Any], *, star: bool) -> list[str]:
+def _cells(row: dict[str, Any], *, star: bool) -> list[str]:
+    """Return the cells of the scores and the costs."""
     official = ""
     if row["official"] is not None:
         flag = "!" if row["coverage"] < MIN_COVERAGE else ""
@@ -215,8 +235,9 @@ def _cells(name: str, seed: str, row: dict[str, Any], *, star: bool) -> list[str
     time = clock(row["seconds"])
     if star:
         time += "*"
+    members = str(row["members"])
     presented = str(row["presentations_per_epoch"])
-    return [name, seed, f"{row['full']:.4f}", official, short(row["params"]), presented, flops, forward, time]
+    return [f"{row['full']:.4f}", official, short(row["params"]), members, presented, flops, forward, time]
 
 
 def _lines(result: dict[str, Any]) -> Iterator[str]:

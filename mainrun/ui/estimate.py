@@ -37,9 +37,8 @@ from mainrun.plan.cost import forward_cost, segment_costs, size
 from mainrun.plan.ops import Schedule
 from mainrun.plan.optimizers import state_tensors
 from mainrun.plan.plan import Plan, StepInputs
-from mainrun.run.resume import check_spans
 from mainrun.run.summary import describe_start
-from mainrun.train import GPT, Setup, State, TrainStep, build, compute_loss, set_up
+from mainrun.train import GPT, Model, Setup, State, TrainStep, build, compute_loss, set_up
 
 PROBE_STEPS = 3  # the number of steps to measure; the estimate uses their median time
 STEP_EFFICIENCY = 0.6  # the assumed speed of a training step, relative to the speed of a matrix product
@@ -62,7 +61,6 @@ def estimate_setup(setup: Setup, probe: bool, store: bool) -> dict[str, Any]:
     device = setup.device
     data = setup.data
     plan = setup.plan
-    check_spans(cfg, data)
     vocab_size = data.tokenizer.vocab_size
     segments = segment_costs(plan, vocab_size)
     flops = sum(segment["flops"] for segment in segments)
@@ -71,6 +69,7 @@ def estimate_setup(setup: Setup, probe: bool, store: bool) -> dict[str, Any]:
         "params": segments[-1]["params"],
         "flops": flops,
         "memory": estimate_memory(plan, device, vocab_size, store and not device.sharded),
+        "process_memory": process_floor(device),
         "device_memory": device.memory,
     }
     if cfg.members > 1:
@@ -197,7 +196,7 @@ def compiling_off(device: Device) -> Iterator[None]:
         device.compile = before
 
 
-def _evaluation_seconds(cfg: TrainConfig, model: GPT, data: TokenData, split: str) -> float:
+def _evaluation_seconds(cfg: TrainConfig, model: Model, data: TokenData, split: str) -> float:
     """Measure the evaluation of the first tokens of a split, and extrapolate the time to the whole split."""
     tokens = data.splits[split]
     rows, length = cfg.geometry
@@ -221,6 +220,11 @@ PROCESS = 500_000_000  # the amount of RAM that Python, torch and other librarie
 FRAGMENTATION = 1.28
 # The memory in bytes that torch.compile keeps allocated. A compiled training step does not fragment the heap.
 COMPILER = 100_000_000
+
+
+def process_floor(device: Device) -> int:
+    """Return the part of an estimate that every run needs. On a GPU, an estimate counts only tensors."""
+    return 0 if device.torch_device.type == "cuda" else PROCESS
 
 
 class LiveBytes(TorchDispatchMode):
@@ -364,12 +368,12 @@ def _segment_memory(cfg: TrainConfig, device: Device, vocab_size: int, store: bo
     return _process_memory(device, peak, min(persistent + gradients, peak))
 
 
-def _guards_bytes(model: GPT, cfg: TrainConfig, vocab_size: int) -> int:
+def _guards_bytes(model: Model, cfg: TrainConfig, vocab_size: int) -> int:
     """Return the size of the tensors that the guards need: a copy of the weights, and two rows of logits."""
     return _bytes(model.parameters()) + 2 * 4 * cfg.block_size * vocab_size
 
 
-def _gathered_bytes(model: GPT) -> int:
+def _gathered_bytes(model: Model) -> int:
     """Return the largest size of the whole weights and gradients that a process of a sharded run holds.
 
     The parameters outside of the blocks are gathered during the whole backward pass, and so are their
@@ -407,7 +411,7 @@ def _optimizer_state(cfg: TrainConfig, state: State) -> list[Tensor]:
     return moments
 
 
-def _evaluate(model: GPT, cfg: TrainConfig, vocab_size: int) -> None:
+def _evaluate(model: Model, cfg: TrainConfig, vocab_size: int) -> None:
     """Evaluate one batch of the largest size that mainrun.data.scoring uses."""
     device = model.embed.weight.device
     rows = max(1, scoring.LOGITS[device.type] // (cfg.block_size * vocab_size))
@@ -438,7 +442,7 @@ class LossMemory(torch.autograd.Function):
         return grad
 
 
-def _backward(model: GPT, x: Tensor, inputs: StepInputs, pool: Tensor | None) -> None:
+def _backward(model: Model, x: Tensor, inputs: StepInputs, pool: Tensor | None) -> None:
     model.train()
     if inputs.rdrop:
         loss = compute_loss(model, x, x, inputs, pool).minimized

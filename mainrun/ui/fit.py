@@ -17,12 +17,21 @@ import torch
 from mainrun.config import MAX_BATCH_SIZE, TrainConfig, from_dict
 from mainrun.core.cuda_graph import WARM
 from mainrun.core.hardware import peak_memory
+from mainrun.data.lengths import HELD_OUT, most_rows
 from mainrun.errors import ConfigError, UsageError
 from mainrun.plan.ops import Schedule
 from mainrun.plan.plan import Plan
 from mainrun.run.progress import short
 from mainrun.train import Setup
-from mainrun.ui.estimate import StepProbe, compiling_off, configs_of, largest_segments, memory_of
+from mainrun.ui.console import memory_words
+from mainrun.ui.estimate import (
+    StepProbe,
+    compiling_off,
+    configs_of,
+    largest_segments,
+    memory_of,
+    process_floor,
+)
 
 MARGIN = 0.1  # the share of the memory that stays free, because the estimate is not exact
 
@@ -55,21 +64,25 @@ def fit(setup: Setup, *, store: bool, memory: int = 0, probe: bool = False) -> d
     def memory_with(rows: int) -> int:
         return memory_of(with_rows(configs, rows, device.world), device, vocab_size, store)
 
-    cap = most_rows(setup)
+    rows_of_splits = most_rows(setup.cfg, setup.data.splits)
+    cap = max(1, min(rows_of_splits["train"], MAX_BATCH_SIZE) // device.world)
     estimated = largest(memory_with, usable, cap)
+    process = process_floor(device)
     if not estimated:
-        why = f"it needs about {short(memory_with(1))}B, and a margin of {MARGIN:.0%} must stay free"
-        raise UsageError(_too_small(limit, why))
+        needed = memory_words(memory_with(1), process)
+        why = f"it needs about {needed}, and a margin of {MARGIN:.0%} must stay free"
+        raise UsageError(_too_small(setup.cfg, limit, why))
     proof = prove(setup, configs, estimated, limit, probe)
     if not proof.rows:
         why = f"a training step needed more than the estimate of {short(memory_with(1))}B"
-        raise UsageError(_too_small(limit, why))
+        raise UsageError(_too_small(setup.cfg, limit, why))
     grad_accum = smallest_grad_accum(setup.cfg, proof.rows, device.world)
     micro_batch = setup.cfg.batch_size // grad_accum // device.world
     return {
         "memory": limit,
         "margin": MARGIN,
         "usable": usable,
+        "process_memory": process,
         "largest_micro_batch": proof.rows,
         "largest_memory": memory_with(proof.rows),
         "all_of_train": proof.rows == cap,
@@ -80,14 +93,20 @@ def fit(setup: Setup, *, store: bool, memory: int = 0, probe: bool = False) -> d
         "micro_batch": micro_batch,
         "micro_batch_memory": memory_with(micro_batch),
         "set": f"--set grad_accum={grad_accum}",
-        "largest_batch": rates_for(setup.cfg, proof.rows * device.world),
+        "largest_batch": largest_batch(setup, proof.rows * device.world, rows_of_splits),
     }
 
 
-def _too_small(limit: int, why: str) -> str:
+def _too_small(cfg: TrainConfig, limit: int, why: str) -> str:
+    fixes = ["lower block_size, d_model, n_layer or vocab_size"]
+    if cfg.members > 1:
+        fixes.append(f"lower members={cfg.members}")
+    if cfg.rdrop:
+        fixes.append("set rdrop=0")
+    fixes.append("train only low-rank terms with base_frozen=true")
     return (
-        f"a micro-batch of one row does not fit into {short(limit)}B: {why}; lower block_size, d_model, "
-        "n_layer or vocab_size, train only low-rank terms with base_frozen=true, or use a larger device"
+        f"a micro-batch of one row does not fit into {short(limit)}B: {why}; {', '.join(fixes)}, "
+        "or use a larger device"
     )
 
 
@@ -118,12 +137,6 @@ def largest(memory_with: Callable[[int], int], usable: int, cap: int) -> int:
             else:
                 high = middle
     return low
-
-
-def most_rows(setup: Setup) -> int:
-    """Return the most rows that a process can have in a step, because train has no more tokens."""
-    longest = (setup.plan.train_tokens - 1) // setup.cfg.block_size
-    return max(1, min(longest, MAX_BATCH_SIZE) // setup.device.world)
 
 
 def with_rows(configs: list[TrainConfig], rows: int, world: int) -> list[TrainConfig]:
@@ -200,7 +213,26 @@ def train_steps(setup: Setup, cfg: TrainConfig, rows: int) -> int:
     return peak_memory()
 
 
-# -- the learning rates for another batch
+# -- the largest batch
+
+
+def largest_batch(setup: Setup, fitting: int, rows_of_splits: dict[str, int]) -> dict[str, Any]:
+    """Return the largest batch of one micro-batch that the run accepts, with its steps and learning rates.
+
+    fitting: the rows that fit into memory.
+
+    rows_of_splits: the largest batch_size that each split has enough tokens for.
+    """
+    limit = min(rows_of_splits, key=rows_of_splits.__getitem__)
+    world = setup.device.world
+    rows = min(fitting, rows_of_splits[limit] // world * world)
+    facts: dict[str, Any] = {"limited_by": limit if rows < fitting else None, "steps": None, "why_not": ""}
+    try:
+        cfg = from_dict(setup.cfg.model_dump() | {"batch_size": rows, "grad_accum": 1})
+        facts["steps"] = Plan(cfg, setup.plan.train_tokens).steps
+    except ConfigError as e:  # an operation would fire too late in a run with fewer steps
+        facts["why_not"] = str(e)
+    return rates_for(setup.cfg, rows) | facts
 
 
 def rates_for(cfg: TrainConfig, batch_size: int) -> dict[str, Any]:
@@ -222,7 +254,8 @@ def fit_rows(cfg: TrainConfig, result: dict[str, Any], world: int) -> list[tuple
     each = " per process" if world > 1 else ""
     twice = ", each of which passes twice (rdrop)" if cfg.rdrop else ""
     end = "; train has no more rows" if result["all_of_train"] else ""
-    most = f"{result['largest_micro_batch']} rows{each}{twice}, about {short(result['largest_memory'])}B{end}"
+    memory_of_most = memory_words(result["largest_memory"], result["process_memory"])
+    most = f"{result['largest_micro_batch']} rows{each}{twice}, about {memory_of_most}{end}"
     proof = f"estimated, not proved: {result['why_not_proved']}"
     if result["proved"]:
         proof = f"by training: the peak was {short(result['measured_peak'])}B"
@@ -235,9 +268,23 @@ def fit_rows(cfg: TrainConfig, result: dict[str, Any], world: int) -> list[tuple
     batch = result["largest_batch"]
     if batch["batch_size"] == cfg.batch_size:
         return rows
-    change = f"--set batch_size={batch['batch_size']} --set grad_accum=1"
-    rows.append(("fit: largest batch", f"{change} (k = {batch['factor']:.4g})"))
+    rows.append(("fit: largest batch", _batch_text(batch)))
     for rule, name in (("linear", "linear rule, lr x k"), ("square_root", "square-root rule, lr x sqrt(k)")):
         rates = [f"--set {key}={rate:.4g}" for key, rate in batch[rule].items() if rate]
         rows.append((f"fit: {name}", " ".join(rates)))
     return rows
+
+
+def _batch_text(batch: dict[str, Any]) -> str:
+    """Return how to set the largest batch, how many steps the run would have, and what limits the batch."""
+    text = f"--set batch_size={batch['batch_size']} --set grad_accum=1 (k = {batch['factor']:.4g})"
+    if batch["why_not"]:
+        text += f"; the growth schedule does not allow this batch: {batch['why_not']}"
+    else:
+        text += f"; the run would have {batch['steps']:,} {'step' if batch['steps'] == 1 else 'steps'}"
+    if batch["limited_by"] in HELD_OUT:
+        text += (
+            f"; {batch['limited_by']} has no more tokens for one span of the official score, whose shape "
+            "official_geometry can fix"
+        )
+    return text

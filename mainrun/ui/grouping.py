@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 from mainrun.config import TrainConfig
+from mainrun.files.inputs import printable
+from mainrun.ui.console import field_value
 
 Item = TypeVar("Item")
+Summary = Mapping[str, Any]  # the content of a summary.json
+
+
+class RunLike(Protocol):
+    """What the functions below need to know about a run."""
+
+    @property
+    def cfg(self) -> TrainConfig: ...
+
+    @property
+    def summary(self) -> Summary: ...
+
+
+SomeRun = TypeVar("SomeRun", bound=RunLike)
 
 
 def recipe_fields(cfg: TrainConfig) -> dict[str, Any]:
@@ -38,6 +54,43 @@ def group_by_recipe(
     return grouped
 
 
+def runs_by_seed(runs: Iterable[SomeRun]) -> dict[int, list[SomeRun]]:
+    """Return the runs of each seed of a recipe. Runs of one seed differ only in inert fields."""
+    by_seed: dict[int, list[SomeRun]] = {}
+    for run in runs:
+        by_seed.setdefault(run.cfg.seed, []).append(run)
+    return by_seed
+
+
+def contradictions(
+    recipe: str, by_seed: Mapping[int, Sequence[SomeRun]], label_of: Callable[[SomeRun], str]
+) -> Iterator[str]:
+    """Yield a message for each seed of a recipe whose runs have different results.
+
+    Runs of one seed with the same result count as one run.
+    """
+    for seed, runs in by_seed.items():
+        for run in runs[1:]:
+            if not _same_result(runs[0].summary, run.summary):
+                yield (
+                    f"seed {seed} of {printable(recipe)} has two runs with different results, "
+                    f"{label_of(runs[0])} and {label_of(run)}; give only one of them, because each seed "
+                    "counts once"
+                )
+                break
+
+
+def _same_result(a: Summary, b: Summary) -> bool:
+    """Return whether two runs have the same weights, score and failed guards. Old runs lack the weights."""
+    if a.get("weights") and b.get("weights") and a["weights"] != b["weights"]:
+        return False
+    return a["last"]["full"] == b["last"]["full"] and failed_guards(a) == failed_guards(b)
+
+
+def failed_guards(summary: Summary) -> list[str]:
+    return [guard["name"] for guard in summary["guards"] if guard["status"] == "fail"]
+
+
 def _differing_fields(cfgs: Sequence[TrainConfig]) -> list[str]:
     """Return the names of the recipe fields that do not have the same value in all configs."""
     first, *others = map(recipe_fields, cfgs)
@@ -48,11 +101,8 @@ def _recipe_name(preset: str, config: Mapping[str, Any], differing: Sequence[str
     """Return a recipe's name, which consists of its preset and the fields in `differing`."""
     words = [preset]
     for name in differing:
-        value = config[name]
-        if isinstance(value, float):
-            words.append(f"{name}={value:.6g}")
-        elif name != "growth":
-            words.append(f"{name}={value}")
+        if name != "growth":
+            words.append(f"{name}={field_value(config[name])}")
     if "growth" in differing and config["growth"]["ops"]:
         words.append("with growth")
     return " ".join(words)

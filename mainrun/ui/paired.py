@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mainrun.config import TrainConfig
-from mainrun.errors import RunError, UsageError
+from mainrun.errors import LONGEST_GUESS, RunError, UsageError
 from mainrun.files.inputs import printable, shown
 from mainrun.stats import LEVEL, Difference, difference, holm, holm_levels
 from mainrun.ui.compare import show_table
-from mainrun.ui.grouping import group_by_recipe
+from mainrun.ui.grouping import contradictions, failed_guards, group_by_recipe, runs_by_seed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -84,15 +85,12 @@ def _scores_of_recipes(runs: Sequence[RunScore]) -> dict[str, Scores]:
                 f"two recipes are called {printable(name)}, although their configs differ; "
                 "compare them in two separate commands"
             )
-        recipes[name] = {}
         for run in of_recipe:
             _check_guards(run)
-            if run.cfg.seed in recipes[name]:
-                raise RunError(
-                    f"seed {run.cfg.seed} of {printable(name)} was given more than once; "
-                    "give each run once, because each seed counts once"
-                )
-            recipes[name][run.cfg.seed] = run.summary["last"]["full"]
+        by_seed = runs_by_seed(of_recipe)
+        for fault in contradictions(name, by_seed, lambda run: str(run.summary["run"])):
+            raise RunError(fault)
+        recipes[name] = {seed: same[0].summary["last"]["full"] for seed, same in by_seed.items()}
     return recipes
 
 
@@ -112,7 +110,7 @@ def _check_same_train(runs: Sequence[RunScore]) -> None:
 
 
 def _check_guards(run: RunScore) -> None:
-    failed = [guard["name"] for guard in run.summary["guards"] if guard["status"] == "fail"]
+    failed = failed_guards(run.summary)
     if failed:
         raise RunError(
             f"{run.summary['run']} failed the guard {failed[0]}, so its score is not valid; leave the run out"
@@ -120,22 +118,44 @@ def _check_guards(run: RunScore) -> None:
 
 
 def _parse(text: str, recipes: Sequence[str]) -> Claim:
-    """Read a value of `--paired`. The names of recipes may contain commas."""
-    for base in recipes:
-        for other in recipes:
-            names = f"{base},{other}"
-            if text != names and not text.startswith(f"{names},"):
+    """Read a value of `--paired`. The parts of a name may be in any order. Names may contain commas."""
+    named = {_parts(name): name for name in recipes}
+    pieces = text.split(",")
+    for i in range(1, len(pieces)):
+        base = named.get(_parts(",".join(pieces[:i])))
+        if base is None:
+            continue
+        for j in range(i + 1, len(pieces) + 1):
+            other = named.get(_parts(",".join(pieces[i:j])))
+            if other is None:
                 continue
             if base == other:
                 raise UsageError(
                     f"got --paired {shown(text)}, which compares a recipe with itself; give two recipes"
                 )
-            return Claim(base, other, _margin(text, text[len(names) + 1 :]))
-    listed = "; ".join(map(printable, recipes))
+            return Claim(base, other, _margin(text, ",".join(pieces[j:]).strip()))
+    unknown = [piece for piece in pieces if _parts(piece) not in named]
+    listed = "; ".join(map(printable, _closest_first(unknown, recipes)))
     raise UsageError(
         f"got --paired {shown(text)}; give BASE,OTHER or BASE,OTHER,MARGIN with two recipes of the given "
         f"runs: {listed}"
     )
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    """Return the words of a recipe's name in a fixed order, such as a preset and the fields that differ."""
+    return tuple(sorted(name.split()))
+
+
+def _closest_first(unknown: Sequence[str], recipes: Sequence[str]) -> list[str]:
+    """Return the names of recipes, beginning with the one that is most similar to an unknown name."""
+
+    def similarity(name: str) -> float:
+        return max(
+            (SequenceMatcher(None, piece[:LONGEST_GUESS], name).ratio() for piece in unknown), default=0
+        )
+
+    return sorted(recipes, key=similarity, reverse=True)
 
 
 def _margin(text: str, number: str) -> float:

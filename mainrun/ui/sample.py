@@ -17,13 +17,13 @@ from mainrun.plan.plan import Plan
 from mainrun.plan.seeds import seed_from
 from mainrun.store import checkpoint
 from mainrun.store.rundir import RunDir
-from mainrun.train import GPT, State, build
+from mainrun.train import Model, State, build
 
 # Below this temperature, the most likely token is always chosen, because float32 rounds the temperature to 0.
 MIN_TEMPERATURE = 1e-30
 
 
-def load_model(run: RunDir) -> tuple[GPT, Tokenizer]:
+def load_model(run: RunDir) -> tuple[Model, Tokenizer]:
     """Load the model from a run's newest checkpoint, with the weights that evaluations use."""
     state, tokenizer = load_scored_state(run)
     return state.model, tokenizer
@@ -65,7 +65,7 @@ def load_scored_state(run: RunDir) -> tuple[State, Tokenizer]:
     return state, tokenizer
 
 
-def _build_model(run: RunDir, cfg: TrainConfig, vocab_size: int) -> GPT:
+def _build_model(run: RunDir, cfg: TrainConfig, vocab_size: int) -> Model:
     """Build the model of a run, before the weights of a checkpoint are loaded.
 
     Only a frozen base comes from the start, because a checkpoint has all weights of other models.

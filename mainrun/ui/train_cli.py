@@ -26,6 +26,7 @@ from mainrun.ui.console import (
     field_value,
     forward_cost_text,
     is_leader,
+    memory_words,
     process_group,
     show_table,
     stoppable,
@@ -192,6 +193,9 @@ def _memory_limit(memory: str | None, fit: bool) -> int:
     limit = parse_size(memory, "--memory")
     if not limit:
         raise UsageError(f"got --memory {shown(memory, 80)}; give a size above 0, like 16GB")
+    if memory.strip().isdecimal():
+        fix = f"give a number with the unit KB, MB, GB or TB, like {memory.strip()}GB"
+        raise UsageError(f"got --memory {shown(memory, 80)} without a unit; {fix}")
     return limit
 
 
@@ -300,6 +304,7 @@ def _train_one(cfg: TrainConfig, options: TrainOptions, label: str, keep: list[i
         _check_titles(run, cfg)
         _check_start(run, cfg)
         _track_finished(cfg, options)
+        _note_missing_scores(run, cfg, options.quiet)
         return compare.load_summary(run)
     progress = make_progress(options.quiet)
     if options.trackers:
@@ -325,6 +330,14 @@ def _train_one(cfg: TrainConfig, options: TrainOptions, label: str, keep: list[i
             raise
         finally:
             progress.close()
+
+
+def _note_missing_scores(run: RunDir, cfg: TrainConfig, quiet: bool) -> None:
+    """Say how to get the log-probabilities of a finished run if their file was deleted."""
+    from mainrun.store import token_scores
+
+    if cfg.token_scores and token_scores.is_missing(run) and is_leader() and not quiet:
+        print(token_scores.how_to_restore(run), file=sys.stderr)
 
 
 def _track_finished(cfg: TrainConfig, options: TrainOptions) -> None:
@@ -496,7 +509,7 @@ def _estimate_rows(cost: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if "routing" in cost:
         yield "layers", cost["routing"]["letters"]
         yield "forward pass", forward_cost_text(cost["routing"])
-    yield "memory", _memory_text(cost["memory"], cost["device_memory"], cost["machine_class"]["processes"])
+    yield "memory", _memory_text(cost)
     yield "ETA", f"about {clock(cost['eta_seconds'])} {_eta_basis(cost)}"
     plan = cost["plan"]
     for key, value in plan.items():
@@ -512,14 +525,16 @@ def _estimate_rows(cost: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield key, field_value(value)
 
 
-def _memory_text(needed: int, available: int, processes: int) -> str:
+def _memory_text(cost: dict[str, Any]) -> str:
     """Describe the memory of a run. If the device has too little memory, suggest how to reduce it."""
     from mainrun.plan.cost import SAVE_MEMORY
     from mainrun.run.progress import short
 
-    text = f"about {short(needed)}B"
-    if processes > 1:
-        text += " per process"
+    needed = cost["memory"]
+    available = cost["device_memory"]
+    text = f"about {memory_words(needed, cost['process_memory'])}"
+    if cost["machine_class"]["processes"] > 1:
+        text += ", per process"
     if 0 < available < needed:
         text += f", but a process has only {short(available)}B; {SAVE_MEMORY}"
     return text

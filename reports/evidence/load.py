@@ -22,7 +22,14 @@ from mainrun.stats import Noise, noise
 from mainrun.store import records
 from mainrun.store.rundir import RunDir, find
 from mainrun.ui.compare import SAME, load_summary
-from mainrun.ui.grouping import group_by_recipe, recipe_fields, recipe_key
+from mainrun.ui.grouping import (
+    contradictions,
+    failed_guards,
+    group_by_recipe,
+    recipe_fields,
+    recipe_key,
+    runs_by_seed,
+)
 
 Source = TypeVar("Source")
 Item = TypeVar("Item")
@@ -57,7 +64,7 @@ class Run:
 
     @property
     def failed_guards(self) -> list[str]:
-        return [guard["name"] for guard in self.summary["guards"] if guard["status"] == "fail"]
+        return failed_guards(self.summary)
 
     @cached_property
     def steps(self) -> list[dict[str, Any]]:
@@ -207,6 +214,7 @@ class ReportData:
     baseline: Recipe | None = None
     optimised: Recipe | None = None
     selection: str = ""  # a text that says how the optimized recipe was selected
+    repeats: tuple[str, ...] = ()  # a sentence about each run that repeats another run
 
     @cached_property
     def runs(self) -> list[Run]:
@@ -310,26 +318,38 @@ def gather(places: Sequence[str], out: Path = Path("runs")) -> ReportData:
     runs = collector.read(collector.runs.values(), _read_run)
     studies = collector.read(collector.studies.values(), _read_study)
     recipes = _group_into_recipes(runs)
-    faults = [*collector.faults, *_mixed_data(runs, studies), *_repeated_seeds(recipes)]
+    faults = [*collector.faults, *_mixed_data(runs, studies)]
+    for recipe in recipes:
+        faults += contradictions(recipe.name, runs_by_seed(recipe.runs), lambda run: str(run.path))
     if len(faults) > 1:
         faults.insert(0, f"{len(faults)} problems prevent the report:")
     if faults:
         raise RunError("\n".join(faults))
+    repeats = tuple(_describe_repeats(recipes))
+    recipes = tuple(map(_without_repeats, recipes))
     baseline, optimised, selection = _select_pair(recipes)
-    return ReportData(recipes, tuple(studies), baseline, optimised, selection)
+    return ReportData(recipes, tuple(studies), baseline, optimised, selection, repeats)
 
 
-def _repeated_seeds(recipes: Sequence[Recipe]) -> Iterator[str]:
+def _without_repeats(recipe: Recipe) -> Recipe:
+    """Return a recipe with one run per seed, which is the run with the most data."""
+    return Recipe(recipe.name, tuple(max(runs, key=_data) for runs in runs_by_seed(recipe.runs).values()))
+
+
+def _data(run: Run) -> tuple[Any, ...]:
+    """Return how much a report can show about a run, compared with other runs that have the same result."""
+    reused = run.summary.get("ledger", {}).get("reused", 0)  # the time of these steps is unknown
+    return run.cfg.grad_norm_steps, len(run.rows), -reused, run.cfg.token_scores, run.id
+
+
+def _describe_repeats(recipes: Sequence[Recipe]) -> Iterator[str]:
+    """Yield a sentence about each run that a recipe without repeats lacks."""
     for recipe in recipes:
-        by_seed: dict[int, list[str]] = {}
-        for run in recipe.runs:
-            by_seed.setdefault(run.cfg.seed, []).append(str(run.path))
-        for seed, paths in sorted(by_seed.items()):
-            if len(paths) > 1:
-                yield (
-                    f"seed {seed} of {recipe.name} was given more than once ({', '.join(paths)}); "
-                    "give only one of these runs, because each seed counts only once"
-                )
+        for runs in runs_by_seed(recipe.runs).values():
+            shown = max(runs, key=_data)
+            for run in runs:
+                if run is not shown:
+                    yield f"{run.path} repeats {shown.path} with the same result, and is left out."
 
 
 def _read_run(folder: RunDir) -> Run:

@@ -336,6 +336,7 @@ def runs(data: ReportData) -> Table:
     )
     if red:
         note += " Red: a run that failed a guard. It is excluded from all means, differences and figures."
+    note = " ".join([note, *data.repeats])
     return with_forward_flops(Table("runs", "Runs", columns, rows, note, red))
 
 

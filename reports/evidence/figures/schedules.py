@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TITLES = {"lr": "lr (of the matrices)", "weight_decay": "weight_decay"}
+OPTIONAL = {"weight_decay_aux": "weight_decay_aux"}  # drawn only if a recipe sets the field
 
 
 def caption(_: ReportData) -> str:
@@ -29,8 +30,12 @@ def draw(data: ReportData) -> Figure | None:
     drawn = [(recipe, place) for recipe, place in coloured(data) if place is not None]
     if not drawn:
         return None
-    figure, panel = panels(2.5, 1, len(TITLES))
-    for axes, (name, title) in zip(panel, TITLES.items(), strict=True):
+    titles = dict(TITLES)
+    for name, title in OPTIONAL.items():
+        if any(is_set(recipe.valid_runs[0], name) for recipe, _ in drawn):
+            titles[name] = title
+    figure, panel = panels(2.5, 1, len(titles))
+    for axes, (name, title) in zip(panel, titles.items(), strict=True):
         for recipe, place in drawn:
             draw_schedule(axes, recipe.valid_runs[0], name, place, recipe.name)
         axes.set(title=title, xlabel="step")
@@ -41,6 +46,11 @@ def draw(data: ReportData) -> Figure | None:
     panel[1].set_ylabel("decay, in units of 1 / rate")
     add_legend(figure, panel[0])
     return figure
+
+
+def is_set(run: Run, name: str) -> bool:
+    """Return whether the config of a run, or of one of its segments, sets an optional field."""
+    return any(getattr(segment.cfg, name) is not None for segment in run.resolved.segments)
 
 
 def draw_schedule(axes: Axes, run: Run, name: str, place: int, label: str) -> None:
