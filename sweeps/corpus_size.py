@@ -1,4 +1,8 @@
-"""Count the training tokens in an epoch. The count determines the number of steps of every trial."""
+"""Count the training tokens in an epoch. The count determines the number of steps of a trial.
+
+All trials of a study have the same titles. They have different numbers of tokens if the study searches over
+fields of the tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +20,26 @@ from mainrun.store.rundir import write_text
 from sweeps.engine.worker import MAX_DEATHS
 from sweeps.study import Study, set_arguments
 
-TOKENS_JSON = {"train_tokens": records.at_least_one, "fingerprints?": records.table}
+TOKENIZER_FIELDS = ("tokenizer", "vocab_size", "case")  # the searchable fields that change the tokens
+TOKENS_JSON = {
+    "train_tokens": records.at_least_one,
+    "fingerprints?": records.table,
+    "other_tokenizers?": records.table_of(records.at_least_one),
+}
+FIX = "remove the file and run the same command again"
 
 
 def count_train_tokens(study: Study, base: TrainConfig, folder: Path) -> int:
-    """Return the number of training tokens in an epoch.
+    """Return the number of training tokens in an epoch of the base config.
 
     The first driver of a study counts the tokens and writes the number to tokens.json. Later drivers read
     tokens.json. Raises UsageError if the data has changed since tokens.json was written.
     """
     file = folder / "tokens.json"
     fingerprints = load_corpus(base).fingerprints
-    document = records.load(file, TOKENS_JSON, "remove the file and run the same command again")
+    document = records.load(file, TOKENS_JSON, FIX)
     if not document:
-        train_tokens = _dry_run(study, base)
+        train_tokens = _dry_run(study, base, "the base config of the study")
         write_text(file, json.dumps({"train_tokens": train_tokens, "fingerprints": fingerprints}))
         return train_tokens
     if document.get("fingerprints", fingerprints) != fingerprints:
@@ -41,20 +51,36 @@ def count_train_tokens(study: Study, base: TrainConfig, folder: Path) -> int:
     try:
         Plan(base, train_tokens)
     except ConfigError as e:
-        raise RunError(
-            f"{file} is damaged: it has train_tokens = {train_tokens:,} ({e}); "
-            "remove the file and run the same command again"
-        ) from None
+        raise RunError(f"{file} is damaged: it has train_tokens = {train_tokens:,} ({e}); {FIX}") from None
     return train_tokens
 
 
-def _dry_run(study: Study, base: TrainConfig) -> int:
+def count_with_tokenizer(study: Study, cfg: TrainConfig, folder: Path) -> int:
+    """Return the number of training tokens in an epoch of a trial that has another tokenizer than the base.
+
+    The number is added to tokens.json. Raises ConfigError if the trial cannot be trained, for example because
+    the titles are too few for its vocabulary.
+    """
+    file = folder / "tokens.json"
+    document = records.load(file, TOKENS_JSON, FIX)
+    counts = document.setdefault("other_tokenizers", {})
+    name = " ".join(f"{field}={getattr(cfg, field)}" for field in TOKENIZER_FIELDS)
+    if name not in counts:
+        try:
+            counts[name] = _dry_run(study, cfg, "the trial")
+        except UsageError as e:
+            raise ConfigError(str(e)) from None
+        write_text(file, json.dumps(document))
+    return int(counts[name])
+
+
+def _dry_run(study: Study, cfg: TrainConfig, what: str) -> int:
     """Run `mainrun train --dry-run` to tokenize the data, and return the number of training tokens.
 
     If the process is killed, the command is run again.
     """
     command = [sys.executable, "-m", "mainrun", "train", "--preset", study.preset]
-    for setting in set_arguments(study, base):
+    for setting in set_arguments(study, cfg):
         command += ["--set", setting]
     command += ["--dry-run", "--json"]
     for _ in range(MAX_DEATHS):
@@ -68,4 +94,4 @@ def _dry_run(study: Study, base: TrainConfig) -> int:
     if process.returncode == Interrupted.exit_code:  # the command was interrupted, for example by a full disk
         raise Interrupted(message.removeprefix("interrupted: "))
     error = UsageError if process.returncode == UsageError.exit_code else MainrunError
-    raise error(f"the base config of the study cannot be trained: {message.removeprefix('error: ')}")
+    raise error(f"{what} cannot be trained: {message.removeprefix('error: ')}")

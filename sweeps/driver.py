@@ -22,11 +22,11 @@ from mainrun.errors import ConfigError, RunError, UsageError
 from mainrun.plan.plan import Plan
 from mainrun.store.rundir import RunDir, check_same_config
 from sweeps.branch import branch_config
-from sweeps.corpus_size import count_train_tokens
+from sweeps.corpus_size import TOKENIZER_FIELDS, count_train_tokens, count_with_tokenizer
 from sweeps.engine.protocol import Engine, Outcome, Task
 from sweeps.ledger import Ledger, run_cost, total
 from sweeps.sampling import TrialSampler, grid_size
-from sweeps.space import trial_config
+from sweeps.space import trial_config, with_values
 from sweeps.study import Study, set_arguments
 from sweeps.trial import Trial, TrialRuns, TrialState
 
@@ -74,6 +74,13 @@ class Search:
 
     def _count_train_tokens(self) -> int:
         return count_train_tokens(self.study, self.base, self.folder)
+
+    def _train_tokens_of(self, values: dict[str, Any]) -> int:
+        """Return the number of training tokens in an epoch of a trial."""
+        own = {name: values[name] for name in TOKENIZER_FIELDS if name in values}
+        if all(value == getattr(self.base, name) for name, value in own.items()):
+            return self.train_tokens
+        return count_with_tokenizer(self.study, with_values(self.base, values), self.folder)
 
     # -- choosing trials
 
@@ -153,8 +160,9 @@ class Search:
 
         A rung is at the first evaluation after the trial has trained the rung's share of its steps.
         """
-        cfg = trial_config(self.base, values, self.train_tokens)
-        plan = Plan(cfg, self.train_tokens)
+        train_tokens = self._train_tokens_of(values)
+        cfg = trial_config(self.base, values, train_tokens)
+        plan = Plan(cfg, train_tokens)
         rungs = self.study.rungs
         stops: list[int] = []
         for share in rungs.at if rungs else ():

@@ -173,7 +173,10 @@ def _parent_faults(where: str, name: str, allowed: list[Any], parent: Parameter)
 
 
 def _config_faults(where: str, name: str, p: Parameter, base: TrainConfig) -> Iterator[str]:
-    """Yield a sentence about the first value of a parameter that the config does not allow."""
+    """Yield a sentence about the first value of a parameter that the config does not allow.
+
+    The values of a parameter with a condition are tried with the first values that meet the condition.
+    """
     values = p.values if isinstance(p, Choice) else [p.low, p.high]
     if name in DERIVED:
         smallest = p.values if isinstance(p, Choice) else [p.low]
@@ -181,9 +184,14 @@ def _config_faults(where: str, name: str, p: Parameter, base: TrainConfig) -> It
             yield f"{where} is a time; its values must be above 0."
         return
     field = name.partition(".")[0]
+    met = {
+        other: allowed[0]
+        for other, allowed in p.when.items()
+        if other in TrainConfig.model_fields and allowed
+    }
     for value in values:
         try:
-            with_values(base, {name: value})
+            with_values(base, met | {name: value})
         except ConfigError as e:
             # Ignore conflicts with other fields, because other parameters may resolve these conflicts.
             if field in str(e).partition(":")[0]:

@@ -19,7 +19,7 @@ from mainrun.config import TrainConfig
 from mainrun.core.device import Device
 from mainrun.core.members import Ensemble, member_seed, members_of, merge_numbers
 from mainrun.data import scoring
-from mainrun.errors import ConfigError, UsageError
+from mainrun.errors import ConfigError, Interrupted, UsageError
 from mainrun.interop.source import check_expressible
 from mainrun.interop.start import read_start
 from mainrun.plan.cost import costs, forward_flops, size
@@ -310,7 +310,7 @@ def invoke(*arguments: Any) -> Any:
 
 
 def test_a_run_states_its_members_and_passes_every_guard(tiny: Any, tmp_path: Path, ensemble: Any) -> None:
-    cfg, directory, summary = ensemble
+    _, directory, summary = ensemble
     assert [guard for guard in summary["guards"] if guard["status"] == "fail"] == []
     ledger = summary["presentations"]
     assert (ledger["ensemble_members"], ledger["forward_passes"]) == (3, 2)
@@ -329,8 +329,32 @@ def test_a_run_states_its_members_and_passes_every_guard(tiny: Any, tmp_path: Pa
         assert torch.equal(tensor, mine[f"{kind}/members.0.{rest}"]), name
     table = compare.rows([single, summary])
     assert [row["members"] for row in table] == [1, 3]
-    notes = [note for note in compare._notes(table) if "ensemble" in note]
-    assert notes == [f"{cfg.run_id} is an ensemble of 3 models; the columns count all of them"]
+
+
+def test_each_member_is_also_scored_alone(tiny: Any, tmp_path: Path) -> None:
+    """Member 0 has the score of the run with one model, with averaged weights and after a resume."""
+    changes = {"dev_frac": 0.1, "max_steps": 8}
+    _, _, single = run(tiny, tmp_path, **changes)
+    assert "member_scores" not in single
+    with pytest.raises(Interrupted):
+        train(tiny(**SMALL | RUN | changes, members=2), tmp_path, until=5)
+    cfg, directory, summary = run(tiny, tmp_path, **changes, members=2)
+    assert summary["resumed"] == 1
+    for split, scores in summary["member_scores"].items():
+        assert scores[0] == single["scores"][split]["last"]["full"]
+        # the mean of probabilities is better than the mean of the scores
+        assert summary["scores"][split]["last"]["full"] < sum(scores) / 2
+        assert len(scores) == 2 and scores[1] != scores[0]
+    assert list(summary["member_scores"]) == ["val", "dev"]
+    assert directory.summary() == summary
+    rows = compare.rows([single, summary])
+    notes = [note for note in compare._notes(rows) if "ensemble" in note]
+    alone = ", ".join(f"{score:.4f}" for score in summary["member_scores"]["val"])
+    text = f"{cfg.run_id} is an ensemble of 2 models; the columns count all of them"
+    assert notes == [f"{text}; the full scores of its models alone are {alone}"]
+    assert "member_scores" not in rows[0]
+    del summary["member_scores"]  # as in the summaries of older versions
+    assert text in compare._notes(compare.rows([summary]))
 
 
 def test_a_run_with_members_is_sampled_and_evaluated(ensemble: Any, tmp_path: Path) -> None:

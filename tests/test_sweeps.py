@@ -31,7 +31,8 @@ from sweeps.engine.protocol import Outcome, Task
 from sweeps.export import rung_correlations
 from sweeps.folder import locked_folder, write_study_json
 from sweeps.ledger import Ledger, run_cost, total
-from sweeps.sampling import TrialSampler
+from sweeps.sampling import SamplerSettings, TrialSampler
+from sweeps.space import with_values
 from sweeps.study import Study, built_in_names, json_schema, read_study, set_arguments, validate_study
 from sweeps.trial import Trial, TrialState
 
@@ -176,7 +177,11 @@ def test_all_faults_are_named_at_once() -> None:
 @pytest.mark.parametrize("name", built_in_names())
 def test_the_built_in_studies_are_valid(name: str) -> None:
     study = read_study(name)
-    assert study.name == name and study.about and study.base().dev_frac
+    base = study.base()
+    assert study.name == name and study.about and base.dev_frac
+    sampler = TrialSampler(SamplerSettings(name="random"), study.space, base)
+    for number in range(40):
+        with_values(base, sampler.ask(number))  # raises an error if values do not go together
 
 
 def test_an_unknown_study_gets_a_suggestion() -> None:

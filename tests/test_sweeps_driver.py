@@ -13,8 +13,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from conftest import TINY
 from searching import (
     STEPS,
+    TRAIN_TOKENS,
     FakeDatabase,
     ScriptedSampler,
     Trainer,
@@ -920,6 +922,37 @@ def test_the_trainer_counts_the_tokens(tmp_path: Path, monkeypatch: pytest.Monke
     assert written == {"train_tokens": 4321, "fingerprints": load_corpus(search.base).fingerprints}
     again, dry = start_search(tmp_path, monkeypatch, (1, "", "error: not to be called"))
     assert again.train_tokens == 4321 and dry.commands == []
+
+
+def test_the_steps_of_a_trial_follow_from_its_own_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each tokenizer is counted once. A tokenizer that cannot be fitted ends its trial, not the study."""
+    twice = (0, json.dumps({"plan": {"train_tokens": 2 * TRAIN_TOKENS}}), "")
+    dry = DryRun(twice, twice, (2, "", "error: the titles are too few for 90,000 tokens"))
+    monkeypatch.setattr(subprocess, "run", dry)
+    values: dict[int, dict[str, Any]] = {
+        1: {"vocab_size": 300, "timescale": 2.0},
+        2: {"vocab_size": 300, "case": "marked"},
+        3: {"vocab_size": 300, "lr": 0.02},
+        4: {"vocab_size": 90_000},
+        5: {"vocab_size": TINY["vocab_size"], "lr": 0.02},
+    }
+    search = Prepared(tmp_path, [1.0] * 6, values=values, rungs=None).search
+    search.ask()
+    again = Search(search.study, tmp_path, search.engine, str, lambda: None)
+    again.sampler = search.sampler
+    again.ask()
+    assert again.trials == search.trials
+    assert [trial.stops for trial in search.trials] == [
+        (STEPS,), (2 * STEPS,), (2 * STEPS,), (2 * STEPS,), (), (STEPS,)
+    ]  # fmt: skip
+    cfg = search.runs_of(search.trials[1]).cfg
+    assert cfg.weight_decay == pytest.approx(1 / (cfg.lr * 2.0 * 2 * STEPS))
+    reason = "the trial cannot be trained: the titles are too few for 90,000 tokens"
+    assert (search.trials[4].state, search.trials[4].reason) == (TrialState.FAILED, reason)
+    assert len(dry.commands) == 4, "the second driver repeats only the count that failed"
+    assert "case=marked" in dry.commands[1] and "case=marked" not in dry.commands[0]
 
 
 def test_titles_that_have_changed_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -307,6 +307,15 @@ def test_values_that_conflict_with_another_field_are_not_faults() -> None:
     assert text.startswith("space.ema: 0.9 is not allowed: ema=0.9 and swa=0.5 are both on")
 
 
+def test_values_are_tried_under_their_condition() -> None:
+    """The base has the value that excludes them, but no trial has both."""
+    space = {"swa": {"values": [0.5, 0.0]}, "ema": {"values": [0.0, 0.9], "when": {"swa": [0.0]}}}
+    assert list_faults(space, swa=0.5) == []
+    space["ema"]["when"] = {"swa": [0.5, 0.0]}
+    (text,) = list_faults(space, swa=0.5)
+    assert text.startswith("space.ema: 0.9 is not allowed: ema=0.9 and swa=0.5 are both on")
+
+
 def test_values_that_conflict_with_the_growth_schedule_are_not_faults() -> None:
     """The error message names the field, but the growth schedule causes the error."""
     growth = {"version": 2, "ops": [{"name": "set_batch_size", "value": 12, "trigger": {"budget_frac": 0.5}}]}

@@ -22,6 +22,7 @@ from mainrun.store.rundir import RunDir
 from mainrun.train import Model, Setup, State, set_last_inputs
 
 SCORE_FIELDS = ("step", "split", "official", "full", "loss", "bits_per_byte", "coverage", "tokens")
+ENV_FIELDS = ("machine_class", "machine_classes", "versions", "all_versions")  # copied from env.json
 
 
 def summarize(
@@ -60,14 +61,14 @@ def summarize(
         "start": describe_start(setup),
         "geometry": list(cfg.geometry),
         "tokenizer": setup.data.tokenizer.digest,
-        "machine_class": env["machine_class"],
-        "machine_classes": env["machine_classes"],
-        "versions": env["versions"],
-        "all_versions": env["all_versions"],
+        **{name: env[name] for name in ENV_FIELDS},
         "peak_memory": peak(),
         "weights": hash_weights(state.model),
         "resumed": accounts.resumed,
     }
+    if cfg.members > 1:
+        with accounts.clock("evaluation"):
+            summary["member_scores"] = score_members(setup, state)
     if state.cfg.routed_layers:
         summary["routing"] = summarize_routing(setup, plan, state, evals)
     evidence = Evidence(
@@ -99,6 +100,25 @@ def hash_weights(model: Model) -> str:
     if shards:
         return checkpoint.sha256_sorted_tensors(shards.whole_weights())
     return checkpoint.sha256_tensors(iter(model.named_parameters()))
+
+
+def score_members(setup: Setup, state: State) -> dict[str, list[float]]:
+    """Return the full score that each member has alone, on each held-out split.
+
+    The weights of the model must be those of the last evaluation.
+    """
+    cfg = setup.cfg
+    data = setup.data
+    scores: dict[str, list[float]] = {}
+    for split in ("val", "dev"):
+        if split not in data.splits:
+            continue
+        size = {"chars": data.chars[split], "nbytes": data.bytes[split], "block_size": cfg.block_size}
+        scores[split] = [
+            scoring.evaluate(member, data.splits[split], **size, geometry=cfg.geometry).full
+            for member in members_of(state.model)
+        ]
+    return scores
 
 
 def summarize_routing(setup: Setup, plan: Plan, state: State, evals: list[dict[str, Any]]) -> dict[str, Any]:

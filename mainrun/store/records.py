@@ -373,6 +373,7 @@ SUMMARY = {
     "last?": SCORE,
     "best?": SCORE,
     "scores?": {"val?": BOTH, "dev?": BOTH},
+    "member_scores?": {"val": [number], "dev?": [number]},
     "params?": at_least_one,
     "tokens?": at_least_one,
     "flops?": above_zero,

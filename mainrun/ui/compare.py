@@ -168,7 +168,7 @@ def _row(summary: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
     for guard in summary["guards"]:
         if guard["status"] in guards:
             guards[guard["status"]].append(guard["name"])
-    return {
+    row = {
         "run": summary["run"],
         "start_digest": _start_digest_of(summary),
         "full_last": last["full"],
@@ -193,6 +193,9 @@ def _row(summary: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
         "tokens_per_s": summary["tokens_per_s"],
         "guards": guards,
     }
+    if "member_scores" in summary:
+        row["member_scores"] = summary["member_scores"]["val"]
+    return row
 
 
 # -- the table
@@ -318,9 +321,7 @@ def _notes(table: list[dict[str, Any]]) -> list[str]:
         )
     for row in table:
         if row["members"] > 1:
-            notes.append(
-                f"{row['run']} is an ensemble of {row['members']} models; the columns count all of them"
-            )
+            notes.append(_ensemble_note(row))
     for row in table:
         if row["reused"]:
             notes.append(
@@ -331,6 +332,14 @@ def _notes(table: list[dict[str, Any]]) -> list[str]:
         if row["guards"]["fail"] or row["guards"]["flag"]:
             notes.append(f"{row['run']}: guards: {_verdict(row['guards'])}")
     return notes
+
+
+def _ensemble_note(row: dict[str, Any]) -> str:
+    note = f"{row['run']} is an ensemble of {row['members']} models; the columns count all of them"
+    if "member_scores" not in row:  # the summaries of older versions have no scores of the members
+        return note
+    scores = ", ".join(f"{score:.4f}" for score in row["member_scores"])
+    return f"{note}; the full scores of its models alone are {scores}"
 
 
 def _verdict(guards: dict[str, list[str]]) -> str:
