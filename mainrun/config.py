@@ -368,6 +368,14 @@ class TrainConfig(BaseModel):
     swa: float = scheduled(
         0.0, "fraction of the steps, at the end, whose weights are averaged and scored; 0: off", ge=0, le=1
     )
+    ngram: int = scheduled(
+        0,
+        "score a mixture with an n-gram model of train, which predicts a token from the ngram - 1 tokens "
+        "before it; 0: off",
+        ge=0,
+        le=20,
+    )
+    ngram_weight: float = scheduled(0.3, "share of the n-gram model in the mixture", gt=0, lt=1)
 
     # -- growth
     growth: Growth = scheduled(
@@ -440,6 +448,7 @@ class TrainConfig(BaseModel):
         self._check_start()
         self._check_shard()
         self._check_members()
+        self._check_ngram()
         return self
 
     def _check_heads(self) -> None:
@@ -669,6 +678,24 @@ class TrainConfig(BaseModel):
                     f"members={self.members} and {what} cannot be combined; set members=1, or {fix}"
                 )
 
+    def _check_ngram(self) -> None:
+        if not self.ngram:
+            return
+        if self.growth.ops:
+            raise ValueError(
+                f"ngram={self.ngram} and a growth schedule cannot be combined; "
+                "set ngram=0, or remove the growth schedule"
+            )
+        if self.shard:
+            raise ValueError(
+                f"ngram={self.ngram} and shard=true cannot be combined; set ngram=0 or shard=false"
+            )
+        if self.routed_layers:
+            raise ValueError(
+                f"ngram={self.ngram} and block_pattern={self.block_pattern} cannot be combined; "
+                "set ngram=0 or block_pattern=D"
+            )
+
     def _check_corpus(self) -> None:
         if not sources.is_source(self.corpus):
             allowed = ", ".join(sources.syntaxes())
@@ -776,6 +803,11 @@ class TrainConfig(BaseModel):
         return 0, 0
 
     @property
+    def mixture(self) -> tuple[float, ...]:
+        """The order and the weight of the n-gram model that is mixed into the scores."""
+        return (self.ngram, self.ngram_weight) if self.ngram else ()
+
+    @property
     def digest(self) -> str:
         """The SHA-256 hash of all fields except `preset`."""
         return digest_of(self.model_dump())
@@ -790,6 +822,13 @@ class TrainConfig(BaseModel):
         extra = cls.model_fields[field].json_schema_extra
         assert isinstance(extra, dict)
         return str(extra["class"])
+
+
+def mixture_of(fields: Any) -> tuple[Any, ...]:
+    """Return the property `mixture` of a config that is given as a dict, possibly by another version."""
+    if not isinstance(fields, dict) or not fields.get("ngram"):
+        return ()
+    return fields["ngram"], fields.get("ngram_weight")
 
 
 def digest_of(fields: dict[str, Any]) -> str:

@@ -108,7 +108,7 @@ def run_guards(run: RunDir) -> dict[str, Any]:
             cfg=replay.cfg,
             corpus=replay.corpus,
             data=replay.data,
-            model=end.state.model,
+            model=replay.setup.scored(end.state.model),
             evals=[row for row in run.rows() if row["event"] == "eval"],
             ledger=summary["presentations"],
             summary=summary,

@@ -38,6 +38,7 @@ from mainrun.core.initial import initial_std
 from mainrun.core.kernels import cross_entropy, gelu, linear, rdrop
 from mainrun.core.layers import Context, Linear, bias_of, cast, make_norm, rope_table
 from mainrun.core.members import Ensemble, build_members, count_tokens, members_of, merge_numbers, step_seeds
+from mainrun.core.ngram import Mixture, NGram
 from mainrun.core.optimizers import Optimizers
 from mainrun.core.parameters import freeze, saved_parameters
 from mainrun.core.pending_losses import PendingLosses, StepRow
@@ -587,6 +588,13 @@ class Setup(NamedTuple):
     data: TokenData
     plan: Plan
     start_digest: str  # a hash of the weights that the run starts from, or "" for random weights
+    ngram: NGram | None  # the n-gram model that is mixed into the scores
+
+    def scored(self, model: nn.Module) -> nn.Module:
+        """Return the model that is scored: the model itself, or a mixture with the n-gram model."""
+        if self.ngram is None:
+            return model
+        return Mixture(model, self.ngram, self.cfg.ngram_weight)
 
     def start(self) -> State:
         """Return the initial state."""
@@ -605,7 +613,10 @@ def set_up(cfg: TrainConfig, fired: Sequence[Any] = ()) -> Setup:
     check_lengths(cfg, data.splits)
     plan = Plan(cfg, len(data.splits["train"]), fired)
     device.settle(cfg, plan)
-    return Setup(cfg, device, corpus, data, plan, start)
+    ngram = None
+    if cfg.ngram:
+        ngram = NGram(data.splits["train"], data.tokenizer.vocab_size, cfg.ngram)
+    return Setup(cfg, device, corpus, data, plan, start, ngram)
 
 
 def check_start(cfg: TrainConfig, data: TokenData) -> str:
@@ -639,8 +650,11 @@ def score(setup: Setup, plan: Plan, state: State) -> Iterator[dict[str, Any]]:
         tokens = data.splits[split]
         size = {"chars": data.chars[split], "nbytes": data.bytes[split], "block_size": cfg.block_size}
         with state.average.applied():
-            result = scoring.evaluate(state.model, tokens, **size, geometry=cfg.geometry)
+            result = scoring.evaluate(setup.scored(state.model), tokens, **size, geometry=cfg.geometry)
             row = {"event": "eval", "step": state.step, "split": split, **asdict(result)}
+            if setup.ngram:
+                alone = scoring.evaluate(state.model, tokens, **size, geometry=cfg.geometry)
+                row |= {"alone": alone.full, "alone_loss": alone.loss}
             if state.cfg.routed_layers:
                 logits = scoring.LOGITS[setup.device.torch_device.type]
                 row["routers"] = selected_shares(state.model, tokens, state.cfg, logits)

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from mainrun.config import MIN_COVERAGE, TASK, TrainConfig
 from mainrun.core.members import members_of
+from mainrun.core.ngram import neural_part
 from mainrun.core.sharding import exact_copy, shards_of
 from mainrun.data import corpus as corpora
 from mainrun.data import scoring, sources
@@ -488,12 +489,13 @@ def random_start(e: Evidence, all: bool) -> Verdict:
     alpha = np.array([[1.0], [0.3], [0.1], [0.03], [0.01], [0.003]])
     losses = -np.log((counts + alpha) / (counts.sum() + alpha * vocab))[:, e.data.splits["val"]].mean(axis=1)
     floor = 0.95 * min(float(losses.min()), math.log(vocab))
-    if first["loss"] < floor:
+    loss: float = first["alone_loss" if e.cfg.ngram else "loss"]  # an n-gram model predicts well at once
+    if loss < floor:
         return fail(
-            f"loss {first['loss']:.3f} after step 1 is below {floor:.3f}, "
+            f"loss {loss:.3f} after step 1 is below {floor:.3f}, "
             "the lowest loss that the token counts of the first batch allow"
         )
-    return passed(f"loss {first['loss']:.3f} after step 1; a random start cannot be below {floor:.3f}")
+    return passed(f"loss {loss:.3f} after step 1; a random start cannot be below {floor:.3f}")
 
 
 # -- the data
@@ -619,7 +621,7 @@ def presentations(e: Evidence, all: bool) -> Verdict:
     plan = _plan(e)
     passes = e.cfg.passes
     members = e.cfg.members
-    models = len(members_of(e.model))
+    models = len(members_of(neural_part(e.model)))
     if models != members:
         return fail(f"the run has {models} models, but the config says members={members}")
     per_token = plan.tokens(plan.steps) * e.cfg.presentations / plan.train_tokens
@@ -636,6 +638,8 @@ def presentations(e: Evidence, all: bool) -> Verdict:
                 f"the ledger says {name}={e.ledger[name]:.6g}; the config gives {value:.6g} {counted_as}"
             )
     detail = f"each token was shown {per_token:.2f} times in {e.cfg.epochs} epochs {counted_as}"
+    if e.cfg.ngram:
+        detail += ", and was counted once for the n-gram model"
     # The sources of a mix contain distinct titles, so titles are repeated only because of the mix's weights.
     # Count the repeated titles here, because the number in the run's records may be wrong.
     train = e.corpus.train

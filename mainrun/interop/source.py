@@ -81,6 +81,7 @@ def inexpressible(cfg: TrainConfig) -> list[str]:
         "experts": 0,
         "unused_ids": 0,
         "members": 1,
+        "ngram": 0,
         "case": "kept",
     }
     reasons = []

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mainrun.config import TrainConfig
+from mainrun.config import TrainConfig, mixture_of
 from mainrun.core.device import Device
 from mainrun.core.machine_class import versions
 from mainrun.data.corpus import load_corpus
@@ -83,18 +83,25 @@ def _keys_to_keep(plans: dict[str, Plan], chains: dict[str, list[str]]) -> set[s
     """Return the keys of the states that the runs of a batch need from each other.
 
     Runs need the states at which they fork. If runs with the same first key are scored at different steps or
-    with different geometries, they also need the states at all scored steps.
+    in different ways, they also need the states at all scored steps.
     """
     keys: set[str] = set()
     for assignment in planner.assign(chains).order:
         keys.update(chains[assignment.name][step] for step in assignment.forks)
     for root in {chain[0] for chain in chains.values()}:
         names = [name for name, chain in chains.items() if chain[0] == root]
-        scorings = {(plans[name].eval_steps, plans[name].cfg.geometry) for name in names}
+        scorings = {
+            (plans[name].eval_steps, plans[name].cfg.geometry, plans[name].cfg.mixture) for name in names
+        }
         if len(scorings) > 1:
             for name in names:
                 keys.update(chains[name][step] for step in plans[name].eval_steps)
     return keys
+
+
+def scoring_of(plan: Plan) -> tuple[list[int], tuple[Any, ...]]:
+    """Return what the scores of a run depend on, besides its weights."""
+    return list(plan.cfg.geometry), plan.cfg.mixture
 
 
 def _resumed_step(run: RunDir, plan: Plan) -> int:
@@ -155,7 +162,7 @@ def _can_use(store: Store, states: Container[str], plan: Plan, key: str, step: i
         return False
     scored: set[int] = set()
     for ancestor in path:
-        if ancestor.geometry == list(plan.cfg.geometry):
+        if (ancestor.geometry, mixture_of(ancestor.config)) == scoring_of(plan):
             scored.update(row["step"] for row in ancestor.rows if row["event"] == "eval")
     needed = {score for score in plan.eval_steps if step < score < target}
     return node.state in states and needed <= scored

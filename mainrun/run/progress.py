@@ -95,9 +95,14 @@ class LineProgress(Progress):
             f"step {row['step']}/{self.total_steps}",
             f"{row['split']} full {row['full']:.4f}",
             f"official {row['official']:.4f} ({percent(row['coverage'])} covered)",
+            *self.alone(row),
             *self.best_and_speed(),
         ]
         self.note("  ".join(parts))
+
+    def alone(self, row: Row) -> list[str]:
+        """Return the full score of the model without the n-gram model, if there is one."""
+        return [f"without n-gram model {row['alone']:.4f}"] if "alone" in row else []
 
     def best_and_speed(self) -> list[str]:
         """Return the best score, the ETA and the speed. Unknown values are left out."""

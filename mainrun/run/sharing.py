@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from mainrun.config import TrainConfig, from_dict
+from mainrun.config import TrainConfig, from_dict, mixture_of
 from mainrun.core.device import Device
 from mainrun.core.machine_class import versions
 from mainrun.errors import MainrunError
@@ -189,6 +189,7 @@ class NodeReader:
                 if (
                     step in course.plan.eval_steps
                     and node.geometry == course.geometry
+                    and mixture_of(node.config) == course.cfg.mixture
                     and score not in scored
                 ):
                     scored.add(score)
@@ -291,8 +292,11 @@ class LeaseHolder:
         if not needed:
             return True
         scores = holder.get("scores")
-        same_spans = holder.get("geometry") == self.course.geometry
-        return isinstance(scores, list) and same_spans and all(score in scores for score in needed)
+        if holder.get("geometry") != self.course.geometry:
+            return False
+        if mixture_of(holder.get("config")) != self.course.cfg.mixture:
+            return False
+        return isinstance(scores, list) and all(score in scores for score in needed)
 
     def fork(self, key: str, holder: Row) -> int:
         """Return the last step that this run shares with the holder of a lease, or 0 if it is unknown."""

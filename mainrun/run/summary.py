@@ -21,7 +21,7 @@ from mainrun.store import checkpoint, costs
 from mainrun.store.rundir import RunDir
 from mainrun.train import Model, Setup, State, set_last_inputs
 
-SCORE_FIELDS = ("step", "split", "official", "full", "loss", "bits_per_byte", "coverage", "tokens")
+SCORE_FIELDS = ("step", "split", "official", "full", "loss", "bits_per_byte", "coverage", "tokens", "alone")
 ENV_FIELDS = ("machine_class", "machine_classes", "versions", "all_versions")  # copied from env.json
 
 
@@ -69,13 +69,15 @@ def summarize(
     if cfg.members > 1:
         with accounts.clock("evaluation"):
             summary["member_scores"] = score_members(setup, state)
+    if setup.ngram:
+        summary["ngram_entries"] = setup.ngram.entries
     if state.cfg.routed_layers:
         summary["routing"] = summarize_routing(setup, plan, state, evals)
     evidence = Evidence(
         cfg=cfg,
         corpus=setup.corpus,
         data=setup.data,
-        model=state.model,
+        model=setup.scored(state.model),
         evals=evals,
         ledger=presentations,
         summary=summary,
@@ -191,7 +193,7 @@ def best_and_last(evals: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _score(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in SCORE_FIELDS}
+    return {name: row[name] for name in SCORE_FIELDS if name in row}
 
 
 def finish(

@@ -22,7 +22,7 @@ def write_token_scores(setup: Setup, plan: Plan, run: RunDir, state: State) -> N
     with state.average.applied():
         for split in ("val", "dev"):
             if split in setup.data.splits:
-                splits[split] = score_tokens(setup, state.model, split)
+                splits[split] = score_tokens(setup, setup.scored(state.model), split)
     if setup.device.leads:
         write(run, setup.cfg.digest, splits)
 

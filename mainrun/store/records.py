@@ -335,6 +335,7 @@ SCORE = {
     "bits_per_byte": number,
     "coverage": share,
     "tokens": at_least_one,
+    "alone?": number,
 }
 STEP_ROW = {
     "step": partial(step, low=1),
@@ -349,6 +350,7 @@ STEP_ROW = {
     "routers?": [{"layer": count, **dict.fromkeys(STATS, any_number)}],
 }
 EVAL_ROW = SCORE | {
+    "alone_loss?": number,
     "seconds?": not_negative,
     "params?": count,
     "active?": count,
@@ -375,6 +377,7 @@ SUMMARY = {
     "scores?": {"val?": BOTH, "dev?": BOTH},
     "member_scores?": {"val": [number], "dev?": [number]},
     "params?": at_least_one,
+    "ngram_entries?": at_least_one,
     "tokens?": at_least_one,
     "flops?": above_zero,
     "seconds?": above_zero,

@@ -123,6 +123,8 @@ def card(data: ReportData) -> Iterator[str]:
     model = "a decoder-only transformer"
     if cfg.members > 1:
         model = f"an ensemble of {cfg.members} decoder-only transformers"
+    if cfg.ngram:
+        model += f", scored in a mixture with a {cfg.ngram}-gram model of train,"
     yield (
         f"Model: {recipe.name}, {model} with {integer(summary['params'])} parameters "
         f"({cfg.n_layer} layers, width {cfg.d_model}, {cfg.n_head} heads, vocabulary {cfg.vocab_size:,} "
