@@ -46,6 +46,7 @@ OTHER: dict[str, Any] = {
     "warmup_frac": 0.1, "warmup_iters": 7,
     "decay_frac": 0.5, "decay_shape": "sqrt", "min_lr_frac": 0.1, "dropout": 0.1, "attn_dropout": 0.2,
     "resid_dropout": 0.2, "stochastic_depth": 0.2, "label_smoothing": 0.1, "ema": 0.99, "swa": 0.3,
+    "ngram": 5, "ngram_weight": 0.2,
     "eval_per_epoch": 5,
     "eval_interval": 20,
     "official_geometry": "8x64",
@@ -174,7 +175,8 @@ def test_exactly_the_inputs_of_a_step_are_scheduled() -> None:
         "growth",
         "warmup_iters",
     }
-    assert {f for f in FIELDS if TrainConfig.class_of(f) == "scheduled"} == inputs | shapes
+    scores = {"ngram", "ngram_weight"}  # change no step, but the scores that searches compare
+    assert {f for f in FIELDS if TrainConfig.class_of(f) == "scheduled"} == inputs | shapes | scores
 
 
 @pytest.mark.parametrize(

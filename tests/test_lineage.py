@@ -223,6 +223,8 @@ CASES: dict[str, Case] = {
     # The decay of an EMA is at most (1 + step) / (10 + step), which exceeds 0.3 from step 3 on (4/13).
     "ema": Case(0.9, 3, {"swa": 0.0, "ema": 0.3}),
     "swa": Case(0.6, 5),
+    "ngram": Case(3, None, {"growth": {"ops": []}}),
+    "ngram_weight": Case(0.2, None, {"ngram": 3, "growth": {"ops": []}}),
     "growth": Case(set_lr(0.03, 6), GROWS),
     "eval_per_epoch": Case(5, None),
     "eval_interval": Case(3, None),

@@ -29,6 +29,7 @@ RUNS: dict[str, TrainConfig] = {
     "plain": from_dict(TINY | SMALL),
     "averaged": from_dict(AVERAGED),
     "members": from_dict(AVERAGED | {"members": 2}),
+    "ngram": from_dict(AVERAGED | {"ngram": 3}),
     "grown": config(*MANY),
     "grown and averaged": config(*MANY, ema=0.9),
 }

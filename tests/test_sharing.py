@@ -218,6 +218,8 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "more scores": ({}, {"eval_per_epoch": 5}, 4 + 6 + 2),
     "scores elsewhere": ({"eval_per_epoch": 3}, {"eval_per_epoch": 2}, 12 + 19),
     "the official score in another geometry": ({}, {"official_geometry": "2x8"}, 36),
+    "a mixture with an n-gram model": ({}, {"ngram": 3}, 36),
+    "another weight of the n-gram model": ({"ngram": 3}, {"ngram": 3, "ngram_weight": 0.1}, 36),
     "fewer rows": ({}, {"log_every": 7}, 37),
     "more rows": ({"log_every": 7}, {}, 37),
     "gradient norms that the other run lacks": ({}, {"grad_norm_steps": 3}, 34),
@@ -239,11 +241,13 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
 FAST_PAIRS = {
     "the same again", "a longer run of the same trunk", "another rate", "another batch, late",
     "an average at the end", "more scores", "the official score in another geometry", "fewer rows",
+    "a mixture with an n-gram model",
     "gradient norms that the other run lacks",
 }  # fmt: skip
 # In these pairs, the second run needs a score or a norm that the first run lacks.
 LACKING = {
     "more scores", "scores elsewhere", "the official score in another geometry",
+    "a mixture with an n-gram model", "another weight of the n-gram model",
     "gradient norms that the other run lacks",
 }  # fmt: skip
 

@@ -404,6 +404,7 @@ LATER = config(decay_frac=0.2).model_dump(mode="json")
         pytest.param(0, 27, {"scores": [1, 18]}, 27, id="both scores"),
         pytest.param(0, 18, {"scores": "1"}, None, id="scores that are not a list"),
         pytest.param(0, 18, {"geometry": [1, 1]}, None, id="scores of another geometry"),
+        pytest.param(0, 18, {"config": {"ngram": 3}}, None, id="scores of a mixture"),
         pytest.param(
             17,
             18,
@@ -647,19 +648,20 @@ def test_a_node_without_needed_gradient_norms_is_reused_only_after_their_steps()
 )
 def test_rows_are_filtered_as_this_run_would_log_them(row: dict[str, Any], shown: bool) -> None:
     run = RunWithStore(log_every=4)
-    node = SimpleNamespace(rows=[row], geometry=GEOMETRY)
+    node = SimpleNamespace(rows=[row], geometry=GEOMETRY, config={})
     assert list(run.sharing.reader.rows_for_run([node], 2)) == ([row] if shown else [])
 
 
-def test_a_score_is_logged_once_per_split_and_only_in_this_geometry() -> None:
+def test_a_score_is_logged_once_per_split_and_only_if_it_is_computed_alike() -> None:
     run = RunWithStore()
     val, dev = ({"event": "eval", "step": 18, "split": split} for split in ("val", "dev"))
     foreign, again = val | {"full": 1.0}, val | {"full": 2.0}
     nodes = [
-        SimpleNamespace(rows=[foreign], geometry=[1, 1]),
-        SimpleNamespace(rows=[val, dev], geometry=GEOMETRY),
+        SimpleNamespace(rows=[foreign], geometry=[1, 1], config={}),
+        SimpleNamespace(rows=[foreign], geometry=GEOMETRY, config={"ngram": 3, "ngram_weight": 0.3}),
+        SimpleNamespace(rows=[val, dev], geometry=GEOMETRY, config={}),
     ]
-    nodes.append(SimpleNamespace(rows=[again], geometry=GEOMETRY))
+    nodes.append(SimpleNamespace(rows=[again], geometry=GEOMETRY, config={}))
     assert list(run.sharing.reader.rows_for_run(nodes, 0)) == [val, dev]
 
 
