@@ -82,6 +82,13 @@ def test_the_record_recipe_has_the_size_and_the_two_weight_decays_of_the_origina
     assert (cfg.weight_decay, cfg.weight_decay_aux) == (0.4545, 0.01)
 
 
+def test_the_ensemble_of_strong_has_the_models_of_the_single_run() -> None:
+    single, ensemble = load("strong")
+    assert (single.members, ensemble.members) == (1, 4)
+    assert ensemble.changed(preset=single.preset, members=1) == single
+    assert ensemble.ngram == 7
+
+
 def commands_of(page: str) -> list[list[str]]:
     """Return the commands in the shell blocks of a page, as lists of words."""
     blocks = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
