@@ -631,7 +631,7 @@ def test_a_finished_run_is_shown_without_training(tmp_path: Path) -> None:
 
 
 def test_a_finished_run_without_its_token_scores_says_how_to_write_them_again(tmp_path: Path) -> None:
-    cfg = from_dict({"preset": "baseline", "token_scores": True})
+    (cfg,) = mainrun.load("baseline", ["token_scores=true"])
     path = make_run(tmp_path, cfg)
     words = ["train", "--preset", "baseline", "--set", "token_scores=true", "--out", tmp_path]
     shown = invoke(*words)

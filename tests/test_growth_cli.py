@@ -14,6 +14,7 @@ from mainrun.checks import repeat
 from mainrun.checks.repeat import RepeatedCheck
 from mainrun.cli import app
 from mainrun.store.rundir import RunDir
+from mainrun.ui import growth_cli
 
 UPCYCLED = 'upcycle_moe {"top_k":2,"router":"random","shards":1,"experts":4}'
 START = {
@@ -215,6 +216,11 @@ VERDICTS = [
         "the repeated ops gave different results than in the run; see the table",
     ),
     ([finding(ok=False)], "FAILS", "1 of 1 checks failed; see the table"),
+    (
+        [finding(ok=False, check="symmetry")],
+        "FAILS",
+        f"1 of 1 checks failed; see the table{growth_cli.ASYMMETRY}",
+    ),
     ([finding(ok=False, same=False), finding()], "FAILS", "1 of 2 checks failed; see the table"),
     (
         [finding(), finding(same=False)],

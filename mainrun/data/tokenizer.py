@@ -48,9 +48,11 @@ ESCAPED = re.compile(r"\\x\{([0-9a-f]{1,6})\}")
 
 
 class VocabularyError(ConfigError):
-    """The titles have too few tokens for the vocabulary."""
+    """The titles allow only a smaller vocabulary. `largest` is the size of the largest one."""
 
-    largest: int  # the size of the largest vocabulary that the titles allow
+    def __init__(self, message: str, largest: int) -> None:
+        super().__init__(message)
+        self.largest = largest
 
 
 class Tokenizer:
@@ -298,9 +300,7 @@ def _vocabulary_error(wanted: int, largest: int) -> VocabularyError:
         fix = f"use --set vocab_size={largest}, or "
     else:
         fix = f"the minimum is {MIN_VOCAB_SIZE}, so "
-    error = VocabularyError(f"{problem}; {fix}raise num_titles, or lower val_frac or dev_frac")
-    error.largest = largest
-    return error
+    return VocabularyError(f"{problem}; {fix}raise num_titles, or lower val_frac or dev_frac", largest)
 
 
 def _load_bpe(model: bytes) -> Any:

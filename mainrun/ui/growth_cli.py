@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
+ASYMMETRY = (
+    "; equal copies get equal gradients and may never diverge, so give the operation "
+    'optimizer = { mode = "asymmetric" } or, for widen_model, a noise_snr_db such as 10'
+)
+
 app = commands("Check and verify how a model grows during training.")
 
 
@@ -104,7 +109,8 @@ def verify(
         show_table(["op", "step", "check", "", "details"], lines)
     failed = [check for check in checks if not check["ok"]]
     if failed:
-        raise MainrunError(f"{len(failed)} of {len(checks)} checks failed; see the table")
+        advice = ASYMMETRY if any(check["check"] == "symmetry" for check in failed) else ""
+        raise MainrunError(f"{len(failed)} of {len(checks)} checks failed; see the table{advice}")
     if not all(check["same"] for check in checks):
         raise MainrunError("the repeated ops gave different results than in the run; see the table")
 
