@@ -103,14 +103,13 @@ def add_level(probabilities: Tensor, rows: Tensor, contexts: Tensor, level: Leve
 def tokens_before(idx: Tensor, length: int) -> Tensor:
     """Return the token that makes a context of each position `length` tokens long: (B, T) -> (B T).
 
-    It is -1 if it is not in the row, or if the shorter context already begins with <eos>.
+    It is -1 if it is not in the row. Contexts that begin with <eos> need no check, because the model has no
+    longer ones.
     """
     before = torch.full_like(idx, -1)
     positions = idx.shape[1] - length + 1  # whose contexts are in the row
     if positions > 0:
         before[:, length - 1 :] = idx[:, :positions]
-        if length > 1:
-            before[:, length - 1 :].masked_fill_(idx[:, 1 : positions + 1] == EOS, -1)
     return before.flatten()
 
 
