@@ -114,6 +114,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "ema": ("baseline", ADAMW | {"ema": 0.9}),
     "swa": ("baseline", ADAMW | {"swa": 0.4}),
+    "mixture with an n-gram model": ("baseline", ADAMW | {"ngram": 4}),
     "experts": ("baseline", ADAMW | {"experts": 3, "top_k": 2}),
     "experts, muon, softmax router": (
         "baseline",
