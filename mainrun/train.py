@@ -38,7 +38,6 @@ from mainrun.core.initial import initial_std
 from mainrun.core.kernels import cross_entropy, gelu, linear, rdrop
 from mainrun.core.layers import Context, Linear, bias_of, cast, make_norm, rope_table
 from mainrun.core.members import Ensemble, build_members, count_tokens, members_of, merge_numbers, step_seeds
-from mainrun.core.ngram import Mixture, NGram
 from mainrun.core.optimizers import Optimizers
 from mainrun.core.parameters import freeze, saved_parameters
 from mainrun.core.pending_losses import PendingLosses, StepRow
@@ -49,6 +48,7 @@ from mainrun.data import scoring
 from mainrun.data.batches import Batches
 from mainrun.data.corpus import Corpus, load_corpus
 from mainrun.data.lengths import check_lengths
+from mainrun.data.ngram import Mixture, NGram
 from mainrun.data.token_cache import TokenData, prepare
 from mainrun.data.tokenizer import EOS
 from mainrun.errors import Interrupted, MainrunError, UsageError

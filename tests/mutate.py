@@ -74,7 +74,7 @@ MIRRORS = {
     "mainrun/core/sharding.py": "test_shard",
     "mainrun/core/machine_class.py": "test_device test_lineage",
     "mainrun/core/members.py": "test_members",
-    "mainrun/core/ngram.py": "test_ngram",
+    "mainrun/data/ngram.py": "test_ngram",
     "mainrun/core/moe.py": "test_layers test_layers_rows",
     "mainrun/core/native/cpu.py": "test_kernels",
     "mainrun/core/optimizers.py": "test_model test_kernels test_train_rows test_routed_steps",

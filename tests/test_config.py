@@ -180,7 +180,12 @@ def test_exactly_the_inputs_of_a_step_are_scheduled() -> None:
 
 
 @pytest.mark.parametrize(
-    "field", sorted(shape for shape in FIELDS if TrainConfig.class_of(shape) == "scheduled")
+    "field",
+    sorted(
+        name
+        for name in FIELDS
+        if TrainConfig.class_of(name) == "scheduled" and not name.startswith("ngram")  # changes only scores
+    ),
 )
 def test_a_scheduled_field_changes_a_resolved_step(field: str) -> None:
     base: dict[str, Any] = {"weight_decay": 0.1, "dropout": 0.1, "schedule": "wsd", "block_pattern": "DSM"}

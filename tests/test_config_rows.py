@@ -110,6 +110,7 @@ NUMBERS: list[tuple[str, str, Any, Any, Any]] = [
     ("ema", "scheduled", 0.0, 0.0, BELOW_1),
     ("swa", "scheduled", 0.0, 0.0, 1.0),
     ("ngram", "scheduled", 0, 0, 20),
+    ("ngram_weight", "scheduled", 0.3, ABOVE_0, BELOW_1),
     ("eval_per_epoch", "inert", 3, 0, 10_000),
     ("eval_interval", "inert", 0, 0, 1_000_000_000),
     ("log_every", "inert", 1, 1, 1_000_000),

@@ -392,6 +392,9 @@ def test_keys_and_bits_differ_from_the_step_that_a_fields_class_says(lab: Lab, f
         return
     a, b = lab.train(one), lab.train(other)
     assert last_common_step(a.keys, b.keys) == at
+    if field.startswith("ngram"):  # changes the scores, but no step
+        assert a.states == b.states and a.weights == b.weights
+        return
     check_same_bits(a, b, a.plan.steps if at is None else max(at, 0))
     if at is None:
         assert kind == "inert" and a.weights == b.weights

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from mainrun.core.ngram import DISCOUNT, Mixture, NGram
 from mainrun.data.corpus import load_corpus
+from mainrun.data.ngram import DISCOUNT, Mixture, NGram
 from mainrun.data.token_cache import prepare
 from mainrun.data.tokenizer import EOS
 from mainrun.errors import ConfigError, UsageError

@@ -35,13 +35,13 @@ from torch import Tensor, nn
 
 from mainrun.config import MIN_COVERAGE, TASK, TrainConfig
 from mainrun.core.members import members_of
-from mainrun.core.ngram import neural_part
 from mainrun.core.sharding import exact_copy, shards_of
 from mainrun.data import corpus as corpora
 from mainrun.data import scoring, sources
 from mainrun.data.batches import Batches
 from mainrun.data.corpus import Corpus
 from mainrun.data.hub import HUB_REVISIONS
+from mainrun.data.ngram import neural_part
 from mainrun.data.token_cache import TokenData
 from mainrun.data.tokenizer import EOS, PAD, UNK
 from mainrun.plan.plan import Plan

@@ -47,6 +47,7 @@ def summarize(
         **scores["val"],
         "scores": scores,
         "params": sum(p.numel() for p in state.model.parameters()),
+        **({"ngram_entries": setup.ngram.entries} if setup.ngram else {}),
         "tokens": plan.tokens(plan.steps),
         "ledger": {
             "asked": plan.steps + wasted,
@@ -69,8 +70,6 @@ def summarize(
     if cfg.members > 1:
         with accounts.clock("evaluation"):
             summary["member_scores"] = score_members(setup, state)
-    if setup.ngram:
-        summary["ngram_entries"] = setup.ngram.entries
     if state.cfg.routed_layers:
         summary["routing"] = summarize_routing(setup, plan, state, evals)
     evidence = Evidence(
