@@ -19,7 +19,7 @@ def check_lengths(cfg: TrainConfig, splits: Mapping[str, Sized]) -> None:
     """
     faults = too_short(cfg, splits)
     if faults:
-        raise ConfigError("; also, ".join(faults))
+        raise ConfigError("\n".join(faults))
 
 
 def too_short(cfg: TrainConfig, splits: Mapping[str, Sized]) -> list[str]:

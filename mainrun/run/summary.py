@@ -33,8 +33,6 @@ def summarize(
     evals = [row for row in run.rows() if row["event"] == "eval"]
     scores = best_and_last(evals)
     segments = segment_costs(plan, state.model.embed.num_embeddings - state.model.cfg.unused_ids)
-    wasted = accounts.ledger["wasted"]
-    reused = accounts.ledger["reused"]
     presentations = count_presentations(setup, plan, state)
     flops = sum(segment["flops"] for segment in segments)
     if not cfg.growth.ops:  # state.tokens counts each member, but flops_per_token covers all members at once
@@ -47,14 +45,8 @@ def summarize(
         **scores["val"],
         "scores": scores,
         "params": sum(p.numel() for p in state.model.parameters()),
-        **({"ngram_entries": setup.ngram.entries} if setup.ngram else {}),
         "tokens": plan.tokens(plan.steps),
-        "ledger": {
-            "asked": plan.steps + wasted,
-            "trained": plan.steps + wasted - reused,
-            "reused": reused,
-            "wasted": wasted,
-        },
+        "ledger": count_steps(plan, accounts),
         "presentations": presentations,
         "flops": flops,
         "fingerprints": setup.corpus.fingerprints,
@@ -70,6 +62,8 @@ def summarize(
     if cfg.members > 1:
         with accounts.clock("evaluation"):
             summary["member_scores"] = score_members(setup, state)
+    if setup.ngram:
+        summary["ngram_entries"] = setup.ngram.entries
     if state.cfg.routed_layers:
         summary["routing"] = summarize_routing(setup, plan, state, evals)
     evidence = Evidence(
@@ -86,6 +80,18 @@ def summarize(
     if cfg.growth.ops:
         summary |= {"active": segments[-1]["active"], "segments": segments}
     return summary | costs.derived_costs(summary) | {"guards": [asdict(guard) for guard in guards(evidence)]}
+
+
+def count_steps(plan: Plan, accounts: Accounts) -> dict[str, int]:
+    """Return how many steps the run needed, trained, copied from the store and lost."""
+    wasted = accounts.ledger["wasted"]
+    reused = accounts.ledger["reused"]
+    return {
+        "asked": plan.steps + wasted,
+        "trained": plan.steps + wasted - reused,
+        "reused": reused,
+        "wasted": wasted,
+    }
 
 
 def describe_start(setup: Setup) -> dict[str, str] | None:
