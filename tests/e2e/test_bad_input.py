@@ -120,7 +120,7 @@ def refused(out: Path, call: Callable[[], Result], *words: str) -> None:
         (["tokenizer=unigram", "vocab_size=50000"], ["vocab_size=50,000", "--set vocab_size="]),
         (["official_geometry=1000x16"], ["the val split", "16,001", "official_geometry"]),
         (["dev_frac=0.01", "official_geometry=10x16"], ["the dev split", "161"]),
-        (["batch_size=2048"], ["batch_size"]),
+        (["batch_size=2048", "official_geometry=4x16"], ["batch_size"]),
     ],
 )
 def test_a_bad_field(out: Path, sets: list[str], words: list[str]) -> None:
