@@ -77,8 +77,8 @@ class Search:
 
     def _train_tokens_of(self, values: dict[str, Any]) -> int:
         """Return the number of training tokens in an epoch of a trial."""
-        own = {name: values[name] for name in TOKENIZER_FIELDS if name in values}
-        if all(value == getattr(self.base, name) for name, value in own.items()):
+        fields = {name: values[name] for name in TOKENIZER_FIELDS if name in values}
+        if all(value == getattr(self.base, name) for name, value in fields.items()):
             return self.train_tokens
         return count_with_tokenizer(self.study, with_values(self.base, values), self.folder)
 

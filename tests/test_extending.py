@@ -107,9 +107,9 @@ def apply(heading: str, root: Path) -> list[str]:
     )
     for block in blocks:
         insert(root, block["place"], block["code"])
-    found = COMMANDS.search(body)
-    assert found
-    return [line.removeprefix("$ ") for line in found["text"].splitlines()]
+    commands = COMMANDS.search(body)
+    assert commands
+    return [line.removeprefix("$ ") for line in commands["text"].splitlines()]
 
 
 @pytest.mark.parametrize(
