@@ -151,7 +151,7 @@ def imported(node: ast.AST, dotted: str, is_package: bool) -> list[str]:
 def imports(tree: ast.Module, dotted: str, is_package: bool) -> list[tuple[str, int]]:
     """Return the names that a module may import, with the line of each import."""
     return [
-        (name, node.lineno)  # type: ignore[attr-defined]  # not every node has a name
+        (name, node.lineno)  # type: ignore[attr-defined]  # not every kind of node has a line
         for node in ast.walk(tree)
         for name in imported(node, dotted, is_package)
     ]
