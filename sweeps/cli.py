@@ -139,9 +139,9 @@ def _search(study: Study, folder: Path, as_json: bool) -> None:
     from mainrun.core.hardware import cores
     from sweeps.confirm import confirm
     from sweeps.display import Display
-    from sweeps.driver import Search
     from sweeps.export import write_export
     from sweeps.folder import locked_folder, write_study_json
+    from sweeps.lanes import make_search
 
     with ExitStack() as stack:
         stack.enter_context(stoppable())
@@ -149,7 +149,7 @@ def _search(study: Study, folder: Path, as_json: bool) -> None:
         stack.callback(engine.close)
         stack.enter_context(locked_folder(folder, study))
         display = stack.enter_context(Display(quiet=as_json))
-        search = Search(study, folder, engine, display.note, display.refresh)
+        search = make_search(study, folder, engine, display.note, display.refresh)
         display.watch(search)
         write_study_json(folder, study, _command_line())
         if study.threads > cores():
@@ -280,11 +280,60 @@ def _ranked_trials(export: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @app.command("show")
-def show(name: Name, out: Out = DEFAULT_OUT, as_json: Json = False, debug: Debug = False) -> None:
+def show(
+    name: Name,
+    out: Out = DEFAULT_OUT,
+    why: Annotated[
+        int | None,
+        typer.Option("--why", min=0, metavar="TRIAL", help="Show why the sampler frugal chose a trial."),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
     """Show the best trials, the cost and the claims of a finished study."""
     from sweeps.folder import read_export
 
-    _show_export(read_export(out / name), as_json)
+    export = read_export(out / name)
+    if why is None:
+        _show_export(export, as_json)
+    else:
+        _show_why(export, why, as_json)
+
+
+def _show_why(export: dict[str, Any], number: int, as_json: bool) -> None:
+    """Show the options that were open when a trial was chosen, and what each was worth."""
+    from mainrun.run.progress import short
+    from sweeps.display import describe_values
+
+    trials = {trial["trial"]: trial for trial in export["trials"]}
+    if number not in trials:
+        raise UsageError(f"got --why {number}; the study has the trials 0 to {max(trials)}")
+    trial = trials[number]
+    if "why" not in trial:
+        sampler = export["study"].get("sampler", {}).get("name", "tpe")
+        raise UsageError(f"got --why {number}; the sampler {sampler} gives no reasons, only frugal does")
+    why = trial["why"]
+    if as_json:
+        emit(why)
+        return
+    print(f"trial {number}: {describe_values(trial['params'])}, for {trial['horizon']:g} of the steps")
+    if why["phase"] != "search":
+        print("it is part of the first design, which does not depend on scores")
+        return
+    print(f"expected improvement of its recipe {why['improvement']:.4f}")
+    print(f"predicted best score {why['belief']:.4f} ± {why['deviation']:.4f}")
+    rows = []
+    for option in why["options"]:
+        rows.append(
+            [
+                f"{option['horizon']:g}",
+                "stand-in" if option["stands_in"] else "recipe",
+                short(option["new_tokens"]),
+                f"{1e6 * option['value']:.3g}",
+                describe_values(option["values"]),
+            ]
+        )
+    show_table(["horizon", "run", "new tokens", "information per 1M tokens", "values"], rows)
 
 
 def _show_export(export: dict[str, Any], as_json: bool) -> None:
@@ -294,6 +343,7 @@ def _show_export(export: dict[str, Any], as_json: bool) -> None:
     _show_trials(export)
     _show_costs(export)
     _show_rungs(export)
+    _show_horizons(export)
     if export.get("evidence"):
         _show_evidence(export["evidence"], export["trials"])
 
@@ -314,7 +364,7 @@ def _show_trials(export: dict[str, Any]) -> None:
     show_table(head, rows)
     states = [trial["state"] for trial in export["trials"]]
     counts = []
-    for state in ("done", "pruned", "diverged", "failed"):
+    for state in ("done", "short", "pruned", "diverged", "failed"):
         if state in states:
             counts.append(f"{states.count(state)} {state}")
     print(", ".join(counts))
@@ -374,6 +424,18 @@ def _show_rungs(export: dict[str, Any]) -> None:
             text += ", which are few"
         if correlation is not None and correlation < 0.5:
             text += "; below 0.5, scores at a rung predict little, so train all trials fully (remove [rungs])"
+        print(text)
+
+
+def _show_horizons(export: dict[str, Any]) -> None:
+    """Show the runs of each horizon, and how well short runs rank the recipes of whole runs."""
+    for row in (export.get("frugal") or {}).get("horizons", []):
+        text = f"horizon {row['horizon']:g}: {row['runs']} runs"
+        correlation = row["correlation"]
+        if correlation is not None:
+            text += f", rank correlation with whole runs {correlation:.2f}"
+            if correlation < 0.5:
+                text += "; below 0.5, short runs predict little, so remove this horizon from sampler.horizons"
         print(text)
 
 

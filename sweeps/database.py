@@ -219,6 +219,7 @@ class StudyDatabase:
                 return
         states = {
             TrialState.DONE: optuna_trial.TrialState.COMPLETE,
+            TrialState.SHORT: optuna_trial.TrialState.PRUNED,
             TrialState.PRUNED: optuna_trial.TrialState.PRUNED,
             TrialState.DIVERGED: optuna_trial.TrialState.FAIL,
             TrialState.FAILED: optuna_trial.TrialState.FAIL,

@@ -121,6 +121,7 @@ def status_line(search: Search) -> str:
         TrialState.WAITING,
         TrialState.PAUSED,
         TrialState.DONE,
+        TrialState.SHORT,
         TrialState.PRUNED,
         TrialState.DIVERGED,
         TrialState.FAILED,
@@ -129,4 +130,4 @@ def status_line(search: Search) -> str:
     text = f"{len(search.trials)} trials: {states}"
     for trial in search.best():
         text += f"; best {trial.scores[trial.rung]:.4f}, trial {trial.number}"
-    return text
+    return text + search.progress_text()

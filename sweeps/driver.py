@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mainrun.config import TrainConfig
 from mainrun.errors import ConfigError, RunError, UsageError
@@ -26,13 +26,20 @@ from sweeps.corpus_size import TOKENIZER_FIELDS, count_train_tokens, count_with_
 from sweeps.engine.protocol import Engine, Outcome, Task
 from sweeps.ledger import Ledger, run_cost, total
 from sweeps.sampling import TrialSampler, grid_size
+from sweeps.short_run import short_run
 from sweeps.space import trial_config, with_values
 from sweeps.study import Study, set_arguments
 from sweeps.trial import Trial, TrialRuns, TrialState
 
 UNLIMITED = 1_000_000  # the maximum number of trials if the budget sets no maximum
 
-Target = tuple[TrainConfig, int]  # the config of a run and its last step, where 0 means the end of the run
+
+class Target(NamedTuple):
+    """A run that the engine trains for a trial."""
+
+    cfg: TrainConfig
+    until: int  # the last step, or 0 for the end of the run
+    keep: tuple[int, ...] = ()  # the steps whose states are kept for other runs
 
 
 class Search:
@@ -145,23 +152,27 @@ class Search:
             return True
         return bool(budget.flops and cost.flops >= budget.flops)
 
-    def _new_trial(self, number: int, values: dict[str, Any]) -> Trial:
+    def _new_trial(self, number: int, values: dict[str, Any], horizon: float = 1.0) -> Trial:
         try:
-            runs = self._make_runs(values)
+            runs = self._make_runs(values, horizon)
         except ConfigError as e:
-            return Trial(number, values, state=TrialState.FAILED, reason=str(e))
-        trial = Trial(number, values, runs.cfg.run_id, runs.stops)
+            return Trial(number, values, state=TrialState.FAILED, reason=str(e), horizon=horizon)
+        trial = Trial(number, values, runs.cfg.run_id, runs.stops, horizon=horizon)
         self._runs[number] = runs
         self.owners.setdefault(trial.run_id, number)
         return trial
 
-    def _make_runs(self, values: dict[str, Any]) -> TrialRuns:
+    def _run_config(self, values: dict[str, Any], horizon: float, train_tokens: int) -> TrainConfig:
+        cfg = trial_config(self.base, values, train_tokens)
+        return short_run(cfg, Plan(cfg, train_tokens), horizon)
+
+    def _make_runs(self, values: dict[str, Any], horizon: float = 1.0) -> TrialRuns:
         """Create the configs of a trial's runs, and choose the step of each rung.
 
         A rung is at the first evaluation after the trial has trained the rung's share of its steps.
         """
         train_tokens = self._train_tokens_of(values)
-        cfg = trial_config(self.base, values, train_tokens)
+        cfg = self._run_config(values, horizon, train_tokens)
         plan = Plan(cfg, train_tokens)
         rungs = self.study.rungs
         stops: list[int] = []
@@ -176,7 +187,7 @@ class Search:
         return TrialRuns(cfg, (*stops, plan.steps), branches)
 
     def runs_of(self, trial: Trial) -> TrialRuns:
-        return self._runs.get(trial.number) or self._make_runs(trial.values)
+        return self._runs.get(trial.number) or self._make_runs(trial.values, trial.horizon)
 
     # -- training
 
@@ -250,23 +261,25 @@ class Search:
         """
         runs = self.runs_of(trial)
         is_last = rung + 1 == len(trial.stops)
-        targets = [(runs.cfg, 0 if is_last else trial.stops[rung])]
+        targets = [Target(runs.cfg, 0 if is_last else trial.stops[rung])]
         branch = runs.branches.get(rung)
         if branch:
             # Trials that differ only in their learning rate decay can share a branch.
             self.owners.setdefault(branch.run_id, trial.number)
-            targets.append((branch, 0))
+            targets.append(Target(branch, 0))
         return targets
 
     def _train_targets(self, targets: list[Target]) -> Outcome:
-        for cfg, until in targets:
-            outcome = self.train(cfg, until)
+        for target in targets:
+            outcome = self.train(*target)
             if not outcome.ok:
                 break
         return outcome
 
-    def train(self, cfg: TrainConfig, until: int = 0) -> Outcome:
+    def train(self, cfg: TrainConfig, until: int = 0, keep: tuple[int, ...] = ()) -> Outcome:
         """Train a run up to a step, or to the end of the run if `until` is 0.
+
+        The states after the steps in `keep` are kept in the store.
 
         If the run has already reached the step, no worker is started, because starting a worker takes about a
         second.
@@ -279,7 +292,9 @@ class Search:
             check_same_config(run, cfg)
             return Outcome(True)
         settings = tuple(set_arguments(self.study, cfg))
-        task = Task(self.study.preset, settings, self.runs_dir, self.store_dir, until, self.study.threads)
+        task = Task(
+            self.study.preset, settings, self.runs_dir, self.store_dir, until, self.study.threads, keep
+        )
         return self.engine.train(task)
 
     @property
@@ -379,6 +394,18 @@ class Search:
         if trial.state in (TrialState.PRUNED, TrialState.DIVERGED, TrialState.FAILED):
             return replace(cost, wasted=cost.trained)
         return cost
+
+    def progress_text(self) -> str:
+        """Return what a sampler adds to the line that shows the progress."""
+        return ""
+
+    def summary(self) -> dict[str, Any]:
+        """Return what a sampler adds to the export of the study."""
+        return {}
+
+    def facts(self, trial: Trial) -> dict[str, Any]:
+        """Return what a sampler adds to the row of a trial in the export."""
+        return {}
 
     def best(self, count: int = 1) -> list[Trial]:
         """Return the best completed trials. If several trials share a run, return only the first trial."""

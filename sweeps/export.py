@@ -38,6 +38,7 @@ def write_export(search: Search, evidence: dict[str, Any] | None) -> None:
         "rung_correlation": rung_correlations(search.trials),
         "raw_rung_correlation": rung_correlations(search.trials, raw=True),
         "evidence": evidence,
+        **search.summary(),
     }
     write_text(search.folder / "export.json", json.dumps(document, indent=1))
     write_tables(document, search.folder / "export")
@@ -59,6 +60,8 @@ def _trial_row(search: Search, trial: Trial) -> dict[str, Any]:
         "seed": seed,
         "params": trial.values,
         "forward_flops": flops,
+        "horizon": trial.horizon,
+        **search.facts(trial),
         "rung": trial.rung,
         "scores": _by_text(trial.scores),
         "raw_scores": _by_text(trial.scores | trial.raw_scores),

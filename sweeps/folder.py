@@ -185,6 +185,9 @@ TRIAL = {
     "flops?": records.not_negative,
     "forward_flops?": records.optional(records.not_negative),
     "seconds?": records.not_negative,
+    "horizon?": records.not_negative,
+    "planned?": records.count,
+    "why?": records.table,
 }
 CONFIRMED_TRIAL = {
     "trial": records.count,

@@ -86,7 +86,7 @@ SAMPLERS: dict[str, Callable[[SamplerSettings, Space, int], Any]] = {
 if TYPE_CHECKING:
     SamplerName = str
 else:
-    SamplerName = Literal[tuple(SAMPLERS)]
+    SamplerName = Literal[(*SAMPLERS, "frugal")]
 
 
 class SamplerSettings(BaseModel):
@@ -107,6 +107,23 @@ class SamplerSettings(BaseModel):
             "and without the scores of the previous generation",
         ),
     ] = 4
+    lanes: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=64,
+            description="number of runs that the sampler frugal has under way at the same time; "
+            "part of what the trials are",
+        ),
+    ] = 2
+    horizons: Annotated[
+        tuple[Annotated[float, Field(gt=0, le=1)], ...],
+        Field(
+            min_length=1,
+            strict=False,
+            description="lengths of the runs of the sampler frugal, as shares of a whole run; the last is 1",
+        ),
+    ] = (0.25, 0.5, 1.0)
 
 
 def trial_seed(sampler_seed: int, number: int) -> int:

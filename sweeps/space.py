@@ -259,6 +259,19 @@ def with_values(base: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
     return from_dict(fields | {"preset": base.preset})
 
 
+def base_value(name: str, base: TrainConfig, train_tokens: int) -> Any:
+    """Return the value of a parameter in the base config, or None if the base has no such value."""
+    if name == "timescale":
+        rate = base.lr * base.weight_decay * Plan(base, train_tokens).steps
+        return 1 / rate if rate else None
+    if "." not in name:
+        return getattr(base, name)
+    node: Any = base.growth.data()
+    for key in name.split(".")[1:]:
+        node = node[_index(node, key)]
+    return node
+
+
 def _set_path(node: Any, keys: list[str], value: Any) -> None:
     for key in keys[:-1]:
         node = node[_index(node, key)]

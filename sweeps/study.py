@@ -38,6 +38,7 @@ from sweeps.sampling import SamplerSettings
 from sweeps.space import Choice, Range
 
 BUILT_IN = Path(__file__).parent / "studies"
+FRUGAL_ONLY = {"lanes", "horizons"}  # the keys of [sampler] that only the sampler frugal reads
 MAX_FAULTS = 10  # the maximum number of sentences that suggest a correction
 
 
@@ -54,6 +55,13 @@ class Budget(StudyTable):
     tokens: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
     flops: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
     minutes: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
+    until: Annotated[
+        Literal["spent", "settled"],
+        Field(
+            description="settled also ends a study with the sampler frugal "
+            "when almost no improvement is expected"
+        ),
+    ] = "spent"
 
 
 class Rungs(StudyTable):
@@ -159,6 +167,8 @@ class Study(StudyTable):
     def digest(self) -> str:
         """The hash of all keys of the study file that affect the trials."""
         data = self.model_dump(exclude=self.FREE, mode="json")
+        unused = FRUGAL_ONLY if self.sampler.name != "frugal" else {"generation"}
+        data["sampler"] = {key: value for key, value in data["sampler"].items() if key not in unused}
         return sha256_json(data)
 
     def base(self) -> TrainConfig:
@@ -372,8 +382,36 @@ def _study_faults(study: Study) -> Iterator[str]:
             "set.device='cuda' with engine='ray' and gpus=0: a trial gets only the GPUs that it requests; "
             "write gpus = 1, or a share of one."
         )
-    if not any(study.budget.model_dump().values()):
+    yield from _frugal_faults(study, base)
+    if not any(study.budget.model_dump(exclude={"until"}).values()):
         yield "budget is empty; write at least one of trials, tokens, flops, minutes."
+
+
+def _frugal_faults(study: Study, base: TrainConfig) -> Iterator[str]:
+    """Yield one sentence for each key that does not fit the sampler."""
+    sampler = study.sampler
+    if sampler.name != "frugal":
+        for name in sorted(FRUGAL_ONLY & sampler.model_fields_set):
+            yield f"sampler.{name} with sampler.name={sampler.name!r}: only frugal reads it; remove it."
+        if study.budget.until == "settled":
+            got = f"budget.until='settled' with sampler.name={sampler.name!r}"
+            yield f"{got}: only frugal predicts scores; remove it."
+        return
+    if study.rungs:
+        yield "sampler.name='frugal' with [rungs]: its horizons replace rungs; remove [rungs]."
+    if "generation" in sampler.model_fields_set:
+        yield "sampler.generation with sampler.name='frugal': it asks run by run; write lanes instead."
+    horizons = list(sampler.horizons)
+    if horizons != sorted(set(horizons)) or horizons[-1] != 1:
+        yield f"sampler.horizons={horizons} must ascend and end with 1; write [0.25, 0.5, 1.0], for example."
+    grows = base.growth.ops or any(name.partition(".")[0] == "growth" for name in study.space)
+    if grows and horizons != [1]:
+        yield (
+            "sampler.horizons with growth, which is scheduled over the whole run; "
+            "write horizons = [1.0], or remove growth."
+        )
+    if base.max_steps and horizons != [1]:
+        yield "sampler.horizons with max_steps: write horizons = [1.0], or set epochs instead of max_steps."
 
 
 def _is_continuous(parameter: Range | Choice) -> bool:

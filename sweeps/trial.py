@@ -16,6 +16,7 @@ class TrialState(StrEnum):
     RUNNING: The trial was passed to the engine, which trains the trial as soon as a worker is free.
     PAUSED: The trial has the score of a rung and waits for the other trials of its generation.
     DONE: The trial was trained to its last step.
+    SHORT: The trial was a short run, and was trained to its last step.
     PRUNED: The trial was stopped at a rung because other trials of its generation had better scores.
     DIVERGED: The loss of the trial, or of one of its branches, is no longer a finite number.
     FAILED: The trial could not be trained. The attribute `reason` says why the trial failed.
@@ -25,13 +26,14 @@ class TrialState(StrEnum):
     RUNNING = "running"
     PAUSED = "paused"
     DONE = "done"
+    SHORT = "short"
     PRUNED = "pruned"
     DIVERGED = "diverged"
     FAILED = "failed"
 
     @property
     def is_finished(self) -> bool:
-        return self in (TrialState.DONE, TrialState.PRUNED, TrialState.DIVERGED, TrialState.FAILED)
+        return self not in (TrialState.WAITING, TrialState.RUNNING, TrialState.PAUSED)
 
 
 @dataclass(slots=True)
@@ -46,6 +48,8 @@ class Trial:
     raw_scores: dict[int, float] = field(default_factory=dict)  # the trial's own scores, if it has branches
     state: TrialState = TrialState.WAITING
     reason: str = ""  # the reason why the trial was pruned, diverged or failed
+    horizon: float = 1.0  # the share of the steps that the trial trains; below 1, the trial is a short run
+    planned: int = 0  # the new tokens that the sampler `frugal` planned for the trial
 
     @property
     def is_finished(self) -> bool:
@@ -76,7 +80,7 @@ class Trial:
         if raw_score is not None:
             self.raw_scores[rung] = raw_score
         if rung + 1 == len(self.stops):
-            self.state = TrialState.DONE
+            self.state = TrialState.DONE if self.horizon == 1 else TrialState.SHORT
         else:
             self.state = TrialState.PAUSED
 

@@ -339,6 +339,7 @@ TEXT: dict[str, Draw] = {
     "--run": run,
     "--upload": url,
     "--engine": choice("local", "ray", "Local"),
+    "--keep": choice("1,2", "5", "1,", "a", "-1"),
     "--address": choice("auto", "127.0.0.1:9", "x:y", ":"),
     "--storage": storage,
     "--as": word,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -79,6 +80,12 @@ Until = Annotated[
         help="Stop after this step. The value 0 trains to the end of the run.",
     ),
 ]
+Keep = Annotated[
+    str,
+    typer.Option(
+        "--keep", metavar="STEPS", hidden=True, help="Keep the states after these steps in the store: 10,20."
+    ),
+]
 NoStore = Annotated[
     bool, typer.Option("--no-store", help="Train all steps, and share no steps with other runs.")
 ]
@@ -109,6 +116,7 @@ class TrainOptions:
     until: int
     store: Store | None
     trackers: list[Tracker]
+    keep: list[int]  # the steps whose states are kept in the store, besides those that the runs share
 
 
 @dataclass(frozen=True)
@@ -141,6 +149,7 @@ def train(
     memory: Memory = None,
     plan: ShowPlan = False,
     until: Until = 0,
+    keep: Keep = "",
     no_store: NoStore = False,
     place: StorePlace = None,
     size: StoreSize = "20GB",
@@ -168,6 +177,7 @@ def train(
         other = "--dry-run" if dry_run else "--plan"
         raise UsageError(f"got --track and {other}, which does not train anything; leave one of them out")
     trackers = parse_trackers(track or [])
+    kept = _parse_steps(keep)
     configs = load(preset, sets or [])
     _refuse_store_of_shards(configs, place)
     store = None if no_store else open_store(place, out, size)
@@ -180,8 +190,15 @@ def train(
     else:
         quiet = quiet or not is_leader()
         with process_group():
-            results = _train_all(configs, TrainOptions(out, fresh, quiet, until, store, trackers))
+            results = _train_all(configs, TrainOptions(out, fresh, quiet, until, store, trackers, kept))
         _report(configs, results, out, as_json, quiet)
+
+
+def _parse_steps(text: str) -> list[int]:
+    """Return the steps in the value of --keep."""
+    if text and not re.fullmatch(r"\d+(,\d+)*", text):
+        raise UsageError(f"got --keep {shown(text, 80)}; give steps with commas, like 10,20")
+    return [int(step) for step in text.split(",") if step]
 
 
 def _memory_limit(memory: str | None, fit: bool) -> int:
@@ -248,7 +265,7 @@ def _train_all(configs: list[TrainConfig], options: TrainOptions) -> Results:
                 raise Interrupted(f"{done}; run the same command again to resume")
             label = f"[{number}/{len(configs)}] " if len(configs) > 1 else ""
             try:
-                summary = _train_one(cfg, options, label, keep.get(cfg.run_id, []))
+                summary = _train_one(cfg, options, label, [*options.keep, *keep.get(cfg.run_id, [])])
             except Diverged as e:
                 if len(configs) == 1:
                     raise

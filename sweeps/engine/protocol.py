@@ -23,6 +23,7 @@ class Task:
     store: Path  # the folder of the store, which all runs of a study share
     until: int  # the step to stop at, or 0 to train to the end of the run
     threads: int = field(default=1, compare=False)
+    keep: tuple[int, ...] = field(default=(), compare=False)  # the steps whose states are kept in the store
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -13,15 +15,12 @@ from typing import NamedTuple
 from mainrun.errors import DiskFull, Diverged, Interrupted, UsageError
 from sweeps.engine.protocol import Outcome, Task
 
-# On Linux, a worker receives SIGTERM when its parent process ends. The worker then saves a checkpoint and
-# stops. On other systems, the worker continues to train after its parent process has ended.
 START = (
-    "import sys, signal; sys.argv[0] = 'mainrun'\n"
-    "if sys.platform == 'linux':\n"
-    "    import ctypes, os; ctypes.CDLL(None).prctl(1, signal.SIGTERM)\n"
-    "    os.getppid() == {parent} or sys.exit(75)\n"
+    "import sys; from sweeps.engine.worker import die_with_parent\n"
+    "die_with_parent({parent}); sys.argv[0] = 'mainrun'\n"
     "from mainrun.cli import main; main()\n"
 )
+PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 MAX_DEATHS = 20  # a task fails when its workers have died this many times
 # `mainrun train` prints this text if another process has locked the run.
 RUN_IS_LOCKED = "is being written by process"
@@ -37,28 +36,39 @@ class WorkerExit(NamedTuple):
 STOPPED = WorkerExit(Interrupted.exit_code, "")
 
 
+def die_with_parent(parent: int) -> None:
+    """Let this process receive SIGTERM when its parent ends. A worker then saves a checkpoint and stops.
+
+    This works only on Linux. On other systems, a worker continues to train after its parent has ended.
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # the parent ended before the call
+        sys.exit(Interrupted.exit_code)
+
+
+def worker_arguments(task: Task) -> list[str]:
+    """Return the arguments of the command `mainrun` that carries out a task."""
+    arguments = ["train", "--preset", task.preset, "--quiet"]
+    arguments += ["--out", str(task.out), "--store", str(task.store)]
+    for setting in task.sets:
+        arguments += ["--set", setting]
+    if task.until:
+        arguments += ["--until", str(task.until)]
+    if task.keep:
+        arguments += ["--keep", ",".join(map(str, task.keep))]
+    return arguments
+
+
 def start_worker(task: Task, folder: str | None = None) -> subprocess.Popen[str]:
     """Start a worker process for a task.
 
     The working directory of the worker is `folder`, or the current directory if `folder` is None. Relative
     paths in the task are relative to the working directory.
     """
-    command = [
-        sys.executable,
-        "-c",
-        START.format(parent=os.getpid()),
-        "train",
-        "--preset",
-        task.preset,
-        "--quiet",
-    ]
-    command += ["--out", str(task.out), "--store", str(task.store)]
-    for setting in task.sets:
-        command += ["--set", setting]
-    if task.until:
-        command += ["--until", str(task.until)]
     return subprocess.Popen(
-        command,
+        [sys.executable, "-c", START.format(parent=os.getpid()), *worker_arguments(task)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

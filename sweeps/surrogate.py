@@ -1,0 +1,170 @@
+"""A Gaussian process that predicts the final score of a recipe from short and whole runs.
+
+A run is described by the coordinates z of its recipe and by p = log2(horizon) / 3, so p = 0 is a whole
+run and p = -1 is an eighth of a run. The kernel has two parts. One part is shared by all recipes and
+follows the scores from one horizon to the next. The other part depends on the recipe, and drifts with the
+horizon: the best recipe of a horizon is at z + p * drift if z is the best recipe of whole runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.linalg import cho_factor, cho_solve
+from scipy.optimize import minimize
+
+# Log-normal priors: the median, and the standard deviation of the logarithm.
+LENGTH = (0.7, 0.7)  # the distance in coordinates over which scores stay similar
+SIGNAL = (1.0, 0.7)  # the differences between recipes that all horizons have in common
+HORIZON_SIGNAL = (0.3, 0.7)  # the differences between recipes that depend on the horizon
+NOISE = (0.05, 0.7)
+LENGTH_BOUNDS = (0.08, 6.0)
+NOISE_BOUNDS = (0.004, 1.0)
+SIGNAL_BOUNDS = (0.01, 100.0)
+FIRST_ITERATIONS = 30
+LATER_ITERATIONS = 8
+
+
+@dataclass(frozen=True)
+class Drift:
+    """The prior of the drift: a mean and a standard deviation for each coordinate."""
+
+    mean: np.ndarray
+    deviation: np.ndarray
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The runs that a surrogate knows: their coordinates (n, D) and their values of p (n)."""
+
+    z: np.ndarray
+    p: np.ndarray
+
+    def __add__(self, other: Runs) -> Runs:
+        return Runs(np.concatenate([self.z, other.z]), np.concatenate([self.p, other.p]))
+
+
+class Surrogate:
+    """The posterior of the scores, given the standardized scores y of finished runs."""
+
+    def __init__(self, runs: Runs, y: np.ndarray, theta: np.ndarray) -> None:
+        """theta: the parameters of the kernel, see `prior`."""
+        self.runs = runs
+        self.y = y
+        self.theta = theta
+        noise = np.exp(2 * theta[-1])
+        self._factor = cho_factor(kernel(runs, runs, theta) + noise * np.eye(len(y)), lower=True)
+        self._weights = cho_solve(self._factor, y)
+
+    @property
+    def noise_variance(self) -> float:
+        return float(np.exp(2 * self.theta[-1]))
+
+    def mean(self, runs: Runs) -> np.ndarray:
+        return kernel(runs, self.runs, self.theta) @ self._weights
+
+    def covariance(self, a: Runs, b: Runs) -> np.ndarray:
+        """Return the posterior covariance of the scores without noise."""
+        known = kernel(self.runs, b, self.theta)
+        return kernel(a, b, self.theta) - kernel(a, self.runs, self.theta) @ cho_solve(self._factor, known)
+
+    def variance(self, runs: Runs) -> np.ndarray:
+        known = kernel(self.runs, runs, self.theta)
+        prior = kernel_diagonal(runs, self.theta)
+        return np.maximum(prior - (known * cho_solve(self._factor, known)).sum(0), 1e-12)
+
+    def with_pending(self, pending: Runs) -> Surrogate:
+        """Return a surrogate that also has the pending runs, with their own means as scores."""
+        if not len(pending.p):
+            return self
+        return Surrogate(self.runs + pending, np.concatenate([self.y, self.mean(pending)]), self.theta)
+
+
+def prior(drift: Drift) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean and the deviation of the kernel's parameters.
+
+    The parameters are the logarithms of the length scales (D), the drift (D), and the logarithms of the two
+    signals and of the noise.
+    """
+    size = len(drift.mean)
+    scalars = np.array([SIGNAL, HORIZON_SIGNAL, NOISE])
+    mean = np.concatenate([np.full(size, np.log(LENGTH[0])), drift.mean, np.log(scalars[:, 0])])
+    deviation = np.concatenate([np.full(size, LENGTH[1]), drift.deviation, scalars[:, 1]])
+    return mean, deviation
+
+
+def _distances(a: Runs, b: Runs, theta: np.ndarray) -> np.ndarray:
+    """Return the differences of the drifting coordinates, in units of the length scales: (D, n, m)."""
+    size = a.z.shape[1]
+    length = np.exp(theta[:size])
+    drift = theta[size : 2 * size]
+    x = (a.z - np.outer(a.p, drift)) / length
+    y = (b.z - np.outer(b.p, drift)) / length
+    return x.T[:, :, None] - y.T[:, None, :]
+
+
+def _signals(a: Runs, b: Runs, theta: np.ndarray) -> np.ndarray:
+    common, by_horizon = np.exp(2 * theta[-3:-1])
+    return common + by_horizon * np.outer(a.p, b.p)
+
+
+def _shared(product: np.ndarray) -> np.ndarray:
+    """Return the part of the kernel that all recipes share, for products p p'."""
+    return 4 + 9 * product + 4 * product**2
+
+
+def kernel(a: Runs, b: Runs, theta: np.ndarray) -> np.ndarray:
+    """Return the prior covariance of the scores without noise."""
+    similarity = np.exp(-0.5 * (_distances(a, b, theta) ** 2).sum(0))
+    return _signals(a, b, theta) * similarity + _shared(np.outer(a.p, b.p))
+
+
+def kernel_diagonal(runs: Runs, theta: np.ndarray) -> np.ndarray:
+    common, by_horizon = np.exp(2 * theta[-3:-1])
+    return common + by_horizon * runs.p**2 + _shared(runs.p**2)
+
+
+def objective(theta: np.ndarray, runs: Runs, y: np.ndarray, drift: Drift) -> tuple[float, np.ndarray]:
+    """Return the negative logarithm of the posterior density of the parameters, and its gradient."""
+    size = runs.z.shape[1]
+    distances = _distances(runs, runs, theta)
+    similarity = np.exp(-0.5 * (distances**2).sum(0))
+    products = np.outer(runs.p, runs.p)
+    recipes = _signals(runs, runs, theta) * similarity
+    common, by_horizon, noise = np.exp(2 * theta[-3:])
+    factor = cho_factor(recipes + _shared(products) + noise * np.eye(len(y)), lower=True)
+    weights = cho_solve(factor, y)
+    value = 0.5 * y @ weights + np.log(np.diag(factor[0])).sum()
+    # the derivative of the value with respect to the kernel matrix
+    slope = 0.5 * (cho_solve(factor, np.eye(len(y))) - np.outer(weights, weights))
+    gradient = np.empty_like(theta)
+    weighted = slope * recipes
+    apart = runs.p[:, None] - runs.p[None, :]
+    gradient[:size] = (weighted * distances**2).sum((1, 2))
+    gradient[size : 2 * size] = (weighted * distances * apart).sum((1, 2)) / np.exp(theta[:size])
+    gradient[-3] = 2 * common * (slope * similarity).sum()
+    gradient[-2] = 2 * by_horizon * (slope * similarity * products).sum()
+    gradient[-1] = 2 * noise * np.trace(slope)
+    mean, deviation = prior(drift)
+    scaled = (theta - mean) / deviation
+    return float(value + 0.5 * scaled @ scaled), gradient + scaled / deviation
+
+
+def fit(runs: Runs, y: np.ndarray, drift: Drift, start: np.ndarray | None = None) -> Surrogate:
+    """Return the surrogate with the most probable parameters. `start` is the result of an earlier fit."""
+    mean, _ = prior(drift)
+    size = runs.z.shape[1]
+    bounds = [tuple(np.log(LENGTH_BOUNDS))] * size + [(None, None)] * size
+    bounds += [tuple(np.log(SIGNAL_BOUNDS))] * 2 + [tuple(np.log(NOISE_BOUNDS))]
+    iterations = FIRST_ITERATIONS if start is None else LATER_ITERATIONS
+    result = minimize(
+        objective,
+        mean if start is None else start,
+        args=(runs, y, drift),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=bounds,
+        options={"maxiter": iterations},
+    )
+    return Surrogate(runs, y, result.x)

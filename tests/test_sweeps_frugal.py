@@ -1,0 +1,212 @@
+"""Tests the sampler frugal: what it asks for, depending on the scores and on the costs of runs."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from searching import make_study
+
+from sweeps.coordinates import Coordinates
+from sweeps.frugal import Asked, Finished, Frugal, NewTokens, Proposal, expected_improvement, recipe_key
+from sweeps.sampling import SamplerSettings
+
+TOKENS = 66_000
+WHOLE = 7 * TOKENS
+SPACE: dict[str, Any] = {
+    "lr": {"low": 1e-3, "high": 0.1, "log": True},
+    "weight_decay": {"low": 0.01, "high": 1.0, "log": True},
+    "dropout": {"low": 0.0, "high": 0.3},
+    "beta2": {"low": 0.9, "high": 0.999},
+    "decay_frac": {"values": [0.2, 0.4, 0.6, 0.8]},
+}
+
+Score = Callable[[Asked], float | None]
+
+
+def make(
+    space: dict[str, Any] = SPACE, horizons: tuple[float, ...] = (0.25, 0.5, 1.0), **settings: Any
+) -> Frugal:
+    study = make_study({"schedule": "wsd", "dropout": 0.1, "decay_frac": 0.4}, space=space)
+    coordinates = Coordinates(study.space, study.base(), TOKENS)
+    return Frugal(SamplerSettings(name="frugal", **settings), coordinates, horizons, WHOLE, 7)
+
+
+def every_token(asked: Asked) -> int:
+    return int(WHOLE * asked.horizon)
+
+
+def search(
+    sampler: Frugal, score: Score, asks: int, cost: NewTokens = every_token
+) -> tuple[list[Finished], list[Proposal]]:
+    finished: list[Finished] = []
+    proposals: list[Proposal] = []
+    for number in range(asks):
+        proposal = sampler.ask(number, finished, [], cost)
+        assert proposal is not None
+        proposals.append(proposal)
+        finished.append(Finished(proposal.asked, score(proposal.asked)))
+    return finished, proposals
+
+
+def quadratic(sampler: Frugal, seed: int = 0, noise: float = 0.003) -> Score:
+    """Return a score whose best recipe is not the base, and is the same at all horizons."""
+    rng = np.random.default_rng(seed)
+    best = rng.normal(0, 0.25, sampler.coordinates.size)
+    weight = rng.uniform(0.3, 1.2, sampler.coordinates.size)
+
+    def score(asked: Asked) -> float:
+        z = sampler.coordinates.encode(asked.values)
+        luck = np.random.default_rng([seed, int(recipe_key(asked.values)[:8], 16), int(100 * asked.horizon)])
+        return float(
+            1.7 - 0.1 * math.log2(asked.horizon) + (weight * (z - best) ** 2).sum() + noise * luck.normal()
+        )
+
+    return score
+
+
+def test_the_first_design_starts_with_the_base_at_each_horizon() -> None:
+    design = make(startup=6).first_design()
+    assert [(run.values, run.horizon) for run in design[:3]] == [({}, 1.0), ({}, 0.5), ({}, 0.25)]
+    assert len(design) == 9 and {run.horizon for run in design[3:]} == {0.25}
+    assert len({run.key for run in design}) == 9
+    other = make(startup=6, seed=1).first_design()
+    assert other[:3] == design[:3] and not {run.key for run in other[3:]} & {run.key for run in design[3:]}
+
+
+def test_half_of_the_first_design_is_near_the_base() -> None:
+    sampler = make(startup=40)
+    distances = [
+        float(np.linalg.norm(sampler.coordinates.encode(run.values))) for run in sampler.first_design()[3:]
+    ]
+    assert np.mean(distances[:20]) < 0.7 * np.mean(distances[20:])
+
+
+def test_the_same_scores_give_the_same_runs() -> None:
+    first, again = make(), make()
+    score = quadratic(first)
+    assert [p.asked for p in search(first, score, 18)[1]] == [p.asked for p in search(again, score, 18)[1]]
+    other = make(seed=1)
+    assert [p.asked for p in search(other, score, 18)[1]] != [p.asked for p in search(make(), score, 18)[1]]
+
+
+def test_no_run_is_asked_for_twice() -> None:
+    sampler = make()
+    finished, _ = search(sampler, quadratic(sampler), 40)
+    assert max(Counter(run.asked.key for run in finished).values()) == 1
+
+
+def test_short_runs_that_rank_well_replace_whole_runs() -> None:
+    """The best recipe is found while less than a third of the tokens go to whole runs."""
+    sampler = make(startup=8)
+    finished, _ = search(sampler, quadratic(sampler, noise=0.0), 18)
+    cost = Counter[float]()
+    for run in finished:
+        cost[run.asked.horizon] += run.asked.horizon
+    assert cost[1.0] < cost.total() / 3
+    assert finished[-1].score is not None and finished[0].score is not None
+    assert finished[-1].asked.horizon == 1 and finished[-1].score < finished[0].score - 0.01
+
+
+def test_the_sampler_turns_to_whole_runs_if_short_runs_are_useless() -> None:
+    """The scores of short runs are random, and short runs cost as much as whole runs."""
+    sampler = make(startup=6)
+    rng = np.random.default_rng(0)
+    real = quadratic(sampler)
+
+    def score(asked: Asked) -> float | None:
+        return real(asked) if asked.horizon == 1 else 1.9 + 0.3 * rng.random()
+
+    _, proposals = search(sampler, score, 40, lambda asked: WHOLE)
+    late = [p.asked.horizon for p in proposals[9 + 10 :]]
+    assert late.count(1.0) > 0.8 * len(late)
+
+
+def test_runs_that_diverge_leave_a_finite_surrogate() -> None:
+    sampler = make()
+    real = quadratic(sampler)
+    finished, proposals = search(
+        sampler, lambda asked: None if asked.values.get("lr", 0) > 0.04 else real(asked), 20
+    )
+    assert any(run.score is None for run in finished)
+    assert all(math.isfinite(p.reason.improvement) for p in proposals if p.reason.phase == "search")
+    assert sampler.theta is not None and np.isfinite(sampler.theta).all()
+
+
+def test_if_every_run_diverges_the_sampler_stops() -> None:
+    sampler = make(startup=2)
+    finished = [Finished(run, None) for run in sampler.first_design()]
+    assert sampler.ask(len(finished), finished, [], every_token) is None
+
+
+def test_runs_that_cannot_be_asked_for_are_passed_over() -> None:
+    sampler = make(startup=4)
+    score = quadratic(sampler)
+    finished: list[Finished] = []
+    for number in range(14):
+        proposal = sampler.ask(
+            number, finished, [], lambda asked: None if asked.horizon == 0.25 else every_token(asked)
+        )
+        if proposal is None:
+            break
+        assert proposal.asked.horizon != 0.25
+        finished.append(Finished(proposal.asked, score(proposal.asked)))
+    assert len(finished) == 14
+
+
+def test_expensive_runs_are_asked_for_less() -> None:
+    """The same scores, but a whole run is almost free because its trunk is there."""
+    cheap, plain = make(startup=6), make(startup=6)
+    score = quadratic(plain)
+    shares = []
+    for sampler, cost in ((cheap, lambda a: 1 if a.horizon == 1 else every_token(a)), (plain, every_token)):
+        finished, _ = search(sampler, score, 18, cost)
+        shares.append(sum(run.asked.horizon == 1 for run in finished))
+    assert shares[0] > 2 * shares[1]
+
+
+def test_the_best_recipe_is_that_with_the_lowest_prediction() -> None:
+    sampler = make()
+    finished, _ = search(sampler, quadratic(sampler), 40)
+    beliefs = sampler.beliefs(finished)
+    whole = [run for run in finished if run.asked.horizon == 1]
+    assert len(beliefs) == len(whole) and [b for b, _ in beliefs] == sorted(b for b, _ in beliefs)
+    truth = quadratic(sampler, noise=0.0)
+    best, base = (truth(Asked(values, 1.0)) for values in (beliefs[0][1], {}))
+    assert best is not None and base is not None and best < base - 0.015
+
+
+def test_the_expected_improvement_equals_that_of_samples() -> None:
+    mean, deviation = np.array([0.3, -0.2]), np.array([0.5, 0.1])
+    draws = mean + deviation * np.random.default_rng(0).normal(size=(200_000, 2))
+    sampled = np.maximum(0.1 - draws, 0).mean(0)
+    assert expected_improvement(mean, deviation, 0.1) == pytest.approx(sampled, abs=2e-3)
+
+
+def test_importing_the_sampler_loads_neither_torch_nor_optuna() -> None:
+    code = "import sys, sweeps.frugal; assert not {'torch', 'optuna'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_an_ask_takes_less_than_a_second() -> None:
+    """The limits are 0.2 s at 60 results and 1 s at 300, and three times as much on a busy machine."""
+    sampler = make()
+    score = quadratic(sampler)
+    rng = np.random.default_rng(0)
+    for count, limit in ((60, 0.6), (300, 3.0)):
+        runs = [
+            Asked(sampler.coordinates.at(point), float(rng.choice([0.25, 0.5, 1.0])))
+            for point in rng.random((count, len(sampler.coordinates.axes)))
+        ]
+        finished = [Finished(run, score(run)) for run in runs]
+        sampler.ask(count, finished, [], every_token)  # the first fit makes more iterations
+        started = time.process_time()
+        sampler.ask(count, finished, [], every_token)
+        assert time.process_time() - started < limit

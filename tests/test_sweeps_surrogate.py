@@ -1,0 +1,90 @@
+"""Tests the surrogate: its gradient, its posterior, and the drift of the best recipe with the horizon."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from sweeps.surrogate import Drift, Runs, Surrogate, fit, kernel, objective, prior
+
+SIZE = 3
+
+
+def random_runs(rng: np.random.Generator, count: int, horizons: tuple[float, ...] = (0.25, 0.5, 1.0)) -> Runs:
+    p = np.log2(rng.choice(horizons, count)) / 3
+    return Runs(rng.normal(0, 0.4, (count, SIZE)), p)
+
+
+def some_drift() -> Drift:
+    return Drift(np.array([0.2, 0.0, -0.1]), np.array([0.2, 0.05, 0.1]))
+
+
+def test_the_gradient_equals_differences() -> None:
+    rng = np.random.default_rng(0)
+    runs = random_runs(rng, 25)
+    y = rng.normal(size=25)
+    mean, deviation = prior(some_drift())
+    for _ in range(3):
+        theta = mean + 0.5 * deviation * rng.normal(size=len(mean))
+        _, gradient = objective(theta, runs, y, some_drift())
+        numeric = []
+        for step in 1e-6 * np.eye(len(theta)):
+            up = objective(theta + step, runs, y, some_drift())[0]
+            down = objective(theta - step, runs, y, some_drift())[0]
+            numeric.append((up - down) / 2e-6)
+        assert gradient == pytest.approx(np.array(numeric), abs=1e-4, rel=1e-5)
+
+
+def test_without_noise_the_mean_passes_through_the_scores() -> None:
+    rng = np.random.default_rng(1)
+    runs = random_runs(rng, 20)
+    y = rng.normal(size=20)
+    theta = prior(some_drift())[0]
+    theta[-1] = math.log(1e-4)
+    model = Surrogate(runs, y, theta)
+    assert model.mean(runs) == pytest.approx(y, abs=1e-3)
+    assert model.variance(runs).max() < 1e-5
+
+
+def test_the_posterior_equals_that_of_the_joint_distribution() -> None:
+    rng = np.random.default_rng(2)
+    runs = random_runs(rng, 15)
+    new = random_runs(rng, 6)
+    y = rng.normal(size=15)
+    theta = prior(some_drift())[0]
+    model = Surrogate(runs, y, theta)
+    both = runs + new
+    joint = kernel(both, both, theta)
+    joint[:15, :15] += math.exp(2 * theta[-1]) * np.eye(15)
+    inverse = np.linalg.inv(joint[:15, :15])
+    covariance = joint[15:, 15:] - joint[15:, :15] @ inverse @ joint[:15, 15:]
+    assert model.mean(new) == pytest.approx(joint[15:, :15] @ inverse @ y)
+    assert model.covariance(new, new) == pytest.approx(covariance)
+    assert model.variance(new) == pytest.approx(np.diag(covariance))
+
+
+def test_pending_runs_reduce_the_variance_and_keep_the_mean() -> None:
+    rng = np.random.default_rng(3)
+    runs = random_runs(rng, 15)
+    pending = random_runs(rng, 2)
+    new = random_runs(rng, 5)
+    model = Surrogate(runs, rng.normal(size=15), prior(some_drift())[0])
+    later = model.with_pending(pending)
+    assert later.mean(new) == pytest.approx(model.mean(new))
+    assert (later.variance(new) < model.variance(new)).all()
+
+
+def test_the_drift_of_a_shifted_quadratic_is_recovered() -> None:
+    """The best recipe moves from 0.2 at an eighth of the run to -0.2 in whole runs."""
+    rng = np.random.default_rng(4)
+    runs = Runs(rng.uniform(-0.7, 0.7, (80, 1)), rng.choice([-1, -2 / 3, -1 / 3, 0], 80))
+    best = -0.2 - 0.4 * runs.p
+    y = 4 * (runs.z[:, 0] - best) ** 2 + 0.02 * rng.normal(size=80)
+    drift = Drift(np.zeros(1), np.full(1, 0.5))
+    theta = None
+    for _ in range(4):
+        model = fit(runs, (y - y.mean()) / y.std(), drift, theta)
+        theta = model.theta
+    assert model.theta[1] == pytest.approx(-0.4, abs=0.05)
