@@ -307,7 +307,7 @@ def _show_why(export: dict[str, Any], number: int, as_json: bool) -> None:
 
     trials = {trial["trial"]: trial for trial in export["trials"]}
     if number not in trials:
-        raise UsageError(f"got --why {number}; the study has the trials 0 to {max(trials)}")
+        raise UsageError(f"got --why {number}; the study has {len(trials)} trials, counted from 0")
     trial = trials[number]
     if "why" not in trial:
         sampler = export["study"].get("sampler", {}).get("name", "tpe")

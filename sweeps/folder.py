@@ -163,6 +163,13 @@ COST = {
     "branch?": records.count,
     "tokens?": records.count,
 }
+OPTION = {
+    "horizon": records.not_negative,
+    "stands_in": records.true_or_false,
+    "new_tokens": records.count,
+    "value": records.not_negative,
+    "values": records.table_of(records.setting),
+}
 TRIAL = {
     "trial": records.count,
     "state": records.text,
@@ -187,7 +194,7 @@ TRIAL = {
     "seconds?": records.not_negative,
     "horizon?": records.not_negative,
     "planned?": records.count,
-    "why?": records.table,
+    "why?": {"phase": records.text, "options": [OPTION]},
 }
 CONFIRMED_TRIAL = {
     "trial": records.count,
@@ -207,6 +214,11 @@ EVIDENCE = {
     "runs?": [COST | {"kind": records.text}],
 }
 CORRELATIONS = records.optional(records.table_of(records.optional(records.any_number)))
+HORIZON = {
+    "horizon": records.not_negative,
+    "runs": records.count,
+    "correlation": records.optional(records.any_number),
+}
 EXPORT_JSON = STUDY_JSON | {
     "name?": records.text,
     "preset": records.any_text,
@@ -216,6 +228,7 @@ EXPORT_JSON = STUDY_JSON | {
     "evidence?": records.optional(EVIDENCE),
     "rung_correlation?": CORRELATIONS,
     "raw_rung_correlation?": CORRELATIONS,
+    "frugal?": {"horizons": [HORIZON]},
     "study": {"rungs?": records.optional(records.table), "storage?": records.any_text},
 }
 

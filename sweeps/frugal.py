@@ -264,15 +264,15 @@ class Frugal:
     ) -> dict[str, Values]:
         """Return the recipes from which the next one is chosen, by key. The asked recipes come first."""
         size = self.coordinates.size
-        found = dict(asked)
+        candidates = dict(asked)
 
         def add(recipes: Sequence[Values]) -> None:
             for values in recipes:
-                found.setdefault(recipe_key(values), values)
+                candidates.setdefault(recipe_key(values), values)
 
         add([self.coordinates.at(point) for point in rng.random((UNIFORM, len(self.coordinates.axes)))])
         add([self.coordinates.decode(z) for z in rng.normal(0, SPREAD, (AROUND_BASE, size))])
-        recipes = list(found.values())
+        recipes = list(candidates.values())
         order = model.mean(self._whole(recipes)).argsort(kind="stable")
         for index in order[:BELIEFS]:
             z = self.coordinates.encode(recipes[index])
@@ -281,7 +281,7 @@ class Frugal:
             moved = z + changed * deviations * rng.normal(size=(AROUND_BELIEF, size))
             add([self.coordinates.decode(row) for row in moved])
             add(self._late_variants(recipes[index]))
-        return found
+        return candidates
 
     def _late_variants(self, values: Values) -> list[Values]:
         variants = []

@@ -83,6 +83,8 @@ class FrugalSearch(Search):
         self._static_fields = [name for name in fields if TrainConfig.class_of(name) == "static"]
         self._settled = 0  # how many asks in a row expected almost no improvement
         self._over = False
+        self._ranking: list[str] = []  # the keys of the trained recipes, the best first
+        self._ranked_with = (0, 0)  # the numbers of trials and of finished trials that the ranking knows
         if study.budget.tokens and study.budget.tokens < 4 * whole:
             note(
                 f"the budget of {study.budget.tokens:,.0f} tokens is less than four whole runs "
@@ -201,9 +203,12 @@ class FrugalSearch(Search):
     def best(self, count: int = 1) -> list[Trial]:
         """Return the best whole runs by the surrogate's prediction, which depends less on luck."""
         done = [Finished(self._asked(t), t.scores.get(0)) for t in self.trials if t.is_finished]
-        order = {recipe_key(values): place for place, (_, values) in enumerate(self.frugal.beliefs(done))}
+        known = (len(self.trials), len(done))
+        if known != self._ranked_with:  # the display asks several times a second
+            self._ranking = [recipe_key(values) for _, values in self.frugal.beliefs(done)]
+            self._ranked_with = known
         whole = [trial for trial in self.trials if trial.state is TrialState.DONE]
-        return sorted(whole, key=lambda trial: order[recipe_key(trial.values)])[:count]
+        return sorted(whole, key=lambda trial: self._ranking.index(recipe_key(trial.values)))[:count]
 
     def summary(self) -> dict[str, Any]:
         """Return the runs of each horizon, how well they rank recipes, and the fitted drift."""

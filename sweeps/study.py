@@ -401,6 +401,8 @@ def _frugal_faults(study: Study, base: TrainConfig) -> Iterator[str]:
         yield "sampler.name='frugal' with [rungs]: its horizons replace rungs; remove [rungs]."
     if "generation" in sampler.model_fields_set:
         yield "sampler.generation with sampler.name='frugal': it asks run by run; write lanes instead."
+    if study.budget.flops:
+        yield "budget.flops with sampler.name='frugal': it plans in tokens; write tokens or trials instead."
     horizons = list(sampler.horizons)
     if horizons != sorted(set(horizons)) or horizons[-1] != 1:
         yield f"sampler.horizons={horizons} must ascend and end with 1; write [0.25, 0.5, 1.0], for example."

@@ -244,6 +244,15 @@ def test_only_whole_runs_can_be_best(tmp_path: Path) -> None:
     assert search.best()[0].scores[0] < search.trials[0].scores[0]
 
 
+def test_the_display_does_not_fit_the_surrogate_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = trained(tmp_path, frugal_study(budget={"trials": 12}))
+    best = search.best(3)
+    monkeypatch.setattr(search.frugal, "beliefs", None)
+    assert search.best(3) == best
+
+
 def test_the_export_says_why_each_run_was_chosen(tmp_path: Path) -> None:
     search = trained(tmp_path, frugal_study())
     rows = [search.facts(trial) for trial in search.trials]
@@ -275,6 +284,7 @@ def test_the_export_says_why_each_run_was_chosen(tmp_path: Path) -> None:
             {},
             "only frugal predicts",
         ),
+        ({"budget": {"flops": 1e12}}, {}, "write tokens or trials instead"),
         ({"rungs": {"at": [0.5]}}, {}, "its horizons replace rungs; remove [rungs]"),
         ({}, {"max_steps": 50}, "sampler.horizons with max_steps"),
         (
