@@ -201,16 +201,27 @@ def _show_plan(study: Study, as_json: bool) -> None:
         return
     rows = [[name, _describe_values(p), _describe_conditions(p)] for name, p in study.space.items()]
     show_table(["parameter", "values", "when"], rows)
-    budget = ", ".join(f"{limit:g} {name}" for name, limit in study.budget.model_dump().items() if limit)
-    rungs = "no rungs"
-    if study.rungs:
-        shares = ", ".join(map(str, study.rungs.at))
-        rungs = (
-            f"rungs at {shares} of the steps, where the best {study.rungs.keep:g} of a generation "
-            f"by {study.rungs.score} score are promoted"
-        )
+    budget = ", ".join(f"{limit:g} {name}" for name, limit in study.budget.limits().items())
+    if study.budget.until == "settled":
+        budget += " or until the search has settled"
     print(f"{study.name}: {study.about or 'no description'}")
-    print(f"base {base.run_id}; {study.sampler.name}; {budget}; {rungs}; nothing was trained")
+    print(
+        f"base {base.run_id}; {study.sampler.name}; {budget}; {_describe_lengths(study)}; nothing was trained"
+    )
+
+
+def _describe_lengths(study: Study) -> str:
+    """Describe which trials are shorter than a whole run."""
+    if study.sampler.name == "frugal":
+        shares = ", ".join(f"{horizon:g}" for horizon in study.sampler.horizons)
+        return f"{study.sampler.lanes} lanes of runs over {shares} of the steps"
+    if not study.rungs:
+        return "no rungs"
+    shares = ", ".join(map(str, study.rungs.at))
+    return (
+        f"rungs at {shares} of the steps, where the best {study.rungs.keep:g} of a generation "
+        f"by {study.rungs.score} score are promoted"
+    )
 
 
 def _describe_values(parameter: Parameter) -> str:

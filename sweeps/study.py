@@ -63,6 +63,11 @@ class Budget(StudyTable):
         ),
     ] = "spent"
 
+    def limits(self) -> dict[str, float]:
+        """Return the limits that are set."""
+        fields = self.model_dump(exclude={"until"})
+        return {name: limit for name, limit in fields.items() if limit}
+
 
 class Rungs(StudyTable):
     """The rungs of a study, where the best trials are promoted and the other trials are pruned."""
@@ -383,7 +388,7 @@ def _study_faults(study: Study) -> Iterator[str]:
             "write gpus = 1, or a share of one."
         )
     yield from _frugal_faults(study, base)
-    if not any(study.budget.model_dump(exclude={"until"}).values()):
+    if not study.budget.limits():
         yield "budget is empty; write at least one of trials, tokens, flops, minutes."
 
 

@@ -195,6 +195,26 @@ def test_the_schema_contains_every_key() -> None:
     assert CliRunner().invoke(app, ["sweep", "run", "demo", "--schema"]).exit_code == 0
 
 
+@pytest.mark.parametrize("name", built_in_names())
+def test_the_plan_of_every_built_in_study_can_be_shown(name: str) -> None:
+    result = CliRunner().invoke(app, ["sweep", "run", name, "--plan"])
+    assert result.exit_code == 0, result.output
+    assert "nothing was trained" in result.output
+
+
+def test_a_plan_names_the_limits_and_the_lengths_of_a_frugal_study(tmp_path: Path) -> None:
+    file = tmp_path / "study.toml"
+    file.write_text(
+        'preset = "baseline"\n[set]\ndev_frac = 0.1\n[space.lr]\nlow = 1e-3\nhigh = 0.1\n'
+        '[budget]\ntokens = 5e6\nuntil = "settled"\n'
+        '[sampler]\nname = "frugal"\nlanes = 3\nhorizons = [0.5, 1.0]\n'
+    )
+    result = CliRunner().invoke(app, ["sweep", "run", str(file), "--plan"])
+    assert result.exit_code == 0, result.output
+    text = " ".join(result.output.split())
+    assert "5e+06 tokens or until the search has settled; 3 lanes of runs over 0.5, 1 of the steps" in text
+
+
 # -- the trials of a search
 
 
