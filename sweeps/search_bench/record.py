@@ -302,7 +302,7 @@ def _in_parallel(lab: Lab, units: Sequence[Unit], workers: int) -> Iterator[None
     prepare = partial(_prepare_worker, os.getpid())
     with ProcessPoolExecutor(workers, mp_context=context, initializer=prepare) as pool:
         try:
-            futures: list[Future[None]] = [pool.submit(lab.train, unit) for unit in units]
+            futures: list[Future[None]] = [pool.submit(_train, lab, unit) for unit in units]
             for future in as_completed(futures):
                 yield future.result()
         except BaseException as e:
@@ -314,6 +314,18 @@ def _in_parallel(lab: Lab, units: Sequence[Unit], workers: int) -> Iterator[None
                     "stopped; everything is saved; run the same command again to go on"
                 ) from None
             raise
+
+
+def _train(lab: Lab, unit: Unit) -> None:
+    """Train a unit in a worker."""
+    try:
+        lab.train(unit)
+    except Interrupted:
+        recorder = multiprocessing.parent_process()
+        if recorder and not recorder.is_alive():
+            # the pool would wait forever for the next unit
+            os._exit(Interrupted.exit_code)
+        raise
 
 
 def _prepare_worker(parent: int) -> None:
