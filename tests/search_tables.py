@@ -35,7 +35,7 @@ SYNTHETIC = Definition(
     decay={"decay_frac": [0.2, 0.4, 0.6, 0.8]},
 )
 
-# A definition whose runs train in a fraction of a second. The learning rate of 1e9 diverges.
+# A definition whose runs train in a fraction of a second
 TINY_TABLE = Definition(
     name="tiny",
     preset="baseline",
