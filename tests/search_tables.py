@@ -1,4 +1,4 @@
-"""Helpers for testing the bench of searches: recorded tables whose scores are computed, and a tiny definition.
+"""Helpers for testing the bench of searches: tables with computed scores, and a tiny definition.
 
 The fields of both definitions have no alphabetical order, and their batch sizes give different numbers of
 steps, so a test fails if a table exchanges recipes.

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -145,10 +146,8 @@ class Lab:
         from mainrun.run.session import train
 
         cfg = run.plan.cfg
-        try:
+        with suppress(Diverged):
             train(cfg, out, store=store, keep=[step for step in keep if step < run.plan.steps])
-        except Diverged:
-            pass
         return {
             row["step"]: row["full"]
             for row in RunDir(out / cfg.run_id).rows()
@@ -293,7 +292,8 @@ def train_units(lab: Lab, units: Sequence[Unit], workers: int, note: Note, what:
 
 def _one_by_one(lab: Lab, units: Sequence[Unit]) -> Iterator[None]:
     for unit in units:
-        yield lab.train(unit)
+        lab.train(unit)
+        yield
 
 
 def _in_parallel(lab: Lab, units: Sequence[Unit], workers: int) -> Iterator[None]:

@@ -30,12 +30,11 @@ from mainrun.errors import RunError, UsageError, nearest
 from mainrun.files.hashing import sha256_json
 from mainrun.files.inputs import not_a_file
 from mainrun.plan.plan import Plan
-from mainrun.plan.recipes import load
 from mainrun.store.rundir import write_bytes
 from sweeps.frugal import recipe_key
 from sweeps.sampling import SamplerSettings
 from sweeps.short_run import short_run
-from sweeps.space import Choice, with_values
+from sweeps.space import Choice, Range, with_values
 from sweeps.study import Budget, Study
 
 RECORDED = Path(__file__).parent / "recorded"  # the tables that the package contains
@@ -74,7 +73,9 @@ class Definition:
         return self._study({}).base()
 
     def _study(self, sampler: dict[str, Any], budget: Budget | None = None) -> Study:
-        space = {name: Choice(values=values) for name, values in (self.trunk | self.decay).items()}
+        space: dict[str, Range | Choice] = {}
+        for name, values in (self.trunk | self.decay).items():
+            space[name] = Choice(values=values)
         return Study(
             name=f"table-{self.name}",
             preset=self.preset,
@@ -114,7 +115,7 @@ TABLE_A = Definition(
     },
     decay={"decay_frac": [0.2, 0.4, 0.6, 0.8]},
 )
-# The held-out table. Its base has the usual learning rate of AdamW, 1e-3, or the nearest value of the lattice.
+# The held-out table. The usual learning rate of AdamW is 1e-3, and the base has the nearest one.
 TABLE_B = Definition(
     name="B",
     preset="demo:optimized",
@@ -398,7 +399,7 @@ class Table(Lattice):
         # the rows refer to recipes by their place, so the order of the fields must be kept
         metadata = {"header": json.dumps(self.header), "checksum": self.checksum}
         sink = pa.BufferOutputStream()
-        # the bytes of scores hardly repeat, so splitting them into streams compresses better than a dictionary
+        # the bytes of scores hardly repeat, so separate streams compress better than a dictionary
         pq.write_table(
             table.replace_schema_metadata(metadata),
             sink,
