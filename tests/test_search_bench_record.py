@@ -163,9 +163,10 @@ def start(out: Path) -> subprocess.Popen[str]:
     )
 
 
-def is_training(out: Path) -> bool:
-    """Return whether a run has trained some steps, but no run is finished."""
-    return any("step" in path.read_text() for path in out.glob("recording-*/*/work/*/*/metrics.jsonl"))
+def states(out: Path) -> list[str]:
+    """Return the states of the runs that are not removed yet."""
+    paths = out.glob("recording-*/*/work/*/*/status.json")
+    return [json.loads(path.read_text())["state"] for path in paths]
 
 
 @pytest.mark.slow
@@ -175,21 +176,21 @@ def test_a_killed_recording_continues_to_the_same_table(tmp_path: Path) -> None:
     out = tmp_path / "b"
 
     recorder = start(out)
-    wait_for(lambda: is_training(out))
+    wait_for(lambda: states(out).count("running") == 2)
     workers = children(recorder.pid)
     recorder.kill()
     recorder.wait()
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))  # none waits forever
 
     recorder = start(out)  # goes on, and is stopped with Ctrl-C in the terminal, which signals the group
-    wait_for(lambda: len(children(recorder.pid)) >= 3 and is_training(out))
+    wait_for(lambda: states(out).count("running") == 2)
     workers = children(recorder.pid)
-    time.sleep(1)
     os.killpg(recorder.pid, signal.SIGINT)
     printed, _ = recorder.communicate(timeout=60)
     assert recorder.returncode == Interrupted.exit_code
     assert printed == "stopped; everything is saved; run the same command again to go on\n"
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+    assert "interrupted" in states(out)  # no worker trained its unit to the end
 
     assert Table.read(record.record_table(LONGER, out, 2, quiet)).rows == expected
 
