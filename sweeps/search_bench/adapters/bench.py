@@ -25,13 +25,13 @@ class Bench:
         self.points: int = start["points"]  # the number of evaluations of a whole run
         self.epoch: int = start["epoch"]  # the number of evaluations of the first epoch
         self.budget: float = start["budget"]  # in whole runs
-        self._worst = 0.0
+        self._worst = [0.0] * self.points  # the worst score of each point
         random.seed(self.seed)
 
     def train(self, values: Values, to: int, restart: bool = False) -> list[float]:
         """Train a recipe up to a point, and return the scores of its points.
 
-        A point at which the run has diverged gets the worst score that this search has seen.
+        A point after a divergence gets the worst score that this search has seen at this point.
         restart: the library starts the run again instead of continuing it.
         """
         request: dict[str, Any] = {"train": values, "to": to}
@@ -41,9 +41,13 @@ class Bench:
         answer = json.loads(sys.stdin.readline() or '{"stop": true}')
         if "stop" in answer:
             os._exit(0)  # no library can catch this and go on
-        scores: list[float | None] = answer["scores"]
-        self._worst = max([self._worst, *(score for score in scores if score is not None)])
-        return [self._worst if score is None else score for score in scores]
+        scores: list[float] = []
+        for point, score in enumerate(answer["scores"]):
+            if score is None:
+                score = max([self._worst[point], *scores[-1:]])
+            self._worst[point] = max(self._worst[point], score)
+            scores.append(score)
+        return scores
 
     def indices(self, values: Values) -> dict[str, int]:
         """Return the position of each value among the ordered values of its parameter."""
