@@ -124,10 +124,14 @@ def _is_number(value: Any) -> bool:
 
 
 class Coordinates:
-    """The coordinates of all parameters of a space."""
+    """The coordinates of all parameters of a space.
 
-    def __init__(self, space: Space, base: TrainConfig, train_tokens: int) -> None:
+    coupled: whether the learning rate and weight decay are measured relative to other parameters.
+    """
+
+    def __init__(self, space: Space, base: TrainConfig, train_tokens: int, coupled: bool = True) -> None:
         self.space = space
+        self.coupled = coupled
         self.base = base
         self.axes = [
             Axis(name, parameter, base_value(name, base, train_tokens)) for name, parameter in space.items()
@@ -145,6 +149,8 @@ class Coordinates:
         `value_of` returns the value of another parameter.
         """
         shift = 0.0
+        if not self.coupled:
+            return shift
         if name == "lr" and self._is_log("lr"):
             if self._is_log("batch_size"):
                 shift -= 0.5 * self._log_ratio("batch_size", value_of)

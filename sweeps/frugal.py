@@ -120,13 +120,18 @@ class Scale:
 
 @dataclass
 class Frugal:
-    """Choose runs. The choices depend only on the arguments of `ask` and on the earlier fits."""
+    """Choose runs. The choices depend only on the arguments of `ask` and on the earlier fits.
+
+    drifting, near_base: False turns a part of the sampler off, to measure what it gains.
+    """
 
     settings: SamplerSettings
     coordinates: Coordinates
     horizons: tuple[float, ...]
     whole_tokens: int  # the tokens of a whole run of the base
     epochs: float
+    drifting: bool = True
+    near_base: bool = True
     theta: np.ndarray | None = field(default=None, init=False)  # the kernel parameters of the last fit
 
     def first_design(self) -> list[Asked]:
@@ -134,7 +139,7 @@ class Frugal:
         shortest = self.horizons[0]
         design = [Asked({}, horizon) for horizon in reversed(self.horizons)]
         rng = np.random.default_rng(trial_seed(self.settings.seed, 0))
-        near = (self.settings.startup + 1) // 2
+        near = (self.settings.startup + 1) // 2 if self.near_base else 0
         seen = {recipe_key(self._full({}))}
         recipes = self._near_base(rng, near, seen)
         recipes += self._sobol(self.settings.startup - near, seen)
@@ -270,8 +275,10 @@ class Frugal:
             for values in recipes:
                 candidates.setdefault(recipe_key(values), values)
 
-        add([self.coordinates.at(point) for point in rng.random((UNIFORM, len(self.coordinates.axes)))])
-        add([self.coordinates.decode(z) for z in rng.normal(0, SPREAD, (AROUND_BASE, size))])
+        around_base = AROUND_BASE if self.near_base else 0
+        uniform = UNIFORM + AROUND_BASE - around_base
+        add([self.coordinates.at(point) for point in rng.random((uniform, len(self.coordinates.axes)))])
+        add([self.coordinates.decode(z) for z in rng.normal(0, SPREAD, (around_base, size))])
         recipes = list(candidates.values())
         order = model.mean(self._whole(recipes)).argsort(kind="stable")
         for index in order[:BELIEFS]:
@@ -361,6 +368,8 @@ class Frugal:
         """Return the prior of the drift, in coordinates per unit of p."""
         mean = np.zeros(self.coordinates.size)
         deviation = np.full(self.coordinates.size, OTHER_DRIFT)
+        if not self.drifting:
+            return Drift(mean, deviation, fixed=True)
         for axis in self.coordinates.axes:
             per_doubling = DRIFT.get(axis.name, 0.0)
             if axis.name in DRIFT and axis.scale != "log":

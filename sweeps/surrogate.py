@@ -28,10 +28,14 @@ LATER_ITERATIONS = 8
 
 @dataclass(frozen=True)
 class Drift:
-    """The prior of the drift: a mean and a standard deviation for each coordinate."""
+    """The prior of the drift: a mean and a standard deviation for each coordinate.
+
+    fixed: whether the drift stays at its mean.
+    """
 
     mean: np.ndarray
     deviation: np.ndarray
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,8 @@ def fit(runs: Runs, y: np.ndarray, drift: Drift, start: np.ndarray | None = None
     """Return the surrogate with the most probable parameters. `start` is the result of an earlier fit."""
     mean, _ = prior(drift)
     size = runs.z.shape[1]
-    bounds = [tuple(np.log(LENGTH_BOUNDS))] * size + [(None, None)] * size
+    bounds = [tuple(np.log(LENGTH_BOUNDS))] * size
+    bounds += [(m, m) for m in drift.mean] if drift.fixed else [(None, None)] * size
     bounds += [tuple(np.log(SIGNAL_BOUNDS))] * 2 + [tuple(np.log(NOISE_BOUNDS))]
     iterations = FIRST_ITERATIONS if start is None else LATER_ITERATIONS
     result = minimize(
