@@ -47,7 +47,7 @@ class StandIn:
     sigma = NOISE
 
     def __init__(self, name: str = "A") -> None:
-        self.definition = SimpleNamespace(name=name, seeds=(1, 2))
+        self.definition = SimpleNamespace(name=name, seeds=(1, 2), points=POINTS)
         self.recipes = [dict(zip(CHOICES, values, strict=True)) for values in product(*CHOICES.values())]
         base = self.study().base()
         plan = Plan(base, self.train_tokens)

@@ -17,6 +17,7 @@ from sweeps.coordinates import Coordinates
 from sweeps.frugal import Asked, Finished, Proposal, recipe_key
 from sweeps.lanes import FrugalSearch
 from sweeps.search_bench.metrics import CAP, LAST_POINT, Trace
+from sweeps.study import Budget
 from sweeps.trial import Trial, TrialRuns, TrialState
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class TableSearch(FrugalSearch):
         self.variant = variant
         self.train_seed = train_seed
         study = self.table.study(seed=search_seed, lanes=variant.lanes, horizons=variant.horizons)
+        study = study.model_copy(update={"budget": Budget(tokens=1e18)})  # `run` ends the search
         super().__init__(study, Path(), None, lambda text: None, lambda: None)  # type: ignore[arg-type]
         coordinates = Coordinates(study.space, self.base, self.train_tokens, coupled=variant.coupled)
         self.frugal.coordinates = coordinates
@@ -102,13 +104,17 @@ class TableSearch(FrugalSearch):
         values = self._full(trial.values)
         if self.variant.raw and trial.horizon < 1:
             curve = self.table.curve(values, self.train_seed)
-            score = curve[math.ceil(trial.horizon * len(curve)) - 1]
+            score = curve[self._point(trial.horizon)]
         else:
             score = self.table.score(values, trial.horizon, self.train_seed)
         if score is None:
             trial.end(TrialState.DIVERGED, "")
         else:
             trial.add_score(0, score)
+
+    def _point(self, horizon: float) -> int:
+        """Return the index of the point of a curve at a horizon."""
+        return math.ceil(horizon * self.table.definition.points) - 1
 
     def _full(self, values: Values) -> Values:
         return {name: values.get(name, value) for name, value in self.table.base.items()}
@@ -147,7 +153,8 @@ class TableSearch(FrugalSearch):
             return super()._chain(asked)
         if asked.key not in self._chains:
             plan, keys = self._chain(Asked(asked.values, 1.0))
-            steps = math.ceil(asked.horizon * plan.steps)
+            point = self._point(asked.horizon)
+            steps = self.table.point_tokens(self._full(asked.values))[point] // plan.tokens(1)
             self._chains[asked.key] = FirstPart(plan, steps), keys[: steps + 1]
         return self._chains[asked.key]
 
