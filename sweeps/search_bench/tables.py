@@ -395,7 +395,8 @@ class Table(Lattice):
         import pyarrow.parquet as pq
 
         table = pa.Table.from_pylist([row._asdict() for row in self.rows], _schema())
-        metadata = {"header": json.dumps(self.header, sort_keys=True), "checksum": self.checksum}
+        # the rows refer to recipes by their place, so the order of the fields must be kept
+        metadata = {"header": json.dumps(self.header), "checksum": self.checksum}
         sink = pa.BufferOutputStream()
         # the bytes of scores hardly repeat, so splitting them into streams compresses better than a dictionary
         pq.write_table(
