@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parent
 BUDGET = 60.0  # whole runs
 PATIENCE = 600.0  # the seconds that a method may take until its next request
-MOST_REPEATS = 1000  # a method that asks for known scores this often in a row is at its end
+MOST_REPEATS = 300  # a method whose trials are known already, this often in a row, is at its end
 LAST_LINES = 5  # of stderr, for the message about a crash
 
 
@@ -234,6 +234,7 @@ class Service:
         self.bills = Bills(table)
         self.steps: list[tuple[float, str | None]] = []
         self._best = math.inf  # the lowest final score so far, whose recipe is recommended
+        self._last: Values = {}  # the recipe of the last request
         self._repeats = 0
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -249,7 +250,11 @@ class Service:
             scores = [*scores[:finite], *[None] * (to - finite)]
             to = finite + 1
         paid = self.bills.charge(values, to, bool(request.get("restart")))
-        self._repeats = 0 if paid else self._repeats + 1
+        if paid:
+            self._repeats = 0
+        elif values != self._last:
+            self._repeats += 1
+        self._last = values
         self._recommend(values, scores)
         if self.bills.lower >= self.budget or self._repeats >= MOST_REPEATS:
             return {"stop": True}
