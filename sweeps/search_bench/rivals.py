@@ -1,7 +1,7 @@
 """Run the search methods of other libraries on a recorded table.
 
-Each method runs in a process and a virtual environment of its own (adapters/, environments/). It asks for runs
-through a pipe, and this module answers from the table and keeps the bills.
+Each method runs in a process and a virtual environment of its own (adapters/, environments/). It asks for
+runs through a pipe, and this module answers from the table and keeps the bills.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class Adapter:
         self.patience = patience
         self.cpu_seconds = 0.0  # known when the process has ended
         self._folder = tempfile.TemporaryDirectory(prefix="mainrun-rival-", ignore_cleanup_errors=True)
-        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         environ = {**os.environ, **single, "PYTHONHASHSEED": "0", "HOME": self._folder.name}
         environ.pop("PYTHONPATH", None)  # our packages must not shadow those of the environment
