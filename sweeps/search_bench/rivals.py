@@ -55,7 +55,7 @@ def _rivals() -> dict[str, Rival]:
         "optuna": ("tpe", "tpe-hyperband", "random-halving", "gp"),
         "syne-tune": ("asha", "bohb", "asha-cqr", "cqr"),
         "smac": ("multi-fidelity", "black-box"),
-        "neps": ("priorband", "async-hyperband", "ifbo"),
+        "neps": ("priorband", "async-hyperband"),
     }.items():
         for method in methods:
             script = adapters / f"use_{library.replace('-', '_')}.py"
