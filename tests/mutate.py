@@ -170,6 +170,7 @@ MIRRORS = {
     "reports/submission/upload.py": "test_upload",
     "reports/submission/verification.py": "test_submission",
     "sweeps": "test_sweeps test_sweeps_trouble",
+    "sweeps/search_bench/adapters": "test_search_bench_rivals",
 }
 
 

@@ -1,7 +1,7 @@
 """Search with NePS: `priorband` or `async-hyperband`.
 
-Parameters are integers, the positions of the ordered values, and the base is the prior of each. It is the first
-trial: PriorBand trains it to the end, and asynchronous Hyperband to its first rung, as their options allow.
+Parameters are integers, the positions of the ordered values. The base is their prior and the first trial:
+PriorBand trains it to the end, and asynchronous Hyperband to the first rung, as their options allow.
 NePS names the earlier trial of a promoted run, so the run continues from its checkpoint.
 """
 
