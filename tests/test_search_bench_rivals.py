@@ -166,7 +166,7 @@ def test_the_trace_names_the_search(tmp_path: Path) -> None:
 
 
 def bills(*requests: tuple[dict[str, int], int, bool]) -> tuple[int, int]:
-    """Return both bills, in tokens. A recipe is given by the positions of its values that are not the base's."""
+    """Return both bills, in tokens. A recipe is given by positions of values unlike the base."""
     counted = rivals.Bills(TABLE)
     for positions, to, restart in requests:
         values = BASE | {name: CHOICES[name][at] for name, at in positions.items()}
@@ -199,10 +199,10 @@ def test_a_search_ends_when_the_lower_bill_reaches_the_budget(tmp_path: Path) ->
     assert trace.steps[-1][0] == pytest.approx(2240 / WHOLE + 0.2 + 0.4 + 0.6 + 0.8)
 
 
-def test_a_search_ends_after_300_known_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_ends_after_100_known_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = ["for turn in itertools.count():", "    for to in (1, 9, 28): train(to, lr=turn % 2)"]
     asked = requests_of(scripted(tmp_path, *lines), monkeypatch)
-    assert len(asked) == 3 * (2 + 299) + 1
+    assert len(asked) == 3 * (2 + 99) + 1
 
 
 # -- mistakes

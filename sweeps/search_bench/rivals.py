@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parent
 BUDGET = 60.0  # whole runs
 PATIENCE = 600.0  # the seconds that a method may take until its next request
-MOST_REPEATS = 300  # a method whose trials are known already, this often in a row, is at its end
+MOST_REPEATS = 100  # a method whose trials are known already, this often in a row, is at its end
 LAST_LINES = 5  # of stderr, for the message about a crash
 
 
