@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,13 +229,20 @@ def test_mistakes_of_an_adapter_are_reported(tmp_path: Path, line: str, message:
         run(scripted(tmp_path, line))
 
 
-def test_a_method_that_hangs_is_ended(tmp_path: Path) -> None:
-    place = tmp_path / "pid"
-    lines = [f"open({str(place)!r}, 'w').write(str(os.getpid()))", "train(1)", "time.sleep(60)"]
-    with pytest.raises(RunError, match=r"rival tiny: the adapter has sent no request for 0\.5 seconds"):
-        run(scripted(tmp_path, *lines), patience=0.5)
+def test_a_method_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Noted(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Noted)
+    with pytest.raises(RunError, match=r"rival tiny: the adapter has sent no request for 0\.2 seconds"):
+        run(scripted(tmp_path, "time.sleep(60)"), patience=0.2)
+    assert [process.returncode for process in started] == [-signal.SIGKILL]
     with pytest.raises(ProcessLookupError):
-        os.kill(int(place.read_text()), 0)
+        os.kill(started[0].pid, 0)
 
 
 def test_an_unknown_rival_is_refused() -> None:
