@@ -171,6 +171,7 @@ MIRRORS = {
     "reports/submission/verification.py": "test_submission",
     "sweeps": "test_sweeps test_sweeps_trouble",
     "sweeps/search_bench": "test_search_bench_tables test_search_bench_record",
+    "sweeps/search_bench/adapters": "test_search_bench_rivals",
 }
 
 

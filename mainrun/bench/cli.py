@@ -1,9 +1,10 @@
-"""The commands of `mainrun bench`, which measure training speed and the time saved by sharing steps."""
+"""The commands of `mainrun bench`, which measure training speed, shared steps and search methods."""
 
 from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,12 +20,13 @@ from mainrun.ui.console import (
     process_group,
     show_table,
     stoppable,
+    validate_paths,
 )
 
 if TYPE_CHECKING:
     from mainrun.config import TrainConfig
 
-app = commands("Measure training speed, and the time saved by shared steps.")
+app = commands("Measure training speed, the time saved by shared steps, and search methods.")
 
 Repeats = Annotated[
     int, typer.Option("--repeats", min=1, max=1000, help="Number of measurements. The median is reported.")
@@ -141,3 +143,62 @@ def bench_gpu(sets: Sets = None, repeats: Repeats = 5, as_json: Json = False, de
         print(*gpu.lines(report), sep="\n")
     if any(row["differences"] for row in report["presets"]):
         raise MainrunError("two runs of the same config differ; the lines above show the first difference")
+
+
+@app.command("search")
+def bench_search(
+    table: Annotated[
+        str, typer.Option("--table", metavar="A|B|FILE", help="Run the methods on a recorded table.")
+    ] = "",
+    record: Annotated[
+        str, typer.Option("--record", metavar="A|B", help="Record a table, which takes hours.")
+    ] = "",
+    rivals: Annotated[
+        str, typer.Option("--rivals", metavar="NAME,NAME", help="Also run these rivals, or all of them.")
+    ] = "",
+    ablations: Annotated[
+        bool, typer.Option("--ablations", help="Also run the sampler frugal without each of its parts.")
+    ] = False,
+    searches: Annotated[
+        int,
+        typer.Option("--searches", min=2, max=1000, help="Number of search seeds, for each training seed."),
+    ] = 100,
+    workers: Annotated[
+        int, typer.Option("--workers", min=0, max=256, help="Number of processes. 0 uses all cores.")
+    ] = 0,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", callback=validate_paths, help="The folder of all results.")
+    ] = Path("runs/search-bench"),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure how many tokens search methods need on a recorded table.
+
+    A table contains the scores of all recipes of a small space, so no search trains anything. Table A is for
+    development. Table B is held out: each run on it is listed in docs/search-openings.md. A command that was
+    stopped continues where it ended.
+    """
+    if bool(table) == bool(record):
+        raise UsageError("got both --table and --record, or neither; give one of them, such as --table A")
+    if record and (rivals or ablations):
+        raise UsageError("got --record with --rivals or --ablations, which belong to --table; remove them")
+    with stoppable():
+        from mainrun.core.hardware import cores
+        from sweeps.search_bench import report
+
+        if record:
+            from sweeps.search_bench.record import record as record_table
+            from sweeps.search_bench.tables import definition_of
+
+            definition_of(record)
+            report.check_recording(record)
+            path = record_table(record, out, workers, _note)
+            print(path)
+            return
+        found = report.run(table, rivals, ablations, searches, out, workers or cores(), _note)
+    if as_json:
+        emit(found)
+        return
+    for head, rows in report.tables(found):
+        show_table(head, rows)
+    print(*report.claims(found), *report.notes(found), sep="\n")

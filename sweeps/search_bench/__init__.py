@@ -1,0 +1,1 @@
+"""The benchmark of search methods on recorded tables."""
