@@ -130,14 +130,22 @@ def test_the_sampler_turns_to_whole_runs_if_short_runs_are_useless() -> None:
 
 
 def test_runs_that_diverge_leave_a_finite_surrogate() -> None:
+    """Five of twenty runs diverge, and they have nothing in common."""
     sampler = make()
     real = quadratic(sampler)
-    finished, proposals = search(
-        sampler, lambda asked: None if asked.values.get("lr", 0) > 0.04 else real(asked), 20
-    )
-    assert any(run.score is None for run in finished)
+    numbers = iter(range(20))
+    finished, proposals = search(sampler, lambda asked: None if next(numbers) % 4 == 3 else real(asked), 20)
+    assert sum(run.score is None for run in finished) == 5
     assert all(math.isfinite(p.reason.improvement) for p in proposals if p.reason.phase == "search")
     assert sampler.theta is not None and np.isfinite(sampler.theta).all()
+
+
+def test_a_region_in_which_runs_diverge_is_avoided() -> None:
+    sampler = make(startup=16)
+    real = quadratic(sampler)
+    finished, _ = search(sampler, lambda asked: None if asked.values.get("lr", 0) > 0.02 else real(asked), 32)
+    diverged = [run.score is None for run in finished]
+    assert sum(diverged[:19]) >= 4 and sum(diverged[19:]) <= 2
 
 
 def test_if_every_run_diverges_the_sampler_stops() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from sweeps.engine.protocol import Outcome, Task
 from sweeps.frugal import Asked
 from sweeps.lanes import FrugalSearch, Lanes, make_search
 from sweeps.study import Study
-from sweeps.trial import TrialState
+from sweeps.trial import Trial, TrialState
 
 SPACE: dict[str, Any] = {
     "lr": {"low": 1e-3, "high": 0.1, "log": True},
@@ -133,6 +134,24 @@ def test_a_driver_that_is_stopped_often_asks_for_the_same_trials(tmp_path: Path)
             continue
         break
     assert engine.left >= 0 and facts(search) == expected
+
+
+def test_the_content_of_the_store_does_not_change_the_trials(tmp_path: Path) -> None:
+    """A store that already has all states, one that is emptied half-way, and one of another study."""
+    study = frugal_study(budget={"trials": 11})
+    expected = facts(trained(tmp_path / "new", study))
+    full = SlowTrainer(2)
+    full.reused = 40
+    assert facts(trained(tmp_path / "full", study, full)) == expected
+    for name, reused in (("emptied", 0), ("foreign", 40)):
+        store = tmp_path / name / "runs" / ".store"
+        with pytest.raises(KeyboardInterrupt):
+            trained(tmp_path / name, study, SlowTrainer(1, tasks=8))
+        store.mkdir(parents=True, exist_ok=True)
+        (store / name).write_bytes(b"the state of another study")
+        again = SlowTrainer(2)
+        again.reused = reused
+        assert facts(trained(tmp_path / name, study, again)) == expected
 
 
 def test_a_larger_budget_leaves_the_first_trials_unchanged(tmp_path: Path) -> None:
@@ -340,29 +359,56 @@ class RealTrainer:
         pass
 
 
-@pytest.mark.slow
-def test_the_planned_tokens_are_trained_and_short_runs_equal_runs_from_scratch(tmp_path: Path) -> None:
+REAL: dict[str, Any] = {
+    "num_titles": 200, "vocab_size": 400, "epochs": 12, "eval_interval": 0, "eval_per_epoch": 1
+}  # fmt: skip
+
+
+def really_trained(folder: Path, study: Study) -> FrugalSearch:
+    folder.mkdir(parents=True, exist_ok=True)
+    search = make_search(study, folder, RealTrainer(), lambda text: None, lambda: None)
+    assert isinstance(search, FrugalSearch)
+    search.run()
+    return search
+
+
+def assert_equal_from_scratch(search: FrugalSearch, trials: list[Trial], folder: Path) -> None:
+    """Train trials again without a store, and compare the states of the last step."""
     from safetensors.numpy import load_file
 
     from mainrun.run.session import train
 
-    study = frugal_study(
-        {"num_titles": 200, "vocab_size": 400, "epochs": 12, "eval_interval": 0, "eval_per_epoch": 1},
-        budget={"trials": 12},
-    )
-    search = make_search(study, tmp_path, RealTrainer(), lambda text: None, lambda: None)
-    assert isinstance(search, FrugalSearch)
-    search.run()
-    costs = [search.cost_of(trial) for trial in search.trials]
-    assert [cost.tokens for cost in costs] == [trial.planned for trial in search.trials]
-    assert sum(cost.reused > 0 for cost in costs) >= 2
-    reusing = [trial for trial, cost in zip(search.trials, costs, strict=True) if cost.reused]
-    for trial in reusing[:2]:
+    for trial in trials:
         cfg = search.runs_of(trial).cfg
-        train(cfg, tmp_path / "scratch")
+        train(cfg, folder)
         shared, alone = (
-            load_file(next((folder / cfg.run_id / "checkpoints").glob("*/state.safetensors")))
-            for folder in (search.runs_dir, tmp_path / "scratch")
+            load_file(next((place / cfg.run_id / "checkpoints").glob("*/state.safetensors")))
+            for place in (search.runs_dir, folder)
         )
         assert shared.keys() == alone.keys()
         assert all((shared[name] == alone[name]).all() for name in shared)
+
+
+@pytest.mark.slow
+def test_the_planned_tokens_are_trained_and_short_runs_equal_runs_from_scratch(tmp_path: Path) -> None:
+    search = really_trained(tmp_path, frugal_study(REAL, budget={"trials": 30}))
+    costs = [search.cost_of(trial) for trial in search.trials]
+    assert [cost.tokens for cost in costs] == [trial.planned for trial in search.trials]
+    reusing = [trial for trial, cost in zip(search.trials, costs, strict=True) if cost.reused]
+    assert len(reusing) >= 2
+    assert_equal_from_scratch(search, reusing[:2], tmp_path / "scratch")
+
+
+@pytest.mark.slow
+def test_a_real_store_that_is_emptied_or_full_does_not_change_the_trials(tmp_path: Path) -> None:
+    study = frugal_study(REAL, budget={"trials": 7})
+    first = really_trained(tmp_path / "first", study)
+    emptied = tmp_path / "emptied"
+    really_trained(emptied, frugal_study(REAL, budget={"trials": 4}))
+    shutil.rmtree(emptied / "runs" / ".store")
+    assert facts(really_trained(emptied, study)) == facts(first)
+    full = tmp_path / "full"
+    shutil.copytree(first.store_dir, full / "runs" / ".store")
+    search = really_trained(full, study)
+    assert facts(search) == facts(first)
+    assert all(search.cost_of(trial).tokens == 0 for trial in search.trials)

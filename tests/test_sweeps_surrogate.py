@@ -79,12 +79,24 @@ def test_pending_runs_reduce_the_variance_and_keep_the_mean() -> None:
 def test_the_drift_of_a_shifted_quadratic_is_recovered() -> None:
     """The best recipe moves from 0.2 at an eighth of the run to -0.2 in whole runs."""
     rng = np.random.default_rng(4)
-    runs = Runs(rng.uniform(-0.7, 0.7, (80, 1)), rng.choice([-1, -2 / 3, -1 / 3, 0], 80))
+    runs = Runs(rng.uniform(-0.7, 0.7, (40, 1)), rng.choice([-1, -2 / 3, -1 / 3, 0], 40))
     best = -0.2 - 0.4 * runs.p
-    y = 4 * (runs.z[:, 0] - best) ** 2 + 0.02 * rng.normal(size=80)
+    y = 4 * (runs.z[:, 0] - best) ** 2 + 0.02 * rng.normal(size=40)
     drift = Drift(np.zeros(1), np.full(1, 0.5))
     theta = None
     for _ in range(4):
         model = fit(runs, (y - y.mean()) / y.std(), drift, theta)
         theta = model.theta
     assert model.theta[1] == pytest.approx(-0.4, abs=0.05)
+
+
+def test_the_parameters_stay_within_their_bounds() -> None:
+    """Equal scores and scores of pure noise would otherwise have extreme parameters."""
+    rng = np.random.default_rng(5)
+    runs = random_runs(rng, 30)
+    for y in (np.zeros(30), rng.normal(size=30)):
+        model = fit(runs, y, some_drift())
+        for _ in range(5):
+            model = fit(runs, y, some_drift(), model.theta)
+        length, noise = np.exp(model.theta[:SIZE]), math.exp(model.theta[-1])
+        assert (length >= 0.08).all() and (length <= 6).all() and 0.004 <= noise <= 1
