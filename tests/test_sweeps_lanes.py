@@ -18,7 +18,7 @@ from mainrun.errors import ConfigError
 from mainrun.plan.plan import Plan
 from mainrun.plan.recipes import load
 from sweeps.engine.protocol import Outcome, Task
-from sweeps.frugal import Asked
+from sweeps.frugal import Asked, Proposal, Reason
 from sweeps.lanes import FrugalSearch, Lanes, make_search
 from sweeps.study import Study
 from sweeps.trial import Trial, TrialState
@@ -77,7 +77,7 @@ def trained(folder: Path, study: Study, engine: Any = None) -> FrugalSearch:
 
 
 def facts(search: FrugalSearch) -> list[tuple[Any, ...]]:
-    return [(t.number, t.values, t.horizon, t.scores, t.state, t.planned) for t in search.trials]
+    return [(t.number, t.values, t.horizon, t.late, t.scores, t.state, t.planned) for t in search.trials]
 
 
 # -- the clock
@@ -251,6 +251,69 @@ def test_the_engine_is_told_which_states_to_keep(tmp_path: Path) -> None:
     assert engine.tasks[0].keep
 
 
+# -- late changes
+
+LATE_SPACE = SPACE | {"batch_size": {"values": [4, 8, 16]}}
+LATE: dict[str, Any] = {"sampler": {"late": 0.5}, "space": LATE_SPACE, "budget": {"trials": 26}}
+
+
+def late_study(fields: dict[str, Any] | None = None, **keys: Any) -> Study:
+    """Return a study whose short runs are expensive, because they share little."""
+    return frugal_study({"decay_frac": 0.3} | (fields or {}), **LATE | keys)
+
+
+def test_late_changes_share_the_first_half_of_the_base(tmp_path: Path) -> None:
+    search = new_search(tmp_path, late_study(), Trainer(score))
+    search.ask()  # the base, whose learning rate decays over the last three tenths
+    step = 128
+    assert 100 in search.forks(search.base_plan)
+    late = Asked({"lr": 0.05, "dropout": 0.2}, 1.0, 0.5)
+    assert search.new_tokens(late) == 100 * step
+    assert search.new_tokens(Asked({"lr": 0.05, "batch_size": 4}, 1.0, 0.5)) == 100 * step
+    assert search.new_tokens(Asked({"lr": 0.05}, 1.0)) == 200 * step
+    assert search.new_tokens(Asked({}, 1.0, 0.5)) is None  # nothing changes
+    assert search.new_tokens(Asked({"decay_frac": 0.2}, 1.0, 0.5)) is None
+    assert search.new_tokens(Asked({"lr": 0.05, "decay_frac": 0.8}, 1.0, 0.5)) is None
+    search._add(Proposal(late, Reason("search")))
+    assert search.new_tokens(late) == 0
+    second = Asked({"lr": 0.05, "dropout": 0.2, "decay_frac": 0.2}, 1.0, 0.5)
+    assert search.new_tokens(second) == (60 - 1) * step  # they share the steps until the earlier decay
+
+
+@pytest.mark.parametrize("batch_size", [4, 8, 16])
+def test_every_fork_of_a_late_change_is_kept(tmp_path: Path, batch_size: int) -> None:
+    search = new_search(tmp_path, late_study(), Trainer(score))
+    values = {"lr": 0.05, "batch_size": batch_size}
+    plan = search._chain(Asked(values | {"decay_frac": 0.2}, 1.0, 0.5))[0]
+    other = search._chain(Asked(values | {"decay_frac": 0.5}, 1.0, 0.5))[0]
+    assert other.decay_start + 1 in search.kept_steps(plan)
+    assert plan.segments[-1].first in search.kept_steps(plan)
+
+
+def test_the_trials_of_late_changes_do_not_depend_on_workers_or_kills(tmp_path: Path) -> None:
+    study = late_study()
+    first = trained(tmp_path / "1", study)
+    late = [trial for trial in first.trials if trial.late]
+    assert late and all(trial.state is TrialState.SHORT and trial.horizon == 1 for trial in late)
+    assert facts(trained(tmp_path / "3", study, SlowTrainer(3))) == facts(first)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "killed", study, SlowTrainer(2, tasks=20))
+    assert facts(trained(tmp_path / "killed", study)) == facts(first)
+    assert not any(trial.late for trial in first.best(50))
+
+
+def test_the_export_names_late_changes(tmp_path: Path) -> None:
+    search = trained(tmp_path, late_study())
+    rows = [search.facts(trial) for trial in search.trials]
+    assert [row.get("late", 0.0) for row in rows] == [trial.late for trial in search.trials]
+    late = next(row for row in rows if "late" in row)
+    chosen = max(late["why"]["options"], key=lambda option: option["value"])
+    assert chosen["late"] == 0.5 and chosen["horizon"] == 1.0
+    lengths = search.summary()["frugal"]["horizons"]
+    assert lengths[-1]["late"] == 0.5 and sum(row["runs"] for row in lengths) == 26
+    assert lengths[-1]["runs"] == sum("late" in row for row in rows)
+
+
 # -- results
 
 
@@ -390,13 +453,16 @@ def assert_equal_from_scratch(search: FrugalSearch, trials: list[Trial], folder:
 
 
 @pytest.mark.slow
-def test_the_planned_tokens_are_trained_and_short_runs_equal_runs_from_scratch(tmp_path: Path) -> None:
-    search = really_trained(tmp_path, frugal_study(REAL, budget={"trials": 30}))
+def test_the_planned_tokens_are_trained_and_runs_equal_those_from_scratch(tmp_path: Path) -> None:
+    """Short runs, whole runs and late changes."""
+    search = really_trained(tmp_path, late_study(REAL, budget={"trials": 30}))
     costs = [search.cost_of(trial) for trial in search.trials]
     assert [cost.tokens for cost in costs] == [trial.planned for trial in search.trials]
     reusing = [trial for trial, cost in zip(search.trials, costs, strict=True) if cost.reused]
-    assert len(reusing) >= 2
-    assert_equal_from_scratch(search, reusing[:2], tmp_path / "scratch")
+    late = [trial for trial in reusing if trial.late]
+    short = [trial for trial in reusing if not trial.late]
+    assert len(late) >= 2 and len(short) >= 2
+    assert_equal_from_scratch(search, [*late[:2], *short[:2]], tmp_path / "scratch")
 
 
 @pytest.mark.slow
