@@ -156,14 +156,12 @@ class Search:
     def _new_trial(
         self, number: int, values: dict[str, Any], horizon: float = 1.0, late: float = 0.0
     ) -> Trial:
-        trial = Trial(number, values, horizon=horizon, late=late)
         try:
             runs = self._make_runs(values, horizon, late)
         except ConfigError as e:
-            trial.end(TrialState.FAILED, str(e))
-            return trial
-        trial.run_id = runs.cfg.run_id
-        trial.stops = runs.stops
+            state = TrialState.FAILED
+            return Trial(number, values, state=state, reason=str(e), horizon=horizon, late=late)
+        trial = Trial(number, values, runs.cfg.run_id, runs.stops, horizon=horizon, late=late)
         self._runs[number] = runs
         self.owners.setdefault(trial.run_id, number)
         return trial

@@ -279,11 +279,15 @@ class Frugal:
 
     def _with_late_decay(self, values: Values) -> Values:
         """Return the recipe, or its stand-in whose decay begins after the late change."""
-        longest = 1 - (self.settings.late or 0.0) + ROUNDING
+        longest = self._longest_late_decay
         if values.get("decay_frac", 0.0) <= longest:
             return values
         allowed = [value for value in self.coordinates.by_name["decay_frac"].lattice if value <= longest]
         return {**values, "decay_frac": allowed[-1]}
+
+    @property
+    def _longest_late_decay(self) -> float:
+        return 1 - (self.settings.late or 0.0) + ROUNDING
 
     def _candidates(
         self, model: Surrogate, rng: np.random.Generator, asked: dict[str, Values]
@@ -350,8 +354,11 @@ class Frugal:
         return scale, self._runs(used), y
 
     def _base_as_late_change(self, finished: Sequence[Finished]) -> list[Finished]:
-        """Return the base's whole run as a late change to the base, so the bias is known to be 0 there."""
-        if not self.settings.late:
+        """Return the base's whole run as a late change to the base, so the bias is known to be 0 there.
+
+        A base whose learning rate decays before the change has no late change.
+        """
+        if not self.settings.late or self._full({}).get("decay_frac", 0.0) > self._longest_late_decay:
             return []
         whole = Asked({}, 1.0)
         late = Asked({}, 1.0, self.settings.late)

@@ -1,4 +1,4 @@
-"""Tests late changes: runs of the base that change to a recipe, and that share the steps before the change."""
+"""Tests late changes: runs of the base that change to a recipe, and share the steps before the change."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from searching import make_study
 
 from mainrun.config import TrainConfig
 from mainrun.errors import ConfigError
+from mainrun.files.hashing import sha256_json
 from mainrun.plan.plan import Plan
 from mainrun.store.lineage import chain
 from sweeps.late_change import late_change
@@ -133,7 +134,7 @@ def test_fields_with_an_op_and_fields_of_the_decay_are_allowed() -> None:
 
 
 def test_other_samplers_have_no_late_changes() -> None:
-    with pytest.raises(ConfigError, match="sampler.late with sampler.name='tpe': only frugal reads it"):
+    with pytest.raises(ConfigError, match=r"sampler\.late with sampler\.name='tpe': only frugal reads it"):
         make_study(sampler={"name": "tpe", "late": 0.5})
 
 
@@ -143,7 +144,5 @@ def test_the_digest_of_a_study_without_late_changes_is_that_of_earlier_versions(
     assert plain.digest != late.digest
     data = plain.model_dump(exclude=plain.FREE, mode="json")
     assert "late" in data["sampler"]
-    from mainrun.files.hashing import sha256_json
-
     data["sampler"] = {k: v for k, v in data["sampler"].items() if k not in ("late", "generation")}
     assert plain.digest == sha256_json(data)

@@ -2,11 +2,12 @@
 
     python tools/simulate_late_changes.py [SEARCHES] [CORRELATION]
 
-The space and the costs are those of tools/short_run_ranking.py. The final score is a quadratic function of the
-coordinates. Short runs and late changes add smooth random functions to it, so that their rank correlation over
-the better half of the recipes is as measured there: 0.74 at 1/4, 0.85 at 1/2, and CORRELATION (default: 0.95)
-for late changes. Nothing is trained. The table shows after how many tokens the recommended recipe is good, in
-whole runs, with and without late changes.
+The space and the costs are those of tools/short_run_ranking.py. The final score is a quadratic function of
+the coordinates. Short runs and late changes add smooth random functions to it, so that their rank correlation
+over the better half of the recipes is as measured there: 0.74 at 1/4, 0.85 at 1/2, and CORRELATION (default:
+0.95) for late changes. Nothing is trained. The table shows after how many tokens the recommended recipe is
+good, in whole runs, with and without late changes. A recipe is good if it is at most one standard deviation
+over seeds above the best recipe.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ class World:
 
 
 def tokens_until_good(seed: int, late: float | None, correlation: float) -> tuple[float, int]:
-    """Return the tokens after which the recommendation is good, in whole runs, and how many runs change late."""
+    """Return the tokens until the recommendation is good, in whole runs, and the number of late changes."""
     with tempfile.TemporaryDirectory() as folder:
         search = new_search(Path(folder), seed, late)
         world = World(search, seed, correlation)
@@ -146,7 +147,8 @@ def main(searches: int, correlation: float) -> None:
         tokens, count = tokens_until_good(seed, 0.5, correlation)
         late.append(tokens)
         changes += count
-        print(f"search {seed}: {plain[-1]:.1f} without, {tokens:.1f} with {count}", file=sys.stderr, flush=True)
+        text = f"search {seed}: {plain[-1]:.1f} without, {tokens:.1f} with {count}"
+        print(text, file=sys.stderr, flush=True)
     print("| runs | searches that reach it | mean tokens | median |\n|---|---|---|---|")
     for name, values in (("without late changes", plain), ("with late changes", late)):
         reached = sum(value < LIMIT for value in values)
