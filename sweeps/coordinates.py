@@ -21,6 +21,7 @@ from sweeps.space import Parameter, Range, Space, active_parameters, base_value
 STEPS = 128  # the number of steps of a range, so that equal recipes are recognised
 DIGITS = 4  # the significant digits of an asked number
 LOG_RATIO = 4  # the smallest ratio of numeric choices that are measured on a logarithmic scale
+MOST_ENCODED = 16_384  # the largest number of recipes whose coordinates are kept
 TEXT = 0.71  # the coordinate of a choice that is not a number
 NEAR_ONE = {"momentum", "beta1", "beta2", "ema"}  # fields whose distance from 1 matters
 
@@ -124,10 +125,14 @@ def _is_number(value: Any) -> bool:
 
 
 class Coordinates:
-    """The coordinates of all parameters of a space."""
+    """The coordinates of all parameters of a space.
 
-    def __init__(self, space: Space, base: TrainConfig, train_tokens: int) -> None:
+    coupled: whether the learning rate and weight decay are measured relative to other parameters.
+    """
+
+    def __init__(self, space: Space, base: TrainConfig, train_tokens: int, coupled: bool = True) -> None:
         self.space = space
+        self.coupled = coupled
         self.base = base
         self.axes = [
             Axis(name, parameter, base_value(name, base, train_tokens)) for name, parameter in space.items()
@@ -138,6 +143,7 @@ class Coordinates:
         starts = np.cumsum([0, *(axis.width for axis in self.axes)])
         self.slices = {axis.name: slice(*starts[i : i + 2]) for i, axis in enumerate(self.axes)}
         self.size = int(starts[-1])
+        self._encoded: dict[tuple[tuple[str, Any], ...], np.ndarray] = {}
 
     def shift(self, name: str, value_of: Callable[[str], Any]) -> float:
         """Return what is added to the logarithm of a parameter to get its coordinate.
@@ -145,6 +151,8 @@ class Coordinates:
         `value_of` returns the value of another parameter.
         """
         shift = 0.0
+        if not self.coupled:
+            return shift
         if name == "lr" and self._is_log("lr"):
             if self._is_log("batch_size"):
                 shift -= 0.5 * self._log_ratio("batch_size", value_of)
@@ -167,6 +175,14 @@ class Coordinates:
 
     def encode(self, values: Mapping[str, Any]) -> np.ndarray:
         """Return the coordinates of a recipe. Parameters without a value stand at the value of the base."""
+        key = tuple(values.items())
+        if key not in self._encoded:
+            if len(self._encoded) == MOST_ENCODED:
+                self._encoded.clear()
+            self._encoded[key] = self._encode(values)
+        return self._encoded[key]
+
+    def _encode(self, values: Mapping[str, Any]) -> np.ndarray:
         z = np.zeros(self.size)
 
         def value_of(name: str) -> Any:
@@ -180,6 +196,7 @@ class Coordinates:
                 continue
             own = axis.t(value) if axis.name in values else axis.origin
             z[at] = (own - axis.origin + self.shift(axis.name, value_of)) / axis.span
+        z.flags.writeable = False  # the array is shared
         return z
 
     def decode(self, z: np.ndarray) -> Values:

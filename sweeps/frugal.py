@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from scipy.special import ndtr
@@ -95,7 +97,13 @@ NewTokens = Callable[[Asked], int | None]  # None if a run cannot be asked for
 
 
 def recipe_key(values: Values) -> str:
-    return sha256_json(values)[:16]
+    return _recipe_key(tuple(values.items()), tuple(map(type, values.values())))
+
+
+@lru_cache(16_384)
+def _recipe_key(items: tuple[tuple[str, Any], ...], kinds: tuple[type, ...]) -> str:
+    """`kinds` are the types of the values, because 1, 1.0 and True are equal but have other keys."""
+    return sha256_json(dict(items))[:16]
 
 
 @dataclass(frozen=True)
@@ -131,21 +139,27 @@ class Scale:
 
 @dataclass
 class Frugal:
-    """Choose runs. The choices depend only on the arguments of `ask` and on the earlier fits."""
+    """Choose runs. The choices depend only on the arguments of `ask` and on the earlier fits.
+
+    drifting, near_base: False turns a part of the sampler off, to measure what it gains.
+    """
 
     settings: SamplerSettings
     coordinates: Coordinates
     horizons: tuple[float, ...]
     whole_tokens: int  # the tokens of a whole run of the base
     epochs: float
+    drifting: bool = True
+    near_base: bool = True
     theta: np.ndarray | None = field(default=None, init=False)  # the kernel parameters of the last fit
+    _last_fit: tuple[bytes, Surrogate] | None = field(default=None, init=False)  # and what it depends on
 
     def first_design(self) -> list[Asked]:
         """Return the runs that do not depend on scores. The first one is the base."""
         shortest = self.horizons[0]
         design = [Asked({}, horizon) for horizon in reversed(self.horizons)]
         rng = np.random.default_rng(trial_seed(self.settings.seed, 0))
-        near = (self.settings.startup + 1) // 2
+        near = (self.settings.startup + 1) // 2 if self.near_base else 0
         seen = {recipe_key(self._full({}))}
         recipes = self._near_base(rng, near, seen)
         recipes += self._sobol(self.settings.startup - near, seen)
@@ -199,7 +213,7 @@ class Frugal:
         if not scores:
             return None
         scale, known, y = scores
-        fitted = fit(known, y, self.drift(), self.theta)
+        fitted = self._fit(known, y)
         self.theta = fitted.theta
         model = fitted.with_pending(self._runs(pending))
         rng = np.random.default_rng(trial_seed(self.settings.seed, number))
@@ -217,8 +231,8 @@ class Frugal:
         recipes = {recipe_key(run.values): run.values for run in earlier}
         candidates = self._candidates(model, rng, recipes)
         runs = self._whole(list(candidates.values()))
-        mean = model.mean(runs)
-        deviation = np.sqrt(model.variance(runs))
+        mean, variance = model.predict(runs)
+        deviation = np.sqrt(variance)
         lowest = int(mean.argmin())
         improvement = expected_improvement(mean, deviation, mean[lowest])
         done = {recipe_key(run.values) for run in earlier if run.kind == WHOLE}
@@ -300,8 +314,10 @@ class Frugal:
             for values in recipes:
                 candidates.setdefault(recipe_key(values), values)
 
-        add([self.coordinates.at(point) for point in rng.random((UNIFORM, len(self.coordinates.axes)))])
-        add([self.coordinates.decode(z) for z in rng.normal(0, SPREAD, (AROUND_BASE, size))])
+        around_base = AROUND_BASE if self.near_base else 0
+        uniform = UNIFORM + AROUND_BASE - around_base
+        add([self.coordinates.at(point) for point in rng.random((uniform, len(self.coordinates.axes)))])
+        add([self.coordinates.decode(z) for z in rng.normal(0, SPREAD, (around_base, size))])
         recipes = list(candidates.values())
         order = model.mean(self._whole(recipes)).argsort(kind="stable")
         for index in order[:BELIEFS]:
@@ -325,6 +341,18 @@ class Frugal:
         return variants
 
     # -- scores
+
+    def _fit(self, runs: Runs, y: np.ndarray) -> Surrogate:
+        """Return the surrogate of some scores.
+
+        The last one is kept, because `beliefs` and the next `ask` often know the same scores.
+        """
+        start = b"" if self.theta is None else self.theta.tobytes()
+        late = b"" if runs.late is None else runs.late.tobytes()
+        key = runs.z.tobytes() + runs.p.tobytes() + late + y.tobytes() + start
+        if self._last_fit is None or self._last_fit[0] != key:
+            self._last_fit = key, fit(runs, y, self.drift(), self.theta)
+        return self._last_fit[1]
 
     def _scores(self, finished: Sequence[Finished]) -> tuple[Scale, Runs, np.ndarray] | None:
         """Return the standardized scores of all finished runs, or None if no run has a score."""
@@ -371,8 +399,7 @@ class Frugal:
         if scores is None or not whole:
             return []
         scale, known, y = scores
-        model = fit(known, y, self.drift(), self.theta)
-        mean = model.mean(self._whole(whole))
+        mean = self._fit(known, y).mean(self._whole(whole))
         order = mean.argsort(kind="stable")
         return [(scale.score(float(mean[index])), whole[index]) for index in order]
 
@@ -403,6 +430,8 @@ class Frugal:
         """Return the prior of the drift, in coordinates per unit of p."""
         mean = np.zeros(self.coordinates.size)
         deviation = np.full(self.coordinates.size, OTHER_DRIFT)
+        if not self.drifting:
+            return Drift(mean, deviation, fixed=True)
         for axis in self.coordinates.axes:
             per_doubling = DRIFT.get(axis.name, 0.0)
             if axis.name in DRIFT and axis.scale != "log":

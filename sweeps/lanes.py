@@ -99,14 +99,17 @@ class FrugalSearch(Search):
             known = [trial for trial in self.trials if self.lanes.ends[trial.number] <= self.lanes.now]
             if not all(trial.is_finished for trial in known):
                 return False
-            pending = [self._asked(t) for t in self.trials if self.lanes.ends[t.number] > self.lanes.now]
-            finished = [Finished(self._asked(trial), trial.scores.get(0)) for trial in known]
-            proposal = self.frugal.ask(len(self.trials), finished, pending, self.new_tokens)
+            proposal = self._propose([self._finished(trial) for trial in known])
             if proposal is not None and not self._is_settled(proposal.reason):
                 self._add(proposal)
                 return True
             self._over = proposal is not None or not self.lanes.wait()
         return False
+
+    def _propose(self, finished: list[Finished]) -> Proposal | None:
+        """Choose the next run, given the runs that have ended in virtual time."""
+        pending = [self._asked(t) for t in self.trials if self.lanes.ends[t.number] > self.lanes.now]
+        return self.frugal.ask(len(self.trials), finished, pending, self.new_tokens)
 
     def _is_settled(self, reason: Reason) -> bool:
         if self.study.budget.until != "settled" or reason.phase != "search":
@@ -130,6 +133,9 @@ class FrugalSearch(Search):
     @staticmethod
     def _asked(trial: Trial) -> Asked:
         return Asked(trial.values, trial.horizon, trial.late)
+
+    def _finished(self, trial: Trial) -> Finished:
+        return Finished(self._asked(trial), trial.scores.get(0))
 
     def _is_budget_spent(self) -> bool:
         budget = self.study.budget
@@ -208,7 +214,7 @@ class FrugalSearch(Search):
 
     def best(self, count: int = 1) -> list[Trial]:
         """Return the best whole runs by the surrogate's prediction, which depends less on luck."""
-        done = [Finished(self._asked(t), t.scores.get(0)) for t in self.trials if t.is_finished]
+        done = [self._finished(trial) for trial in self.trials if trial.is_finished]
         known = (len(self.trials), len(done))
         if known != self._ranked_with:  # the display asks several times a second
             self._ranking = [recipe_key(values) for _, values in self.frugal.beliefs(done)]

@@ -12,6 +12,7 @@ process with the same length scales and a variance of its own.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
@@ -32,10 +33,14 @@ LATER_ITERATIONS = 8
 
 @dataclass(frozen=True)
 class Drift:
-    """The prior of the drift: a mean and a standard deviation for each coordinate."""
+    """The prior of the drift: a mean and a standard deviation for each coordinate.
+
+    fixed: whether the drift stays at its mean.
+    """
 
     mean: np.ndarray
     deviation: np.ndarray
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,15 @@ class Surrogate:
         return kernel(a, b, self.theta) - kernel(a, self.runs, self.theta) @ cho_solve(self._factor, known)
 
     def variance(self, runs: Runs) -> np.ndarray:
-        known = kernel(self.runs, runs, self.theta)
+        return self._variance(runs, kernel(self.runs, runs, self.theta))
+
+    def predict(self, runs: Runs) -> tuple[np.ndarray, np.ndarray]:
+        """Return the mean and the variance."""
+        known = kernel(runs, self.runs, self.theta)
+        # the order in memory decides in which order `_variance` adds
+        return known @ self._weights, self._variance(runs, np.ascontiguousarray(known.T))
+
+    def _variance(self, runs: Runs, known: np.ndarray) -> np.ndarray:
         prior = kernel_diagonal(runs, self.theta)
         return np.maximum(prior - (known * cho_solve(self._factor, known)).sum(0), 1e-12)
 
@@ -100,6 +113,38 @@ def prior(drift: Drift, late: bool = False) -> tuple[np.ndarray, np.ndarray]:
     mean = np.concatenate([np.full(size, np.log(LENGTH[0])), drift.mean, np.log(scalars[:, 0])])
     deviation = np.concatenate([np.full(size, LENGTH[1]), drift.deviation, scalars[:, 1]])
     return mean, deviation
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a fit needs that does not depend on the parameters of the kernel."""
+
+    runs: Runs
+    y: np.ndarray
+    mean: np.ndarray  # of the prior
+    deviation: np.ndarray
+
+    @cached_property
+    def products(self) -> np.ndarray:
+        return np.outer(self.runs.p, self.runs.p)
+
+    @cached_property
+    def shared(self) -> np.ndarray:
+        return _shared(self.products)
+
+    @cached_property
+    def both_late(self) -> np.ndarray | None:
+        """Where both runs are late changes: 1, or None if the study has no late changes."""
+        late = self.runs.late
+        return None if late is None else np.outer(late, late)
+
+    @cached_property
+    def apart(self) -> np.ndarray:
+        return self.runs.p[:, None] - self.runs.p[None, :]
+
+    @cached_property
+    def identity(self) -> np.ndarray:
+        return np.eye(len(self.y))
 
 
 def _distances(a: Runs, b: Runs, theta: np.ndarray) -> np.ndarray:
@@ -144,46 +189,54 @@ def kernel_diagonal(runs: Runs, theta: np.ndarray) -> np.ndarray:
 
 def objective(theta: np.ndarray, runs: Runs, y: np.ndarray, drift: Drift) -> tuple[float, np.ndarray]:
     """Return the negative logarithm of the posterior density of the parameters, and its gradient."""
-    size = runs.z.shape[1]
-    distances = _distances(runs, runs, theta)
-    similarity = np.exp(-0.5 * (distances**2).sum(0))
-    products = np.outer(runs.p, runs.p)
-    recipes = _signals(runs, runs, theta) * similarity
-    variances = _variances(runs, theta)
+    return _objective(theta, Problem(runs, y, *prior(drift, runs.late is not None)))
+
+
+def _objective(theta: np.ndarray, problem: Problem) -> tuple[float, np.ndarray]:
+    y = problem.y
+    size = problem.runs.z.shape[1]
+    distances = _distances(problem.runs, problem.runs, theta)
+    squares = distances**2
+    similarity = np.exp(-0.5 * squares.sum(0))
+    variances = _variances(problem.runs, theta)
     noise = variances[2]
-    factor = cho_factor(recipes + _shared(products) + noise * np.eye(len(y)), lower=True)
-    weights = cho_solve(factor, y)
+    signals = variances[0] + variances[1] * problem.products
+    if problem.both_late is not None:
+        signals += variances[3] * problem.both_late
+    recipes = signals * similarity
+    kernel = recipes + problem.shared + noise * problem.identity
+    factor = cho_factor(kernel, lower=True, check_finite=False)
+    weights = cho_solve(factor, y, check_finite=False)
     value = 0.5 * y @ weights + np.log(np.diag(factor[0])).sum()
     # the derivative of the value with respect to the kernel matrix
-    slope = 0.5 * (cho_solve(factor, np.eye(len(y))) - np.outer(weights, weights))
+    inverse = cho_solve(factor, problem.identity, check_finite=False)
+    slope = 0.5 * (inverse - np.outer(weights, weights))
     gradient = np.empty_like(theta)
     weighted = slope * recipes
-    apart = runs.p[:, None] - runs.p[None, :]
-    gradient[:size] = (weighted * distances**2).sum((1, 2))
-    gradient[size : 2 * size] = (weighted * distances * apart).sum((1, 2)) / np.exp(theta[:size])
+    gradient[:size] = (weighted * squares).sum((1, 2))
+    gradient[size : 2 * size] = (weighted * distances * problem.apart).sum((1, 2)) / np.exp(theta[:size])
     gradient[2 * size] = 2 * variances[0] * (slope * similarity).sum()
-    gradient[2 * size + 1] = 2 * variances[1] * (slope * similarity * products).sum()
+    gradient[2 * size + 1] = 2 * variances[1] * (slope * similarity * problem.products).sum()
     gradient[2 * size + 2] = 2 * noise * np.trace(slope)
-    if runs.late is not None:
-        both = np.outer(runs.late, runs.late)
-        gradient[2 * size + 3] = 2 * variances[3] * (slope * similarity * both).sum()
-    mean, deviation = prior(drift, runs.late is not None)
-    scaled = (theta - mean) / deviation
-    return float(value + 0.5 * scaled @ scaled), gradient + scaled / deviation
+    if problem.both_late is not None:
+        gradient[2 * size + 3] = 2 * variances[3] * (slope * similarity * problem.both_late).sum()
+    scaled = (theta - problem.mean) / problem.deviation
+    return float(value + 0.5 * scaled @ scaled), gradient + scaled / problem.deviation
 
 
 def fit(runs: Runs, y: np.ndarray, drift: Drift, start: np.ndarray | None = None) -> Surrogate:
     """Return the surrogate with the most probable parameters. `start` is the result of an earlier fit."""
-    mean, _ = prior(drift, runs.late is not None)
+    problem = Problem(runs, y, *prior(drift, runs.late is not None))
     size = runs.z.shape[1]
-    bounds = [tuple(np.log(LENGTH_BOUNDS))] * size + [(None, None)] * size
+    bounds = [tuple(np.log(LENGTH_BOUNDS))] * size
+    bounds += [(m, m) for m in drift.mean] if drift.fixed else [(None, None)] * size
     bounds += [tuple(np.log(SIGNAL_BOUNDS))] * 2 + [tuple(np.log(NOISE_BOUNDS))]
     bounds += [tuple(np.log(SIGNAL_BOUNDS))] * (runs.late is not None)
     iterations = FIRST_ITERATIONS if start is None else LATER_ITERATIONS
     result = minimize(
-        objective,
-        mean if start is None else start,
-        args=(runs, y, drift),
+        _objective,
+        problem.mean if start is None else start,
+        args=(problem,),
         jac=True,
         method="L-BFGS-B",
         bounds=bounds,
