@@ -214,7 +214,9 @@ def _describe_lengths(study: Study) -> str:
     """Describe which trials are shorter than a whole run."""
     if study.sampler.name == "frugal":
         shares = ", ".join(f"{horizon:g}" for horizon in study.sampler.horizons)
-        return f"{study.sampler.lanes} lanes of runs over {shares} of the steps"
+        text = f"{study.sampler.lanes} lanes of runs over {shares} of the steps"
+        late = study.sampler.late
+        return f"{text}, and of late changes after {late:g} of the tokens" if late else text
     if not study.rungs:
         return "no rungs"
     shares = ", ".join(map(str, study.rungs.at))
@@ -327,7 +329,10 @@ def _show_why(export: dict[str, Any], number: int, as_json: bool) -> None:
     if as_json:
         emit(why)
         return
-    print(f"trial {number}: {describe_values(trial['params'])}, for {trial['horizon']:g} of the steps")
+    length = f"for {trial['horizon']:g} of the steps"
+    if trial.get("late"):
+        length = f"as a late change of the base after {trial['late']:g} of the tokens"
+    print(f"trial {number}: {describe_values(trial['params'])}, {length}")
     if why["phase"] != "search":
         print("it is part of the first design, which does not depend on scores")
         return
@@ -337,7 +342,7 @@ def _show_why(export: dict[str, Any], number: int, as_json: bool) -> None:
     for option in why["options"]:
         rows.append(
             [
-                f"{option['horizon']:g}",
+                f"late {option['late']:g}" if option.get("late") else f"{option['horizon']:g}",
                 "stand-in" if option["stands_in"] else "recipe",
                 short(option["new_tokens"]),
                 f"{1e6 * option['value']:.3g}",
@@ -441,12 +446,17 @@ def _show_rungs(export: dict[str, Any]) -> None:
 def _show_horizons(export: dict[str, Any]) -> None:
     """Show the runs of each horizon, and how well short runs rank the recipes of whole runs."""
     for row in (export.get("frugal") or {}).get("horizons", []):
-        text = f"horizon {row['horizon']:g}: {row['runs']} runs"
+        late = row.get("late")
+        name = f"late changes after {late:g}" if late else f"horizon {row['horizon']:g}"
+        text = f"{name}: {row['runs']} runs"
         correlation = row["correlation"]
         if correlation is not None:
             text += f", rank correlation with whole runs {correlation:.2f}"
             if correlation < 0.5:
-                text += "; below 0.5, short runs predict little, so remove this horizon from sampler.horizons"
+                fix = "late changes predict little, so remove sampler.late"
+                if not late:
+                    fix = "short runs predict little, so remove this horizon from sampler.horizons"
+                text += f"; below 0.5, {fix}"
         print(text)
 
 

@@ -24,6 +24,7 @@ from mainrun.store.rundir import RunDir, check_same_config
 from sweeps.branch import branch_config
 from sweeps.corpus_size import TOKENIZER_FIELDS, count_train_tokens, count_with_tokenizer
 from sweeps.engine.protocol import Engine, Outcome, Task
+from sweeps.late_change import late_change
 from sweeps.ledger import Ledger, run_cost, total
 from sweeps.sampling import TrialSampler, grid_size
 from sweeps.short_run import short_run
@@ -152,27 +153,35 @@ class Search:
             return True
         return bool(budget.flops and cost.flops >= budget.flops)
 
-    def _new_trial(self, number: int, values: dict[str, Any], horizon: float = 1.0) -> Trial:
+    def _new_trial(
+        self, number: int, values: dict[str, Any], horizon: float = 1.0, late: float = 0.0
+    ) -> Trial:
         try:
-            runs = self._make_runs(values, horizon)
+            runs = self._make_runs(values, horizon, late)
         except ConfigError as e:
-            return Trial(number, values, state=TrialState.FAILED, reason=str(e), horizon=horizon)
-        trial = Trial(number, values, runs.cfg.run_id, runs.stops, horizon=horizon)
+            state = TrialState.FAILED
+            return Trial(number, values, state=state, reason=str(e), horizon=horizon, late=late)
+        trial = Trial(number, values, runs.cfg.run_id, runs.stops, horizon=horizon, late=late)
         self._runs[number] = runs
         self.owners.setdefault(trial.run_id, number)
         return trial
 
-    def _run_config(self, values: dict[str, Any], horizon: float, train_tokens: int) -> TrainConfig:
+    def _run_config(
+        self, values: dict[str, Any], horizon: float, late: float, train_tokens: int
+    ) -> TrainConfig:
         cfg = trial_config(self.base, values, train_tokens)
-        return short_run(cfg, Plan(cfg, train_tokens), horizon)
+        plan = Plan(cfg, train_tokens)
+        if late:
+            return late_change(Plan(self.base, train_tokens), plan, late)
+        return short_run(cfg, plan, horizon)
 
-    def _make_runs(self, values: dict[str, Any], horizon: float = 1.0) -> TrialRuns:
+    def _make_runs(self, values: dict[str, Any], horizon: float = 1.0, late: float = 0.0) -> TrialRuns:
         """Create the configs of a trial's runs, and choose the step of each rung.
 
         A rung is at the first evaluation after the trial has trained the rung's share of its steps.
         """
         train_tokens = self._train_tokens_of(values)
-        cfg = self._run_config(values, horizon, train_tokens)
+        cfg = self._run_config(values, horizon, late, train_tokens)
         plan = Plan(cfg, train_tokens)
         rungs = self.study.rungs
         stops: list[int] = []
@@ -187,7 +196,7 @@ class Search:
         return TrialRuns(cfg, (*stops, plan.steps), branches)
 
     def runs_of(self, trial: Trial) -> TrialRuns:
-        return self._runs.get(trial.number) or self._make_runs(trial.values, trial.horizon)
+        return self._runs.get(trial.number) or self._make_runs(trial.values, trial.horizon, trial.late)
 
     # -- training
 

@@ -165,6 +165,7 @@ COST = {
 }
 OPTION = {
     "horizon": records.not_negative,
+    "late?": records.not_negative,
     "stands_in": records.true_or_false,
     "new_tokens": records.count,
     "value": records.not_negative,
@@ -193,6 +194,7 @@ TRIAL = {
     "forward_flops?": records.optional(records.not_negative),
     "seconds?": records.not_negative,
     "horizon?": records.not_negative,
+    "late?": records.not_negative,
     "planned?": records.count,
     "why?": {"phase": records.text, "options": [OPTION]},
 }
@@ -216,6 +218,7 @@ EVIDENCE = {
 CORRELATIONS = records.optional(records.table_of(records.optional(records.any_number)))
 HORIZON = {
     "horizon": records.not_negative,
+    "late?": records.not_negative,
     "runs": records.count,
     "correlation": records.optional(records.any_number),
 }

@@ -1,7 +1,8 @@
 """The sampler `frugal`, which asks for the finished run that is worth the most for its new tokens.
 
 Expected improvement chooses a recipe. Of the runs that tell something about this recipe, the sampler asks for
-the one that removes the most uncertainty per new token: the recipe itself or its stand-in, at any horizon.
+the one that removes the most uncertainty per new token: the recipe itself or its stand-in, at any horizon, or
+as a late change of the base (late_change.py).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from scipy.special import ndtr
 
 from mainrun.files.hashing import sha256_json
 from sweeps.coordinates import Coordinates, Values
+from sweeps.late_change import DECAY_FIELDS, ROUNDING
 from sweeps.sampling import SamplerSettings, trial_seed
 from sweeps.surrogate import Drift, Runs, Surrogate, fit
 
@@ -24,8 +26,7 @@ SPREAD = 0.22  # the deviation of recipes near the base
 NEAR = (0.2, 0.1, 0.05, 0.02)  # the deviations of recipes near a good one
 CHANGED = 0.4  # the chance that a coordinate of a good recipe is changed
 UNIFORM, AROUND_BASE, BELIEFS, AROUND_BELIEF = 120, 80, 8, 16
-LATE_FIELDS = ("decay_frac", "decay_shape", "min_lr_frac")  # they act only from the decay on
-LATE_VALUES = 8  # the largest number of values of a late field that are tried
+DECAY_VALUES = 8  # the largest number of values of a field of the decay that are tried
 LEAST_SHARE = 0.05  # a run costs at least this share of a whole run
 # The movement of the best value of a field per doubling of the tokens, in nats or in the unit of the field.
 DRIFT = {"lr": -0.22, "lr_aux": -0.15, "batch_size": 0.31}
@@ -34,16 +35,26 @@ OTHER_DRIFT = 0.05  # the deviation of other drifts, as a share of the range
 DOUBLINGS = 3  # p = log2(horizon) / DOUBLINGS
 
 
+Kind = tuple[float, float]  # runs with the same horizon and the same `late` have comparable scores
+WHOLE: Kind = (1.0, 0.0)
+
+
 @dataclass(frozen=True)
 class Asked:
-    """A run that was asked for: a recipe and a horizon."""
+    """A run that was asked for: a recipe and a horizon, or a late change to a recipe."""
 
     values: Values
     horizon: float
+    late: float = 0.0  # the share of the tokens after which the base changes to the recipe, or 0
 
     @property
     def key(self) -> str:
-        return f"{recipe_key(self.values)} {self.horizon!r}"
+        late = f" late {self.late!r}" if self.late else ""
+        return f"{recipe_key(self.values)} {self.horizon!r}{late}"
+
+    @property
+    def kind(self) -> Kind:
+        return self.horizon, self.late
 
 
 @dataclass(frozen=True)
@@ -97,17 +108,17 @@ def _recipe_key(items: tuple[tuple[str, Any], ...], kinds: tuple[type, ...]) -> 
 
 @dataclass(frozen=True)
 class Bend:
-    """Compresses large differences from the best score of a horizon."""
+    """Compresses large differences from the best score of a kind of runs."""
 
-    best: dict[float, float]
+    best: dict[Kind, float]
     spread: float
 
-    def apply(self, score: float, horizon: float) -> float:
-        best = self.best[horizon]
+    def apply(self, score: float, kind: Kind) -> float:
+        best = self.best[kind]
         return best + self.spread * math.log1p(max(score - best, 0.0) / self.spread)
 
-    def invert(self, bent: float, horizon: float) -> float:
-        best = self.best.get(horizon, bent)
+    def invert(self, bent: float, kind: Kind) -> float:
+        best = self.best.get(kind, bent)
         if bent <= best:
             return bent
         return best + self.spread * math.expm1(min((bent - best) / self.spread, 50.0))
@@ -121,9 +132,9 @@ class Scale:
     mean: float
     deviation: float
 
-    def score(self, y: float, horizon: float) -> float:
-        """Return the score that has a standardized score."""
-        return self.bend.invert(self.mean + self.deviation * y, horizon)
+    def score(self, y: float) -> float:
+        """Return the score of a whole run that has a standardized score."""
+        return self.bend.invert(self.mean + self.deviation * y, WHOLE)
 
 
 @dataclass
@@ -224,10 +235,10 @@ class Frugal:
         deviation = np.sqrt(variance)
         lowest = int(mean.argmin())
         improvement = expected_improvement(mean, deviation, mean[lowest])
-        done = {recipe_key(run.values) for run in earlier if run.horizon == 1}
+        done = {recipe_key(run.values) for run in earlier if run.kind == WHOLE}
         keys = list(candidates)
         asked = {run.key for run in earlier}
-        belief = scale.score(float(mean[lowest]), 1.0)
+        belief = scale.score(float(mean[lowest]))
         for index in np.argsort(-improvement, kind="stable"):
             if keys[index] in done:
                 continue
@@ -250,28 +261,47 @@ class Frugal:
         self, model: Surrogate, values: Values, asked: set[str], new_tokens: NewTokens
     ) -> list[Option]:
         """Return the runs that tell something about a recipe, the longest first."""
-        z = self.coordinates.encode(values)
-        target = Runs(z[None], np.zeros(1))
-        size = self.coordinates.size
-        assert self.theta is not None
-        drift = self.theta[size : 2 * size]
+        target = self._whole([values])
         options = []
-        for horizon in sorted(self.horizons, reverse=True):
-            p = math.log2(horizon) / DOUBLINGS
-            stand_in = self.coordinates.decode(z + p * drift)
-            for stands_in, recipe in ((False, values), (True, stand_in)):
-                run = Asked(recipe, horizon)
-                if run.key in asked or (stands_in and recipe_key(recipe) == recipe_key(values)):
-                    continue
-                tokens = new_tokens(run)
-                if tokens is None:
-                    continue
-                runs = self._runs([run])
-                covariance = float(model.covariance(target, runs)[0, 0])
-                variance = float(model.variance(runs)[0]) + model.noise_variance
-                cost = max(tokens, LEAST_SHARE * self.whole_tokens)
-                options.append(Option(run, tokens, covariance**2 / variance / cost, stands_in))
+        for run in self._runs_about(values):
+            tokens = None if run.key in asked else new_tokens(run)
+            if tokens is None:
+                continue
+            runs = self._runs([run])
+            covariance = float(model.covariance(target, runs)[0, 0])
+            variance = float(model.variance(runs)[0]) + model.noise_variance
+            cost = max(tokens, LEAST_SHARE * self.whole_tokens)
+            stands_in = recipe_key(run.values) != recipe_key(values)
+            options.append(Option(run, tokens, covariance**2 / variance / cost, stands_in))
         return options
+
+    def _runs_about(self, values: Values) -> list[Asked]:
+        """Return the runs of a recipe and of its stand-ins, the longest first."""
+        assert self.theta is not None
+        size = self.coordinates.size
+        drift = self.theta[size : 2 * size]
+        z = self.coordinates.encode(values)
+        runs = []
+        for horizon in sorted(self.horizons, reverse=True):
+            stand_in = self.coordinates.decode(z + math.log2(horizon) / DOUBLINGS * drift)
+            runs.append(Asked(values, horizon))
+            if recipe_key(stand_in) != recipe_key(values):
+                runs.append(Asked(stand_in, horizon))
+        if self.settings.late:
+            runs.append(Asked(self._with_late_decay(values), 1.0, self.settings.late))
+        return runs
+
+    def _with_late_decay(self, values: Values) -> Values:
+        """Return the recipe, or its stand-in whose decay begins after the late change."""
+        longest = self._longest_late_decay
+        if values.get("decay_frac", 0.0) <= longest:
+            return values
+        allowed = [value for value in self.coordinates.by_name["decay_frac"].lattice if value <= longest]
+        return {**values, "decay_frac": allowed[-1]}
+
+    @property
+    def _longest_late_decay(self) -> float:
+        return 1 - (self.settings.late or 0.0) + ROUNDING
 
     def _candidates(
         self, model: Surrogate, rng: np.random.Generator, asked: dict[str, Values]
@@ -296,17 +326,17 @@ class Frugal:
             changed = rng.random((AROUND_BELIEF, size)) < CHANGED
             moved = z + changed * deviations * rng.normal(size=(AROUND_BELIEF, size))
             add([self.coordinates.decode(row) for row in moved])
-            add(self._late_variants(recipes[index]))
+            add(self._decay_variants(recipes[index]))
         return candidates
 
-    def _late_variants(self, values: Values) -> list[Values]:
+    def _decay_variants(self, values: Values) -> list[Values]:
         variants = []
         full = self._full(values)
-        for name in LATE_FIELDS:
+        for name in DECAY_FIELDS:
             if name not in full:
                 continue
             lattice = self.coordinates.by_name[name].lattice
-            for index in np.unique(np.linspace(0, len(lattice) - 1, LATE_VALUES).round().astype(int)):
+            for index in np.unique(np.linspace(0, len(lattice) - 1, DECAY_VALUES).round().astype(int)):
                 variants.append({**full, name: lattice[index]})
         return variants
 
@@ -318,48 +348,60 @@ class Frugal:
         The last one is kept, because `beliefs` and the next `ask` often know the same scores.
         """
         start = b"" if self.theta is None else self.theta.tobytes()
-        key = runs.z.tobytes() + runs.p.tobytes() + y.tobytes() + start
+        late = b"" if runs.late is None else runs.late.tobytes()
+        key = runs.z.tobytes() + runs.p.tobytes() + late + y.tobytes() + start
         if self._last_fit is None or self._last_fit[0] != key:
             self._last_fit = key, fit(runs, y, self.drift(), self.theta)
         return self._last_fit[1]
 
     def _scores(self, finished: Sequence[Finished]) -> tuple[Scale, Runs, np.ndarray] | None:
         """Return the standardized scores of all finished runs, or None if no run has a score."""
-        by_horizon: dict[float, list[float]] = {}
+        first = finished[: len(self.first_design())]
+        finished = [*finished, *self._base_as_late_change(finished)]
+        by_kind: dict[Kind, list[float]] = {}
         for run in finished:
             if run.score is not None:
-                by_horizon.setdefault(run.asked.horizon, []).append(run.score)
-        if not by_horizon:
+                by_kind.setdefault(run.asked.kind, []).append(run.score)
+        if not by_kind:
             return None
-        best = {horizon: min(scores) for horizon, scores in by_horizon.items()}
-        first = finished[: len(self.first_design())]
-        above = [r.score - best[r.asked.horizon] for r in first if r.score is not None]
+        best = {kind: min(scores) for kind, scores in by_kind.items()}
+        above = [r.score - best[r.asked.kind] for r in first if r.score is not None]
         bend = Bend(best, max(float(np.median(above)) if above else 0.0, 1e-6))
         used = []
         bent = []
         for run in finished:
-            horizon = run.asked.horizon
-            scores = by_horizon.get(horizon)
-            if scores is None:  # all runs of this horizon diverged
+            scores = by_kind.get(run.asked.kind)
+            if scores is None:  # all runs of this kind diverged
                 continue
-            # a run that diverged counts as worse than the worst run of its horizon
+            # a run that diverged counts as worse than the worst run of its kind
             score = run.score if run.score is not None else 1.5 * max(scores) - 0.5 * min(scores)
             used.append(run.asked)
-            bent.append(bend.apply(score, horizon))
+            bent.append(bend.apply(score, run.asked.kind))
         scale = Scale(bend, float(np.mean(bent)), float(np.std(bent)) or 1.0)
         y = (np.array(bent) - scale.mean) / scale.deviation
         return scale, self._runs(used), y
 
+    def _base_as_late_change(self, finished: Sequence[Finished]) -> list[Finished]:
+        """Return the base's whole run as a late change to the base, so the bias is known to be 0 there.
+
+        A base whose learning rate decays before the change has no late change.
+        """
+        if not self.settings.late or self._full({}).get("decay_frac", 0.0) > self._longest_late_decay:
+            return []
+        whole = Asked({}, 1.0)
+        late = Asked({}, 1.0, self.settings.late)
+        return [Finished(late, run.score) for run in finished if run.asked == whole]
+
     def beliefs(self, finished: Sequence[Finished]) -> list[tuple[float, Values]]:
         """Return the predicted scores of the recipes that were trained to the end, the lowest first."""
         scores = self._scores(finished)
-        whole = [r.asked.values for r in finished if r.asked.horizon == 1 and r.score is not None]
+        whole = [r.asked.values for r in finished if r.asked.kind == WHOLE and r.score is not None]
         if scores is None or not whole:
             return []
         scale, known, y = scores
         mean = self._fit(known, y).mean(self._whole(whole))
         order = mean.argsort(kind="stable")
-        return [(scale.score(float(mean[index]), 1.0), whole[index]) for index in order]
+        return [(scale.score(float(mean[index])), whole[index]) for index in order]
 
     # -- coordinates of runs
 
@@ -367,7 +409,8 @@ class Frugal:
         z = np.array([self.coordinates.encode(run.values) for run in asked]).reshape(
             -1, self.coordinates.size
         )
-        return Runs(z, np.array([math.log2(run.horizon) / DOUBLINGS for run in asked]))
+        late = np.array([float(run.late > 0) for run in asked]) if self.settings.late else None
+        return Runs(z, np.array([math.log2(run.horizon) / DOUBLINGS for run in asked]), late)
 
     def _whole(self, recipes: Sequence[Values]) -> Runs:
         return self._runs([Asked(values, 1.0) for values in recipes])

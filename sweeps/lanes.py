@@ -22,7 +22,7 @@ from mainrun.store import lineage
 from sweeps.coordinates import Coordinates
 from sweeps.driver import Search, Target
 from sweeps.engine.protocol import Engine
-from sweeps.frugal import Asked, Finished, Frugal, Proposal, Reason, recipe_key
+from sweeps.frugal import WHOLE, Asked, Finished, Frugal, Kind, Proposal, Reason, recipe_key
 from sweeps.space import Range, with_values
 from sweeps.study import Study
 from sweeps.trial import Trial, TrialState
@@ -59,7 +59,7 @@ class Lanes:
 
 
 class FrugalSearch(Search):
-    """A search whose trials are single runs: whole runs of recipes, and short runs."""
+    """A search whose trials are single runs: whole runs of recipes, short runs, and late changes."""
 
     def __init__(
         self,
@@ -76,6 +76,7 @@ class FrugalSearch(Search):
         whole = self.base_plan.tokens(self.base_plan.steps)
         self.frugal = Frugal(study.sampler, coordinates, study.sampler.horizons, whole, self.base.epochs)
         self.lanes = Lanes(study.sampler.lanes)
+        self.late = study.sampler.late or 0.0
         self.reasons: list[Reason] = []  # why each trial was asked for
         self._kept: set[str] = set()  # the keys of the states that the trials so far keep in the store
         self._chains: dict[str, tuple[Plan, list[str]]] = {}  # by the key of a run
@@ -125,13 +126,13 @@ class FrugalSearch(Search):
         self._kept.update(keys[step] for step in self.kept_steps(plan))
         self.lanes.take(tokens)
         self.reasons.append(proposal.reason)
-        trial = self._new_trial(len(self.trials), asked.values, asked.horizon)
+        trial = self._new_trial(len(self.trials), asked.values, asked.horizon, asked.late)
         trial.planned = tokens
         self.trials.append(trial)
 
     @staticmethod
     def _asked(trial: Trial) -> Asked:
-        return Asked(trial.values, trial.horizon)
+        return Asked(trial.values, trial.horizon, trial.late)
 
     def _finished(self, trial: Trial) -> Finished:
         return Finished(self._asked(trial), trial.scores.get(0))
@@ -166,7 +167,7 @@ class FrugalSearch(Search):
         """Return the plan of a run, and the keys of its states, which only this search uses."""
         if asked.key not in self._chains:
             train_tokens = self._train_tokens_of(asked.values)
-            cfg = self._run_config(asked.values, asked.horizon, train_tokens)
+            cfg = self._run_config(asked.values, asked.horizon, asked.late, train_tokens)
             plan = Plan(cfg, train_tokens)
             static = {name: getattr(cfg, name) for name in self._static_fields}
             self._chains[asked.key] = plan, lineage.chain(recipe_key(static) * 4, plan)
@@ -186,16 +187,21 @@ class FrugalSearch(Search):
             values = [parameter.low + i * share for i in range(MOST_FORKS)]
         elif parameter is not None:
             values = parameter.values
-        whole = self._whole_steps(plan)
         steps: set[int] = set()
-        for horizon in self.study.sampler.horizons:
-            length = -(-whole * horizon // 1)
-            steps.update(int(length - round(value * length)) + 1 for value in values)
+        if self.late and plan.cfg.growth.ops:
+            whole = self._whole_steps(plan.segments[-1].cfg)
+            steps.update(plan.steps - round(value * whole) + 1 for value in values)
+        else:
+            whole = self._whole_steps(plan.cfg)
+            for horizon in self.study.sampler.horizons:
+                length = -(-whole * horizon // 1)
+                steps.update(int(length - round(value * length)) + 1 for value in values)
+        if self.late and plan.at(plan.warmup_steps) == self.base_plan.at(plan.warmup_steps):
+            steps.add(self.base_plan.segments[0].steps_to(self.late * self.base_plan.budget))
         return sorted(step for step in steps if plan.warmup_steps < step < plan.decay_start)
 
-    def _whole_steps(self, plan: Plan) -> int:
-        whole = with_values(plan.cfg, {"max_steps": 0})
-        return Plan(whole, plan.train_tokens).steps
+    def _whole_steps(self, cfg: TrainConfig) -> int:
+        return Plan(with_values(cfg, {"max_steps": 0}), self.train_tokens).steps
 
     # -- training
 
@@ -218,34 +224,41 @@ class FrugalSearch(Search):
 
     def summary(self) -> dict[str, Any]:
         """Return the runs of each horizon, how well they rank recipes, and the fitted drift."""
-        runs = Counter(trial.horizon for trial in self.trials)
-        horizons = [
-            {"horizon": horizon, "runs": runs[horizon], "correlation": self._correlation(horizon)}
-            for horizon in self.study.sampler.horizons
-        ]
+        runs = Counter(self._asked(trial).kind for trial in self.trials)
+        kinds = [(horizon, 0.0) for horizon in self.study.sampler.horizons]
+        if self.late:
+            kinds.append((1.0, self.late))
+        horizons: list[dict[str, Any]] = []
+        for horizon, late in kinds:
+            row = {"horizon": horizon, "runs": runs[horizon, late]}
+            row |= {"late": late} if late else {}
+            horizons.append(row | {"correlation": self._correlation((horizon, late))})
         drift = self.frugal.fitted_drift()
         return {"frugal": {"planned": self.planned_tokens, "horizons": horizons, "drift": drift}}
 
-    def _correlation(self, horizon: float) -> float | None:
-        """Return the rank correlation of a horizon with whole runs, or None with fewer than three recipes."""
-        scores: dict[float, dict[str, float]] = {horizon: {}, 1.0: {}}
+    def _correlation(self, kind: Kind) -> float | None:
+        """Return the rank correlation of a kind with whole runs, or None with fewer than three recipes."""
+        scores: dict[Kind, dict[str, float]] = {kind: {}, WHOLE: {}}
         for trial in self.trials:
-            if trial.horizon in scores and trial.scores:
-                scores[trial.horizon][recipe_key(trial.values)] = trial.scores[0]
-        both = sorted(scores[horizon].keys() & scores[1.0].keys())
-        if horizon == 1 or len(both) < 3:
+            trial_kind = self._asked(trial).kind
+            if trial_kind in scores and trial.scores:
+                scores[trial_kind][recipe_key(trial.values)] = trial.scores[0]
+        both = sorted(scores[kind].keys() & scores[WHOLE].keys())
+        if kind == WHOLE or len(both) < 3:
             return None
-        early, final = ([scores[h][key] for key in both] for h in (horizon, 1.0))
+        early, final = ([scores[k][key] for key in both] for k in (kind, WHOLE))
         return stats.spearman(early, final)
 
     def facts(self, trial: Trial) -> dict[str, Any]:
-        """Return the planned new tokens of a trial, and why it was asked for."""
+        """Return the planned new tokens of a trial, why it was asked for, and whether it is a late change."""
         reason = asdict(self.reasons[trial.number])
         options = []
         for option in reason.pop("options"):
-            options.append({**option.pop("asked"), **option})
+            asked = {name: value for name, value in option.pop("asked").items() if name != "late" or value}
+            options.append({**asked, **option})
         numbers = {name: value for name, value in reason.items() if value == value}  # without NaN
-        return {"planned": trial.planned, "why": {**numbers, "options": options}}
+        late = {"late": trial.late} if trial.late else {}
+        return {"planned": trial.planned, "why": {**numbers, "options": options}, **late}
 
     def remaining_trials(self) -> int:
         return 0 if self._over else super().remaining_trials()

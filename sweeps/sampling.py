@@ -124,6 +124,15 @@ class SamplerSettings(BaseModel):
             description="lengths of the runs of the sampler frugal, as shares of a whole run; the last is 1",
         ),
     ] = (0.25, 0.5, 1.0)
+    late: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            lt=1,
+            description="share of the tokens after which the sampler frugal may change the base to a recipe; "
+            "if absent, it never does",
+        ),
+    ] = None
 
 
 def trial_seed(sampler_seed: int, number: int) -> int:

@@ -33,12 +33,12 @@ from mainrun.errors import ConfigError, nearest
 from mainrun.files import inputs
 from mainrun.files.hashing import sha256_json
 from mainrun.plan.recipes import load
-from sweeps import branch, space
+from sweeps import branch, late_change, space
 from sweeps.sampling import SamplerSettings
 from sweeps.space import Choice, Range
 
 BUILT_IN = Path(__file__).parent / "studies"
-FRUGAL_ONLY = {"lanes", "horizons"}  # the keys of [sampler] that only the sampler frugal reads
+FRUGAL_ONLY = {"lanes", "horizons", "late"}  # the keys of [sampler] that only the sampler frugal reads
 MAX_FAULTS = 10  # the maximum number of sentences that suggest a correction
 
 
@@ -173,6 +173,8 @@ class Study(StudyTable):
         """The hash of all keys of the study file that affect the trials."""
         data = self.model_dump(exclude=self.FREE, mode="json")
         unused = FRUGAL_ONLY if self.sampler.name != "frugal" else {"generation"}
+        if self.sampler.late is None:
+            unused = unused | {"late"}
         data["sampler"] = {key: value for key, value in data["sampler"].items() if key not in unused}
         return sha256_json(data)
 
@@ -419,6 +421,8 @@ def _frugal_faults(study: Study, base: TrainConfig) -> Iterator[str]:
         )
     if base.max_steps and horizons != [1]:
         yield "sampler.horizons with max_steps: write horizons = [1.0], or set epochs instead of max_steps."
+    if sampler.late is not None:
+        yield from late_change.faults(study.space, base, sampler.late)
 
 
 def _is_continuous(parameter: Range | Choice) -> bool:

@@ -4,6 +4,9 @@ A run is described by the coordinates z of its recipe and by p = log2(horizon) /
 run and p = -1 is an eighth of a run. The kernel has two parts. One part is shared by all recipes and
 follows the scores from one horizon to the next. The other part depends on the recipe, and drifts with the
 horizon: the best recipe of a horizon is at z + p * drift if z is the best recipe of whole runs.
+
+A late change (late_change.py) observes the whole run of its recipe plus a bias. The bias is a Gaussian
+process with the same length scales and a variance of its own.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ LENGTH = (0.7, 0.7)  # the distance in coordinates over which scores stay simila
 SIGNAL = (1.0, 0.7)  # the differences between recipes that all horizons have in common
 HORIZON_SIGNAL = (0.3, 0.7)  # the differences between recipes that depend on the horizon
 NOISE = (0.05, 0.7)
+BIAS = (0.3, 0.7)  # the differences between the late change and the whole run of a recipe
 LENGTH_BOUNDS = (0.08, 6.0)
 NOISE_BOUNDS = (0.004, 1.0)
 SIGNAL_BOUNDS = (0.01, 100.0)
@@ -41,13 +45,20 @@ class Drift:
 
 @dataclass(frozen=True)
 class Runs:
-    """The runs that a surrogate knows: their coordinates (n, D) and their values of p (n)."""
+    """The runs that a surrogate knows: their coordinates (n, D) and their values of p (n).
+
+    late: 1 for late changes and 0 for other runs (n), or None if the study has no late changes.
+    """
 
     z: np.ndarray
     p: np.ndarray
+    late: np.ndarray | None = None
 
     def __add__(self, other: Runs) -> Runs:
-        return Runs(np.concatenate([self.z, other.z]), np.concatenate([self.p, other.p]))
+        late = None
+        if self.late is not None and other.late is not None:
+            late = np.concatenate([self.late, other.late])
+        return Runs(np.concatenate([self.z, other.z]), np.concatenate([self.p, other.p]), late)
 
 
 class Surrogate:
@@ -58,13 +69,10 @@ class Surrogate:
         self.runs = runs
         self.y = y
         self.theta = theta
-        noise = np.exp(2 * theta[-1])
-        self._factor = cho_factor(kernel(runs, runs, theta) + noise * np.eye(len(y)), lower=True)
+        self.noise_variance = float(np.exp(2 * theta[2 * runs.z.shape[1] + 2]))
+        noise = self.noise_variance * np.eye(len(y))
+        self._factor = cho_factor(kernel(runs, runs, theta) + noise, lower=True)
         self._weights = cho_solve(self._factor, y)
-
-    @property
-    def noise_variance(self) -> float:
-        return float(np.exp(2 * self.theta[-1]))
 
     def mean(self, runs: Runs) -> np.ndarray:
         return kernel(runs, self.runs, self.theta) @ self._weights
@@ -94,14 +102,14 @@ class Surrogate:
         return Surrogate(self.runs + pending, np.concatenate([self.y, self.mean(pending)]), self.theta)
 
 
-def prior(drift: Drift) -> tuple[np.ndarray, np.ndarray]:
+def prior(drift: Drift, late: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Return the mean and the deviation of the kernel's parameters.
 
     The parameters are the logarithms of the length scales (D), the drift (D), and the logarithms of the two
-    signals and of the noise.
+    signals and of the noise. With late changes, the last parameter is the logarithm of their bias.
     """
     size = len(drift.mean)
-    scalars = np.array([SIGNAL, HORIZON_SIGNAL, NOISE])
+    scalars = np.array([SIGNAL, HORIZON_SIGNAL, NOISE] + [BIAS] * late)
     mean = np.concatenate([np.full(size, np.log(LENGTH[0])), drift.mean, np.log(scalars[:, 0])])
     deviation = np.concatenate([np.full(size, LENGTH[1]), drift.deviation, scalars[:, 1]])
     return mean, deviation
@@ -125,6 +133,12 @@ class Problem:
         return _shared(self.products)
 
     @cached_property
+    def both_late(self) -> np.ndarray | None:
+        """Where both runs are late changes: 1, or None if the study has no late changes."""
+        late = self.runs.late
+        return None if late is None else np.outer(late, late)
+
+    @cached_property
     def apart(self) -> np.ndarray:
         return self.runs.p[:, None] - self.runs.p[None, :]
 
@@ -143,9 +157,17 @@ def _distances(a: Runs, b: Runs, theta: np.ndarray) -> np.ndarray:
     return x.T[:, :, None] - y.T[:, None, :]
 
 
+def _variances(runs: Runs, theta: np.ndarray) -> np.ndarray:
+    """Return the squares of the signals and of the noise, and that of the bias if there is one."""
+    return np.asarray(np.exp(2 * theta[2 * runs.z.shape[1] :]))
+
+
 def _signals(a: Runs, b: Runs, theta: np.ndarray) -> np.ndarray:
-    common, by_horizon = np.exp(2 * theta[-3:-1])
-    return common + by_horizon * np.outer(a.p, b.p)
+    variances = _variances(a, theta)
+    signals = variances[0] + variances[1] * np.outer(a.p, b.p)
+    if a.late is not None and b.late is not None:
+        signals += variances[3] * np.outer(a.late, b.late)
+    return signals
 
 
 def _shared(product: np.ndarray) -> np.ndarray:
@@ -160,13 +182,14 @@ def kernel(a: Runs, b: Runs, theta: np.ndarray) -> np.ndarray:
 
 
 def kernel_diagonal(runs: Runs, theta: np.ndarray) -> np.ndarray:
-    common, by_horizon = np.exp(2 * theta[-3:-1])
-    return common + by_horizon * runs.p**2 + _shared(runs.p**2)
+    variances = _variances(runs, theta)
+    diagonal = variances[0] + variances[1] * runs.p**2 + _shared(runs.p**2)
+    return diagonal if runs.late is None else diagonal + variances[3] * runs.late
 
 
 def objective(theta: np.ndarray, runs: Runs, y: np.ndarray, drift: Drift) -> tuple[float, np.ndarray]:
     """Return the negative logarithm of the posterior density of the parameters, and its gradient."""
-    return _objective(theta, Problem(runs, y, *prior(drift)))
+    return _objective(theta, Problem(runs, y, *prior(drift, runs.late is not None)))
 
 
 def _objective(theta: np.ndarray, problem: Problem) -> tuple[float, np.ndarray]:
@@ -175,8 +198,12 @@ def _objective(theta: np.ndarray, problem: Problem) -> tuple[float, np.ndarray]:
     distances = _distances(problem.runs, problem.runs, theta)
     squares = distances**2
     similarity = np.exp(-0.5 * squares.sum(0))
-    common, by_horizon, noise = np.exp(2 * theta[-3:])
-    recipes = (common + by_horizon * problem.products) * similarity
+    variances = _variances(problem.runs, theta)
+    noise = variances[2]
+    signals = variances[0] + variances[1] * problem.products
+    if problem.both_late is not None:
+        signals += variances[3] * problem.both_late
+    recipes = signals * similarity
     kernel = recipes + problem.shared + noise * problem.identity
     factor = cho_factor(kernel, lower=True, check_finite=False)
     weights = cho_solve(factor, y, check_finite=False)
@@ -188,20 +215,23 @@ def _objective(theta: np.ndarray, problem: Problem) -> tuple[float, np.ndarray]:
     weighted = slope * recipes
     gradient[:size] = (weighted * squares).sum((1, 2))
     gradient[size : 2 * size] = (weighted * distances * problem.apart).sum((1, 2)) / np.exp(theta[:size])
-    gradient[-3] = 2 * common * (slope * similarity).sum()
-    gradient[-2] = 2 * by_horizon * (slope * similarity * problem.products).sum()
-    gradient[-1] = 2 * noise * np.trace(slope)
+    gradient[2 * size] = 2 * variances[0] * (slope * similarity).sum()
+    gradient[2 * size + 1] = 2 * variances[1] * (slope * similarity * problem.products).sum()
+    gradient[2 * size + 2] = 2 * noise * np.trace(slope)
+    if problem.both_late is not None:
+        gradient[2 * size + 3] = 2 * variances[3] * (slope * similarity * problem.both_late).sum()
     scaled = (theta - problem.mean) / problem.deviation
     return float(value + 0.5 * scaled @ scaled), gradient + scaled / problem.deviation
 
 
 def fit(runs: Runs, y: np.ndarray, drift: Drift, start: np.ndarray | None = None) -> Surrogate:
     """Return the surrogate with the most probable parameters. `start` is the result of an earlier fit."""
-    problem = Problem(runs, y, *prior(drift))
+    problem = Problem(runs, y, *prior(drift, runs.late is not None))
     size = runs.z.shape[1]
     bounds = [tuple(np.log(LENGTH_BOUNDS))] * size
     bounds += [(m, m) for m in drift.mean] if drift.fixed else [(None, None)] * size
     bounds += [tuple(np.log(SIGNAL_BOUNDS))] * 2 + [tuple(np.log(NOISE_BOUNDS))]
+    bounds += [tuple(np.log(SIGNAL_BOUNDS))] * (runs.late is not None)
     iterations = FIRST_ITERATIONS if start is None else LATER_ITERATIONS
     result = minimize(
         _objective,

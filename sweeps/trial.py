@@ -16,7 +16,7 @@ class TrialState(StrEnum):
     RUNNING: The trial was passed to the engine, which trains the trial as soon as a worker is free.
     PAUSED: The trial has the score of a rung and waits for the other trials of its generation.
     DONE: The trial was trained to its last step.
-    SHORT: The trial was a short run, and was trained to its last step.
+    SHORT: The trial was a short run or a late change, and was trained to its last step.
     PRUNED: The trial was stopped at a rung because other trials of its generation had better scores.
     DIVERGED: The loss of the trial, or of one of its branches, is no longer a finite number.
     FAILED: The trial could not be trained. The attribute `reason` says why the trial failed.
@@ -49,6 +49,7 @@ class Trial:
     state: TrialState = TrialState.WAITING
     reason: str = ""  # the reason why the trial was pruned, diverged or failed
     horizon: float = 1.0  # the share of the steps that the trial trains; below 1, the trial is a short run
+    late: float = 0.0  # the share of the tokens after which the base changes to the values, or 0
     planned: int = 0  # the new tokens that the sampler `frugal` planned for the trial
 
     @property
@@ -80,7 +81,8 @@ class Trial:
         if raw_score is not None:
             self.raw_scores[rung] = raw_score
         if rung + 1 == len(self.stops):
-            self.state = TrialState.DONE if self.horizon == 1 else TrialState.SHORT
+            is_whole = self.horizon == 1 and not self.late
+            self.state = TrialState.DONE if is_whole else TrialState.SHORT
         else:
             self.state = TrialState.PAUSED
 

@@ -109,3 +109,30 @@ def test_the_base_of_a_timescale_is_its_own_time_constant() -> None:
     coordinates = Coordinates(study.space, study.base(), TOKENS)
     steps = TOKENS // 128
     assert coordinates.encode({"timescale": 1 / (0.01 * 0.1 * steps)}) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter", "scale"),
+    [
+        ("batch_size", {"values": [4, 8, 16]}, "log"),
+        ("batch_size", {"values": [4, 8, 12]}, "linear"),
+        ("weight_decay", {"values": [0.0, 0.1, 0.5]}, "linear"),
+        ("dropout", {"low": 0.0, "high": 0.3}, "linear"),
+        ("lr", {"low": 1e-3, "high": 0.1, "log": True}, "log"),
+        ("ema", {"values": [0.0, 0.9, 0.99]}, "near one"),
+        ("beta1", {"low": 0.8, "high": 0.95}, "near one"),
+        ("beta2", {"low": 0.9, "high": 0.999}, "near one"),
+        ("momentum", {"low": 0.85, "high": 0.98}, "near one"),
+        ("mlp", {"values": ["gelu", "relu2"]}, "text"),
+    ],
+)
+def test_the_scale_follows_from_the_field_and_its_values(
+    name: str, parameter: dict[str, Any], scale: str
+) -> None:
+    assert make({name: parameter}).by_name[name].scale == scale
+
+
+def test_a_range_with_steps_has_only_these_numbers() -> None:
+    lattice = make({"dropout": {"low": 0.0, "high": 0.3, "step": 0.1}}).by_name["dropout"].lattice
+    assert lattice == pytest.approx([0.0, 0.1, 0.2, 0.3]) and lattice[-1] == 0.3
+    assert make({"batch_size": {"low": 4, "high": 16}}).by_name["batch_size"].lattice == [*range(4, 17)]

@@ -610,9 +610,9 @@ def test_configs_of_written_trials_are_dropped(tmp_path: Path, monkeypatch: pyte
     created: list[dict[str, Any]] = []
     make_runs = Search._make_runs
 
-    def count(self: Search, values: dict[str, Any], horizon: float = 1.0) -> Any:
+    def count(self: Search, values: dict[str, Any], *length: float) -> Any:
         created.append(values)
-        return make_runs(self, values, horizon)
+        return make_runs(self, values, *length)
 
     monkeypatch.setattr(Search, "_make_runs", count)
     assert study.run() == states("dpdppd")

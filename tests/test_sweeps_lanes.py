@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ from mainrun.plan.plan import Plan
 from mainrun.plan.recipes import load
 from sweeps.engine.protocol import Outcome, Task
 from sweeps.export import write_export
-from sweeps.frugal import Asked
+from sweeps.frugal import Asked, Proposal, Reason
 from sweeps.lanes import FrugalSearch, Lanes, make_search
 from sweeps.study import Study
-from sweeps.trial import TrialState
+from sweeps.trial import Trial, TrialState
 
 SPACE: dict[str, Any] = {
     "lr": {"low": 1e-3, "high": 0.1, "log": True},
@@ -78,7 +79,7 @@ def trained(folder: Path, study: Study, engine: Any = None) -> FrugalSearch:
 
 
 def facts(search: FrugalSearch) -> list[tuple[Any, ...]]:
-    return [(t.number, t.values, t.horizon, t.scores, t.state, t.planned) for t in search.trials]
+    return [(t.number, t.values, t.horizon, t.late, t.scores, t.state, t.planned) for t in search.trials]
 
 
 # -- the clock
@@ -135,6 +136,24 @@ def test_a_driver_that_is_stopped_often_asks_for_the_same_trials(tmp_path: Path)
             continue
         break
     assert engine.left >= 0 and facts(search) == expected
+
+
+def test_the_content_of_the_store_does_not_change_the_trials(tmp_path: Path) -> None:
+    """A store that already has all states, one that is emptied half-way, and one of another study."""
+    study = frugal_study(budget={"trials": 11})
+    expected = facts(trained(tmp_path / "new", study))
+    full = SlowTrainer(2)
+    full.reused = 40
+    assert facts(trained(tmp_path / "full", study, full)) == expected
+    for name, reused in (("emptied", 0), ("foreign", 40)):
+        store = tmp_path / name / "runs" / ".store"
+        with pytest.raises(KeyboardInterrupt):
+            trained(tmp_path / name, study, SlowTrainer(1, tasks=8))
+        store.mkdir(parents=True, exist_ok=True)
+        (store / name).write_bytes(b"the state of another study")
+        again = SlowTrainer(2)
+        again.reused = reused
+        assert facts(trained(tmp_path / name, study, again)) == expected
 
 
 def test_a_larger_budget_leaves_the_first_trials_unchanged(tmp_path: Path) -> None:
@@ -232,6 +251,69 @@ def test_the_engine_is_told_which_states_to_keep(tmp_path: Path) -> None:
     for task, trial in zip(engine.tasks, search.trials, strict=True):
         assert list(task.keep) == search.forks(Plan(search.runs_of(trial).cfg, TRAIN_TOKENS))
     assert engine.tasks[0].keep
+
+
+# -- late changes
+
+LATE_SPACE = SPACE | {"batch_size": {"values": [4, 8, 16]}}
+LATE: dict[str, Any] = {"sampler": {"late": 0.5}, "space": LATE_SPACE, "budget": {"trials": 26}}
+
+
+def late_study(fields: dict[str, Any] | None = None, **keys: Any) -> Study:
+    """Return a study whose short runs are expensive, because they share little."""
+    return frugal_study({"decay_frac": 0.3} | (fields or {}), **LATE | keys)
+
+
+def test_late_changes_share_the_first_half_of_the_base(tmp_path: Path) -> None:
+    search = new_search(tmp_path, late_study(), Trainer(score))
+    search.ask()  # the base, whose learning rate decays over the last three tenths
+    step = 128
+    assert 100 in search.forks(search.base_plan)
+    late = Asked({"lr": 0.05, "dropout": 0.2}, 1.0, 0.5)
+    assert search.new_tokens(late) == 100 * step
+    assert search.new_tokens(Asked({"lr": 0.05, "batch_size": 4}, 1.0, 0.5)) == 100 * step
+    assert search.new_tokens(Asked({"lr": 0.05}, 1.0)) == 200 * step
+    assert search.new_tokens(Asked({}, 1.0, 0.5)) is None  # nothing changes
+    assert search.new_tokens(Asked({"decay_frac": 0.2}, 1.0, 0.5)) is None
+    assert search.new_tokens(Asked({"lr": 0.05, "decay_frac": 0.8}, 1.0, 0.5)) is None
+    search._add(Proposal(late, Reason("search")))
+    assert search.new_tokens(late) == 0
+    second = Asked({"lr": 0.05, "dropout": 0.2, "decay_frac": 0.2}, 1.0, 0.5)
+    assert search.new_tokens(second) == (60 - 1) * step  # they share the steps until the earlier decay
+
+
+@pytest.mark.parametrize("batch_size", [4, 8, 16])
+def test_every_fork_of_a_late_change_is_kept(tmp_path: Path, batch_size: int) -> None:
+    search = new_search(tmp_path, late_study(), Trainer(score))
+    values = {"lr": 0.05, "batch_size": batch_size}
+    plan = search._chain(Asked(values | {"decay_frac": 0.2}, 1.0, 0.5))[0]
+    other = search._chain(Asked(values | {"decay_frac": 0.5}, 1.0, 0.5))[0]
+    assert other.decay_start + 1 in search.kept_steps(plan)
+    assert plan.segments[-1].first in search.kept_steps(plan)
+
+
+def test_the_trials_of_late_changes_do_not_depend_on_workers_or_kills(tmp_path: Path) -> None:
+    study = late_study()
+    first = trained(tmp_path / "1", study)
+    late = [trial for trial in first.trials if trial.late]
+    assert late and all(trial.state is TrialState.SHORT and trial.horizon == 1 for trial in late)
+    assert facts(trained(tmp_path / "3", study, SlowTrainer(3))) == facts(first)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "killed", study, SlowTrainer(2, tasks=20))
+    assert facts(trained(tmp_path / "killed", study)) == facts(first)
+    assert not any(trial.late for trial in first.best(50))
+
+
+def test_the_export_names_late_changes(tmp_path: Path) -> None:
+    search = trained(tmp_path, late_study())
+    rows = [search.facts(trial) for trial in search.trials]
+    assert [row.get("late", 0.0) for row in rows] == [trial.late for trial in search.trials]
+    late = next(row for row in rows if "late" in row)
+    chosen = max(late["why"]["options"], key=lambda option: option["value"])
+    assert chosen["late"] == 0.5 and chosen["horizon"] == 1.0
+    lengths = search.summary()["frugal"]["horizons"]
+    assert lengths[-1]["late"] == 0.5 and sum(row["runs"] for row in lengths) == 26
+    assert lengths[-1]["runs"] == sum("late" in row for row in rows)
 
 
 # -- results
@@ -346,29 +428,59 @@ class RealTrainer:
         pass
 
 
-@pytest.mark.slow
-def test_the_planned_tokens_are_trained_and_short_runs_equal_runs_from_scratch(tmp_path: Path) -> None:
+REAL: dict[str, Any] = {
+    "num_titles": 200, "vocab_size": 400, "epochs": 12, "eval_interval": 0, "eval_per_epoch": 1
+}  # fmt: skip
+
+
+def really_trained(folder: Path, study: Study) -> FrugalSearch:
+    folder.mkdir(parents=True, exist_ok=True)
+    search = make_search(study, folder, RealTrainer(), lambda text: None, lambda: None)
+    assert isinstance(search, FrugalSearch)
+    search.run()
+    return search
+
+
+def assert_equal_from_scratch(search: FrugalSearch, trials: list[Trial], folder: Path) -> None:
+    """Train trials again without a store, and compare the states of the last step."""
     from safetensors.numpy import load_file
 
     from mainrun.run.session import train
 
-    study = frugal_study(
-        {"num_titles": 200, "vocab_size": 400, "epochs": 12, "eval_interval": 0, "eval_per_epoch": 1},
-        budget={"trials": 12},
-    )
-    search = make_search(study, tmp_path, RealTrainer(), lambda text: None, lambda: None)
-    assert isinstance(search, FrugalSearch)
-    search.run()
-    costs = [search.cost_of(trial) for trial in search.trials]
-    assert [cost.tokens for cost in costs] == [trial.planned for trial in search.trials]
-    assert sum(cost.reused > 0 for cost in costs) >= 2
-    reusing = [trial for trial, cost in zip(search.trials, costs, strict=True) if cost.reused]
-    for trial in reusing[:2]:
+    for trial in trials:
         cfg = search.runs_of(trial).cfg
-        train(cfg, tmp_path / "scratch")
+        train(cfg, folder)
         shared, alone = (
-            load_file(next((folder / cfg.run_id / "checkpoints").glob("*/state.safetensors")))
-            for folder in (search.runs_dir, tmp_path / "scratch")
+            load_file(next((place / cfg.run_id / "checkpoints").glob("*/state.safetensors")))
+            for place in (search.runs_dir, folder)
         )
         assert shared.keys() == alone.keys()
         assert all((shared[name] == alone[name]).all() for name in shared)
+
+
+@pytest.mark.slow
+def test_the_planned_tokens_are_trained_and_runs_equal_those_from_scratch(tmp_path: Path) -> None:
+    """Short runs, whole runs and late changes."""
+    search = really_trained(tmp_path, late_study(REAL, budget={"trials": 30}))
+    costs = [search.cost_of(trial) for trial in search.trials]
+    assert [cost.tokens for cost in costs] == [trial.planned for trial in search.trials]
+    reusing = [trial for trial, cost in zip(search.trials, costs, strict=True) if cost.reused]
+    late = [trial for trial in reusing if trial.late]
+    short = [trial for trial in reusing if not trial.late]
+    assert len(late) >= 2 and len(short) >= 2
+    assert_equal_from_scratch(search, [*late[:2], *short[:2]], tmp_path / "scratch")
+
+
+@pytest.mark.slow
+def test_a_real_store_that_is_emptied_or_full_does_not_change_the_trials(tmp_path: Path) -> None:
+    study = frugal_study(REAL, budget={"trials": 7})
+    first = really_trained(tmp_path / "first", study)
+    emptied = tmp_path / "emptied"
+    really_trained(emptied, frugal_study(REAL, budget={"trials": 4}))
+    shutil.rmtree(emptied / "runs" / ".store")
+    assert facts(really_trained(emptied, study)) == facts(first)
+    full = tmp_path / "full"
+    shutil.copytree(first.store_dir, full / "runs" / ".store")
+    search = really_trained(full, study)
+    assert facts(search) == facts(first)
+    assert all(search.cost_of(trial).tokens == 0 for trial in search.trials)

@@ -161,10 +161,10 @@ class TableSearch(FrugalSearch):
     def kept_steps(self, plan: Plan) -> list[int]:
         return [step for step in super().kept_steps(plan) if step <= plan.steps]
 
-    def _make_runs(self, values: Values, horizon: float = 1.0) -> TrialRuns:
-        key = Asked(values, horizon).key
+    def _make_runs(self, values: Values, horizon: float = 1.0, late: float = 0.0) -> TrialRuns:
+        key = Asked(values, horizon, late).key
         if key not in self._made:
-            self._made[key] = super()._make_runs(values, horizon)
+            self._made[key] = super()._make_runs(values, horizon, late)
         return self._made[key]
 
 
