@@ -453,13 +453,22 @@ def _show_horizons(export: dict[str, Any]) -> None:
 def _show_evidence(evidence: dict[str, Any], trials: list[dict[str, Any]]) -> None:
     flops = {trial["trial"]: _forward_flops(trial) for trial in trials}
     noise = evidence["noise"]
+    over = f"{len(noise['values'])} seeds"
+    sequential = evidence.get("sequential")
+    if sequential:
+        over = f"{noise['df']} degrees of freedom"
+        print(
+            f"confirmation: {sequential['pairs']} of at most {sequential['maximum']} pairs; "
+            f"the level of {sequential['level']:.0%} holds over all looks"
+        )
     print(
-        f"noise: sigma {noise['sigma']:.4f} over {len(noise['values'])} seeds; "
-        f"differences below {noise['floor']:.4f} may be noise"
+        f"noise: sigma {noise['sigma']:.4f} over {over}; differences below {noise['floor']:.4f} may be noise"
     )
     for row in evidence["rows"]:
         low, high = row["interval"]
         verdict = "claimed" if row["claim"] else row["why"]
+        if "pairs" in row:
+            verdict += f", after {row['pairs']} pairs: {row['stopped']}"
         cost = flops.get(row["trial"], "")
         if cost and cost != flops.get(0):
             verdict += f" ({cost} forward FLOPs per token, the base {flops.get(0)})"

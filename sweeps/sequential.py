@@ -1,9 +1,9 @@
 """Decide after each pair of runs whether a trial is better than the base.
 
-A pair is a run of the trial and a run of the base with the same seed. A decision after a number of pairs is a
-look. With several looks, a p-value is small by chance more often than with one. A trial's p-value is therefore
-the chance that the smallest p-value of all looks up to the maximum is as small without a real difference. The
-chance is computed exactly, for normal noise of unknown size.
+A pair is a run of the trial and a run of the base with the same seed. A decision after a number of pairs is
+a look. With several looks, a p-value is small by chance more often than with one. A trial's p-value is
+therefore the chance that the smallest p-value of all looks up to the maximum is as small without a real
+difference. The chance is computed exactly, for normal noise of unknown size.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from scipy.optimize import brentq
@@ -25,6 +26,13 @@ FIRST_LOOK = 3  # with two pairs, Student's t has one degree of freedom, so almo
 FEWEST_DF = 4  # with fewer degrees of freedom, the noise floor needs runs of its own
 FUTILE = 0.1  # a trial is given up if the chance of a claim is lower
 NODES = 129
+STOPPED = {
+    "claimed": "it is claimed",
+    "futile": "a claim after the last pair is unlikely",
+    "overtaken": "another trial is claimed with a larger gain",
+    "diverged": "a run diverged",
+    "maximum": "it was the last pair",
+}
 _points, _weights = np.polynomial.legendre.leggauss(48)
 
 
@@ -48,11 +56,13 @@ def chance_of(p: float, maximum: int) -> float:
         later = (nodes, chances)
         nodes = _nodes(_bound_of_r(p, n))
         chances = _chances(n, nodes, _bound_of_r(p, n + 1), *later)
-    # At the first look, r is sqrt(n) sin(b), and the density of the angle b is proportional to cos(b) ** (n - 2).
+    # At the first look, r is sqrt(n) sin(b), and the density of b is proportional to cos(b) ** (n - 2).
     half = math.asin(nodes[-1] / math.sqrt(first)) / 2
     angles = half * (1 + _points)
     density = np.cos(angles) ** (first - 2) / beta((first - 1) / 2, 0.5)
-    later_chance = 2 * half * float(_weights @ (density * np.interp(math.sqrt(first) * np.sin(angles), nodes, chances)))
+    later_chance = (
+        2 * half * float(_weights @ (density * np.interp(math.sqrt(first) * np.sin(angles), nodes, chances)))
+    )
     return min(1.0, p + later_chance, p * (maximum - first + 1))
 
 
@@ -106,7 +116,7 @@ def nominal_p(maximum: int) -> float:
 
 @dataclass
 class Candidate:
-    """A trial that is compared with the base. `outcome` says why it gets no further pairs."""
+    """A trial that is compared with the base. `outcome` is a key of STOPPED, or empty."""
 
     trial: int
     maximum: int  # number of pairs
@@ -120,6 +130,11 @@ class Candidate:
     @property
     def pairs(self) -> int:
         return len(self.scores)
+
+    @property
+    def stopped(self) -> str:
+        """The reason why the trial gets no further pairs."""
+        return STOPPED[self.outcome]
 
     @property
     def p(self) -> float:
@@ -181,6 +196,19 @@ class SequentialTest:
     def p_values(self) -> list[float]:
         """Return the p-value of each trial, adjusted for the looks and by Holm's method."""
         return stats.holm([candidate.p for candidate in self.candidates])
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "pairs": len(self.base),
+            "maximum": self.maximum,
+            "level": stats.LEVEL,
+            "nominal_p": nominal_p(self.maximum),
+        }
+
+    def describe(self) -> str:
+        """Describe the state of each trial in one line."""
+        states = [f"trial {c.trial} {'goes on' if not c.outcome else c.outcome}" for c in self.candidates]
+        return f"{len(self.base)} of at most {self.maximum} pairs: {', '.join(states)}"
 
     def _decide(self) -> None:
         noise = self.noise()

@@ -9,6 +9,7 @@ from statistics import fmean
 from mainrun import stats
 
 Interval = tuple[float, float]
+NO_INTERVAL = "a run diverged, so there is no interval"
 
 
 def paired_difference(base: Mapping[int, float], trial: Mapping[int, float]) -> stats.Difference:
@@ -36,7 +37,7 @@ def why_not(difference: float, interval: Interval | None, p: float, floor: float
     if difference >= 0:
         return "it is not better"
     if interval is None:
-        return "a run diverged, so there is no interval"
+        return NO_INTERVAL
     if interval[1] >= 0:
         return "its interval contains zero"
     if -difference <= floor:

@@ -51,6 +51,7 @@ class Confirmation:
             "seeds": len(fresh[0]),
             "noise_seeds": len(noise),
             "best": max(1, len(fresh) - 1),
+            "sequential": False,
         } | evidence
         self.study = make_study(fields, evidence=settings, budget={"trials": 50})
         self.trainer = Trainer(self.score)

@@ -2,9 +2,9 @@
 
     python tools/sequential_confirmation.py [--studies 2000] [--pairs 8]
 
-No model is trained. The score of a run is a constant plus noise, and the decisions are those of a study. A floor
-is the noise floor that the fixed design expects for five seeds, 1.76 standard deviations of a score. R is the
-cost of a run. The tables are in Markdown.
+No model is trained. The score of a run is a constant plus noise, and the decisions are those of a study. A
+floor is the noise floor that the fixed design expects for five seeds, 1.76 standard deviations of a score. R
+is the cost of a run. The tables are in Markdown.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from sweeps.verdict import is_better, paired_difference
 
 SEEDS = 5  # the seeds of the fixed design, for the noise floor and for each recipe
 FLOOR = stats.t_quantile(0.975, SEEDS - 1) * math.sqrt(2 / SEEDS)
-SHARED = 1 / 3  # the share of the variance that runs with the same seed have in common, as in docs/log/search.md
+SHARED = (
+    1 / 3
+)  # the share of the variance that runs with the same seed have in common, as in docs/log/search.md
 
 Draw = Callable[[np.random.Generator, int], np.ndarray]  # draws noise with the standard deviation 1
 NOISES: dict[str, Draw] = {
@@ -62,7 +64,9 @@ def sequential(scores: np.ndarray, noise: Sequence[float]) -> Result:
             test.add_noise(noise)
             continue
         pairs = test.next_pairs
-        rows = {number: {seed: float(scores[number, seed]) for seed in pairs} for number in range(len(scores))}
+        rows = {
+            number: {seed: float(scores[number, seed]) for seed in pairs} for number in range(len(scores))
+        }
         cost += len(pairs) * (1 + len(test.open))
         test.add_pairs(rows[0], rows)
     return Result(any(candidate.outcome == "claimed" for candidate in test.candidates), cost)
