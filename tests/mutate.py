@@ -170,6 +170,7 @@ MIRRORS = {
     "reports/submission/upload.py": "test_upload",
     "reports/submission/verification.py": "test_submission",
     "sweeps": "test_sweeps test_sweeps_trouble",
+    "sweeps/verdict.py": "test_sweeps_confirm test_sweeps_sequential",
 }
 
 
