@@ -6,6 +6,8 @@ Every field belongs to one of three classes, which define what the field can inf
     scheduled   Two runs that differ only in scheduled fields may share steps. Examples are lr and dropout.
     inert       An inert field influences no training step. Examples are the preset's name and log_every.
 
+The fields `ngram` and `ngram_weight` are scheduled, because they change the scores and no training step.
+
 This module does not import torch, because importing torch would slow down the start of the command line.
 """
 

@@ -132,8 +132,12 @@ def write_tables(export: dict[str, Any], folder: Path) -> None:
 
 def _columns(trials: list[dict[str, Any]]) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {name: [trial[name] for trial in trials] for name in COLUMNS}
-    # studies that older versions of mainrun exported have no forward FLOPs
+    # studies that older versions of mainrun exported have none of the columns below
     columns["forward_flops"] = [trial.get("forward_flops") for trial in trials]
+    columns["horizon"] = [trial.get("horizon") for trial in trials]
+    columns["planned"] = [
+        trial.get("planned") for trial in trials
+    ]  # only the sampler frugal plans its tokens
     for name in ("scores", "raw_scores"):  # each cell is a JSON object with one entry per rung
         columns[name] = [json.dumps(trial[name]) for trial in trials]
     parameters: set[str] = set()

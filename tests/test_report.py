@@ -26,7 +26,7 @@ from mainrun.cli import app
 from mainrun.errors import RunError
 from reports import cli
 from reports.evidence import findings, load, studies, tables
-from reports.evidence.figures import forward_flops, grad_norms, registry, routing, schedules, style
+from reports.evidence.figures import forward_flops, grad_norms, horizons, registry, routing, schedules, style
 
 T3 = 4.302653  # the 97.5% quantile of Student's t with 2 degrees of freedom, from a printed table
 
@@ -846,9 +846,9 @@ def test_each_figure_is_on_a_page_with_its_caption(pages: Path) -> None:
     captions |= {f"study-1-{name}": row.caption for name, row in registry.STUDY.items()}
     for name, caption in captions.items():
         drawn = (pages / "figures" / f"{name}.svg").is_file()
-        assert drawn == (name not in ("waterfall", "grad-norms", "study-1-forward-flops")), (
-            "these runs are no ablation and log no norms, and the trials of the study do not differ in FLOPs"
-        )
+        # the runs are no ablation and log no norms, and the trials do not differ in FLOPs or lengths
+        absent = ("waterfall", "grad-norms", "study-1-forward-flops", "study-1-horizons")
+        assert drawn == (name not in absent)
         assert (caption in text) == drawn, name
 
 
@@ -883,6 +883,24 @@ def test_trials_are_drawn_against_forward_flops_if_they_differ_in_them() -> None
     assert points_of(axes, "no cheaper one is better") == [(100, 2.0), (200, 1.5)]
     assert forward_flops.draw_study(make_study(*trials[:1])) is None
     assert forward_flops.draw_study(make_study(make_trial(0, 2.0), make_trial(1, 1.5))) is None
+
+
+def test_the_runs_of_several_lengths_are_drawn_for_each_searched_field() -> None:
+    trials = [
+        make_trial(i, 2.0 - i / 10, horizon=1.0 if i % 2 else 0.25, **{"params.lr": 0.01 * (i + 1)})
+        for i in range(8)
+    ]
+    for trial in trials:
+        trial["state"] = "done" if trial["horizon"] == 1 else "short"
+    figure = horizons.draw(make_study(*trials))
+    assert figure is not None
+    (axes,) = figure.get_axes()
+    marks = {float(line.get_xdata()[0]): line for line in axes.get_lines() if len(line.get_xdata())}
+    assert sorted(marks) == list(range(8))
+    assert marks[1].get_markersize() == 2 * marks[0].get_markersize(), "four times the area"
+    filled = [number for number, line in marks.items() if line.get_markerfacecolor() != "none"]
+    assert filled == [7], "the best of the four whole runs"
+    assert horizons.draw(make_study(*trials[1::2])) is None, "all runs have the same length"
 
 
 def test_the_figure_of_a_routed_run_shows_shares_accuracy_and_flops() -> None:

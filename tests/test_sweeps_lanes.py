@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from searching import FIELDS, TRAIN_TOKENS, FakeDatabase, Trainer, make_study
 
@@ -17,6 +18,7 @@ from mainrun.errors import ConfigError
 from mainrun.plan.plan import Plan
 from mainrun.plan.recipes import load
 from sweeps.engine.protocol import Outcome, Task
+from sweeps.export import write_export
 from sweeps.frugal import Asked
 from sweeps.lanes import FrugalSearch, Lanes, make_search
 from sweeps.study import Study
@@ -264,6 +266,10 @@ def test_the_export_says_why_each_run_was_chosen(tmp_path: Path) -> None:
     summary = search.summary()["frugal"]
     assert sum(row["runs"] for row in summary["horizons"]) == 20 and set(summary["drift"]) == set(SPACE)
     json.dumps([rows, summary], allow_nan=False)
+    write_export(search, None)
+    table = pq.read_table(search.folder / "export" / "trials.parquet")
+    assert table["horizon"].to_pylist() == [trial.horizon for trial in search.trials]
+    assert table["planned"].to_pylist() == [trial.planned for trial in search.trials]
 
 
 # -- bad input

@@ -9,22 +9,26 @@ import numpy as np
 from reports.evidence.figures.axes import add_legend, format_ticks, panels, set_score_limits
 from reports.evidence.figures.series import column
 from reports.evidence.figures.style import COLOURS, GREY
-from reports.evidence.load import Study
+from reports.evidence.load import Study, trial_state
 from reports.evidence.studies import objective, values
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CAPTION = "Each trial's value at its highest rung, in the order of the trials."
+CAPTION = "Each trial's value at the end of its training, in the order of the trials."
 NEEDS = "a trial with a value"
+SHORT = "short"  # the state of a run that trains a recipe for a share of its steps
 
 
 def draw(study: Study) -> Figure | None:
     if not study.scored:
         return None
     figure, (axes,) = panels(2.2)
+    short = [trial for trial in study.stopped if trial_state(trial) == SHORT]
+    pruned = [trial for trial in study.stopped if trial_state(trial) != SHORT]
     kinds = (
-        (GREY, "x", "stopped at a lower rung", study.stopped),
+        (GREY, "x", "stopped at a lower rung", pruned),
+        (GREY, ".", "short run", short),
         (COLOURS[0], "o", "trained to the end", study.completed),
     )
     for colour, marker, label, trials in kinds:

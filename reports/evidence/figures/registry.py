@@ -18,6 +18,7 @@ from reports.evidence.figures import (
     growth,
     headline,
     history,
+    horizons,
     importance,
     ledger,
     parallel,
@@ -81,6 +82,7 @@ STUDY = {
     "slices": StudyFigure(slices.draw, slices.CAPTION, slices.NEEDS),
     "parallel": StudyFigure(parallel.draw, parallel.CAPTION, parallel.NEEDS),
     "rungs": StudyFigure(rungs.draw, rungs.CAPTION, rungs.NEEDS),
+    "horizons": StudyFigure(horizons.draw, horizons.CAPTION, horizons.NEEDS),
 }
 
 

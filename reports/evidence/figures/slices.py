@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CAPTION = (
-    "The value of each trial against each searched field. Grey crosses mark trials that were stopped at a "
-    "lower rung. The highest values may lie above the frame."
+    "The value of each trial against each searched field. Grey crosses mark trials that were not trained to "
+    "the end. The highest values may lie above the frame."
 )
 NEEDS = "two trials with a value, and a field with more than one setting"
 PANELS = 9
