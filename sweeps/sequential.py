@@ -68,7 +68,7 @@ def chance_of(p: float, maximum: int) -> float:
 
 def _bound_of_r(p: float, n: int) -> float:
     t = stdtrit(n - 1, 1 - p / 2) if p > 1e-9 else -stdtrit(n - 1, p / 2)
-    return float(math.sqrt(n / (1 + (n - 1) / t**2)))
+    return math.sqrt(n) * float(t) / math.hypot(t, math.sqrt(n - 1))
 
 
 def _nodes(bound: float) -> np.ndarray:

@@ -23,9 +23,7 @@ from sweeps.verdict import is_better, paired_difference
 
 SEEDS = 5  # the seeds of the fixed design, for the noise floor and for each recipe
 FLOOR = stats.t_quantile(0.975, SEEDS - 1) * math.sqrt(2 / SEEDS)
-SHARED = (
-    1 / 3
-)  # the share of the variance that runs with the same seed have in common, as in docs/log/search.md
+SHARED = 1 / 3  # the share of the variance that runs with the same seed have in common (docs/log/search.md)
 
 Draw = Callable[[np.random.Generator, int], np.ndarray]  # draws noise with the standard deviation 1
 NOISES: dict[str, Draw] = {

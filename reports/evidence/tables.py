@@ -219,6 +219,7 @@ def get_members(run: Run) -> int:
 
 
 FORWARD_FLOPS = Column("forward\nFLOPs", compact)
+PAIRS = Column("pairs", integer)
 MEMBERS = Column("members", integer)
 
 
