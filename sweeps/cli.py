@@ -518,7 +518,7 @@ def _show_noise(noise: dict[str, Any], sequential: dict[str, Any] | None) -> Non
         over = f"{noise['df']} degrees of freedom"
         print(
             f"confirmation: {sequential['pairs']} of at most {sequential['maximum']} pairs; "
-            f"the level of {sequential['level']:.0%} holds over all numbers of pairs together"
+            f"the confidence level of {sequential['level']:.0%} holds over all numbers of pairs together"
         )
         if not sequential["pairs"]:
             return  # no trial but the base was completed, so nothing was trained
