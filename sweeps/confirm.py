@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mainrun import stats
 from mainrun.config import TrainConfig
@@ -20,10 +20,12 @@ from mainrun.plan.cost import forward_cost
 from mainrun.store.rundir import RunDir
 from sweeps.driver import Search
 from sweeps.ledger import run_cost
-from sweeps.sequential import SequentialTest
 from sweeps.space import with_values
 from sweeps.trial import Trial
 from sweeps.verdict import NO_INTERVAL, Interval, is_better, paired_difference, why_not
+
+if TYPE_CHECKING:
+    from sweeps.sequential import SequentialTest
 
 FIRST_NOISE_SEED = 1  # the first noise seed is the seed of the base config plus this number
 FIRST_CONFIRMATION_SEED = 101  # the first confirmation seed is the seed of the base config plus this number
@@ -68,6 +70,8 @@ def _confirm_in_pairs(search: Search, candidates: list[Trial]) -> dict[str, Any]
     Which runs are trained next depends only on the scores of the runs before. A study that was stopped
     therefore trains the same runs, and finds those that are finished on disk.
     """
+    from sweeps.sequential import SequentialTest  # scipy takes a second to import
+
     seeds = _confirmation_seeds(search)
     test = SequentialTest([trial.number for trial in candidates], maximum=len(seeds))
     jobs: dict[Job, TrainConfig] = {}
