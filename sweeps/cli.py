@@ -462,14 +462,12 @@ def _show_horizons(export: dict[str, Any]) -> None:
 
 def _show_evidence(evidence: dict[str, Any], trials: list[dict[str, Any]]) -> None:
     flops = {trial["trial"]: _forward_flops(trial) for trial in trials}
-    noise = evidence["noise"]
-    print(
-        f"noise: sigma {noise['sigma']:.4f} over {len(noise['values'])} seeds; "
-        f"differences below {noise['floor']:.4f} may be noise"
-    )
+    _show_noise(evidence["noise"], evidence.get("sequential"))
     for row in evidence["rows"]:
         low, high = row["interval"]
         verdict = "claimed" if row["claim"] else row["why"]
+        if "pairs" in row:
+            verdict += f", after {row['pairs']} pairs: {row['stopped']}"
         cost = flops.get(row["trial"], "")
         if cost and cost != flops.get(0):
             verdict += f" ({cost} forward FLOPs per token, the base {flops.get(0)})"
@@ -522,6 +520,21 @@ def best(
         return
     print(f"trial {number}, {export['objective']} {trial['value']:.4f}; {claim}", file=sys.stderr)
     print(shlex.join(command))
+
+
+def _show_noise(noise: dict[str, Any], sequential: dict[str, Any] | None) -> None:
+    over = f"{len(noise['values'])} seeds"
+    if sequential:
+        over = f"{noise['df']} degrees of freedom"
+        print(
+            f"confirmation: {sequential['pairs']} of at most {sequential['maximum']} pairs; "
+            f"the confidence level of {sequential['level']:.0%} holds over all numbers of pairs together"
+        )
+        if not sequential["pairs"]:
+            return  # no trial but the base was completed, so nothing was trained
+    print(
+        f"noise: sigma {noise['sigma']:.4f} over {over}; differences below {noise['floor']:.4f} may be noise"
+    )
 
 
 def _winner(export: dict[str, Any], name: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Confirm the best trials of a study.
 
 The configs of the best trials and the base config are trained with new seeds. Each gain over the base is then
-compared with the noise between seeds.
+compared with the noise between seeds. With [evidence] sequential, the seeds are added one by one, until each
+trial is claimed or given up (sequential.py).
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mainrun import stats
 from mainrun.config import TrainConfig
@@ -22,6 +22,10 @@ from sweeps.driver import Search
 from sweeps.ledger import run_cost
 from sweeps.space import with_values
 from sweeps.trial import Trial
+from sweeps.verdict import NO_INTERVAL, Interval, is_better, paired_difference, why_not
+
+if TYPE_CHECKING:
+    from sweeps.sequential import SequentialTest
 
 FIRST_NOISE_SEED = 1  # the first noise seed is the seed of the base config plus this number
 FIRST_CONFIRMATION_SEED = 101  # the first confirmation seed is the seed of the base config plus this number
@@ -34,41 +38,107 @@ def confirm(search: Search) -> dict[str, Any]:
 
     The evidence contains the noise floor, the comparison of each trial with the base, and the claim.
     """
-    base = search.base
     settings = search.study.evidence
     candidates = [trial for trial in search.best(settings.best + 1) if trial.number != 0][: settings.best]
-    noise_seeds = [base.seed + FIRST_NOISE_SEED + i for i in range(settings.noise_seeds)]
-    seeds = [base.seed + FIRST_CONFIRMATION_SEED + i for i in range(settings.seeds)]
-    jobs: dict[Job, TrainConfig] = {}
-    for seed in noise_seeds:
-        jobs["noise", seed] = with_seed(base, seed)
+    if settings.sequential:
+        return _confirm_in_pairs(search, candidates)
+    seeds = _confirmation_seeds(search)
+    jobs = _noise_jobs(search)
+    noise_seeds = [seed for _, seed in jobs]
     for trial in [search.trials[0], *candidates]:
-        cfg = search.runs_of(trial).cfg
-        for seed in seeds:
-            jobs[str(trial.number), seed] = with_seed(cfg, seed)
+        jobs |= _trial_jobs(search, trial, seeds)
     scores = _train_jobs(search, jobs)
 
     noise_scores = [scores["noise", seed] for seed in noise_seeds]
     sigma, single_floor = _noise(noise_scores)
     floor = single_floor / math.sqrt(len(seeds))  # the noise floor of the difference between two means
     base_scores = {seed: scores["0", seed] for seed in seeds}
-    rows = _compare(candidates, base_scores, scores, floor)
     evidence: dict[str, Any] = {
         "objective": search.study.objective,
         "seeds": seeds,
         "base": list(base_scores.values()),
-        "rows": rows,
+        "rows": _compare(candidates, base_scores, scores, floor),
         "noise": {"seeds": noise_seeds, "values": noise_scores, "sigma": sigma, "floor": floor},
         "runs": [_cost_row(search, job, cfg, scores[job]) for job, cfg in jobs.items()],
     }
+    return evidence | _conclude(search, evidence["rows"], seeds)
+
+
+def _confirm_in_pairs(search: Search, candidates: list[Trial]) -> dict[str, Any]:
+    """Train the base and the trials with one new seed after the other, and return the evidence.
+
+    Which runs are trained next depends only on the scores of the runs before. A study that was stopped
+    therefore trains the same runs, and finds those that are finished on disk.
+    """
+    from sweeps.sequential import SequentialTest  # scipy takes a second to import
+
+    seeds = _confirmation_seeds(search)
+    test = SequentialTest([trial.number for trial in candidates], maximum=len(seeds))
+    jobs: dict[Job, TrainConfig] = {}
+    scores: dict[Job, float] = {}
+    while test.open:
+        new_seeds = [seeds[pair] for pair in test.next_pairs]
+        numbers = [0, *(candidate.trial for candidate in test.open)]
+        step: dict[Job, TrainConfig] = {}
+        if test.needs_floor:
+            step = _noise_jobs(search)
+        for number in numbers:
+            step |= _trial_jobs(search, search.trials[number], new_seeds)
+        jobs |= step
+        scores |= _train_jobs(search, step)
+        if test.needs_floor:
+            test.add_noise([scores[job] for job in step])
+        else:
+            by_trial = {n: {seed: scores[str(n), seed] for seed in new_seeds} for n in numbers}
+            test.add_pairs(by_trial[0], by_trial)
+        search.note(f"confirmation: {test.describe()}")
+    noise = test.noise()
+    rows = _sequential_rows(candidates, test)
+    evidence: dict[str, Any] = {
+        "objective": search.study.objective,
+        "seeds": list(test.base),
+        "base": list(test.base.values()),
+        "rows": rows,
+        "noise": {
+            "seeds": [seed for name, seed in jobs if name == "noise"],
+            "values": test.noise_scores,
+            "sigma": noise.sd,
+            "floor": noise.floor / math.sqrt(max(1, len(test.base))),
+            "df": noise.df,
+        },
+        "sequential": test.summary(),
+        "runs": [_cost_row(search, job, cfg, scores[job]) for job, cfg in jobs.items()],
+    }
+    return evidence | _conclude(search, rows, seeds)
+
+
+def _conclude(search: Search, rows: list[dict[str, Any]], seeds: list[int]) -> dict[str, Any]:
+    """Return the winner, the claim of the study, and the val scores of the winner with the first seed."""
     claims = sorted((row for row in rows if row["claim"]), key=lambda row: row["difference"])
     if not claims:
-        return evidence | {"winner": None, "claim": "no better than the base, within the noise"}
+        return {"winner": None, "claim": "no better than the base, within the noise"}
     winner = claims[0]
     winner_cfg = search.runs_of(search.trials[winner["trial"]]).cfg
     val = _val_scores(search, with_seed(winner_cfg, seeds[0]))
     claim = _claim_text(winner, len(seeds)) + _cost_text(search.base, winner_cfg)
-    return evidence | {"winner": winner["trial"], "claim": claim, "val": val}
+    return {"winner": winner["trial"], "claim": claim, "val": val}
+
+
+def _noise_jobs(search: Search) -> dict[Job, TrainConfig]:
+    """Return the runs of the base that measure the noise floor."""
+    first = search.base.seed + FIRST_NOISE_SEED
+    seeds = range(first, first + search.study.evidence.noise_seeds)
+    return {("noise", seed): with_seed(search.base, seed) for seed in seeds}
+
+
+def _confirmation_seeds(search: Search) -> list[int]:
+    first = search.base.seed + FIRST_CONFIRMATION_SEED
+    return list(range(first, first + search.study.evidence.seeds))
+
+
+def _trial_jobs(search: Search, trial: Trial, seeds: list[int]) -> dict[Job, TrainConfig]:
+    cfg = search.runs_of(trial).cfg
+    return {(str(trial.number), seed): with_seed(cfg, seed) for seed in seeds}
 
 
 def with_seed(cfg: TrainConfig, seed: int) -> TrainConfig:
@@ -151,62 +221,49 @@ def _compare(
     differences = []
     for trial in candidates:
         trial_scores = {seed: scores[str(trial.number), seed] for seed in base_scores}
-        differences.append(_difference(base_scores, trial_scores))
+        differences.append(paired_difference(base_scores, trial_scores))
     p_values = [1.0 if difference.p is None else difference.p for difference in differences]
     rows = []
     for trial, difference, p in zip(candidates, differences, stats.holm(p_values), strict=True):
-        rows.append(_evidence_row(trial, difference, p, floor))
+        rows.append(_evidence_row(trial, difference, difference.interval, p, floor))
     return rows
 
 
-def _difference(base: dict[int, float], trial: dict[int, float]) -> stats.Difference:
-    """Compare the scores of the base with the scores of a trial, paired by seed.
-
-    The score of a diverged run is infinity. A difference with an infinite score has no confidence interval
-    and no p-value.
-    """
-    if all(map(math.isfinite, (*base.values(), *trial.values()))):
-        return stats.difference(base, trial)
-    return stats.Difference(fmean(base.values()), fmean(trial.values()), len(base), len(trial), (), None, 0)
-
-
-def _evidence_row(trial: Trial, difference: stats.Difference, p: float, floor: float) -> dict[str, Any]:
-    """Return the row that compares a trial with the base.
-
-    A claim that the trial is better must pass three tests. The confidence interval of the difference must be
-    below zero, the gain must exceed the noise floor, and the p-value must be significant.
-    """
-    interval = difference.interval or (-math.inf, math.inf)
-    claim = interval[1] < 0 and -difference.mean > floor and p < 1 - stats.LEVEL
+def _evidence_row(
+    trial: Trial, difference: stats.Difference, interval: Interval | None, p: float, floor: float
+) -> dict[str, Any]:
+    """Return the row that compares a trial with the base."""
+    claim = is_better(difference.mean, interval, p, floor)
     return {
         "trial": trial.number,
         "mean": difference.b,
         "difference": difference.mean,
-        "interval": list(interval),
+        "interval": list(interval or (-math.inf, math.inf)),
         "p_holm": p,
         "claim": claim,
         "params": trial.values,
-        "why": "" if claim else _why_not(difference, floor, p),
+        "why": "" if claim else why_not(difference.mean, interval, p, floor),
     }
 
 
-def _why_not(difference: stats.Difference, floor: float, p: float) -> str:
-    """Return the reason why the study does not claim that a trial is better than the base."""
-    if difference.mean >= 0:
-        return "it is not better"
-    if difference.interval is None:
-        return "a run diverged, so there is no interval"
-    if difference.interval[1] >= 0:
-        return "its interval contains zero"
-    if -difference.mean <= floor:
-        return f"the difference is within the noise floor {floor:.4f}"
-    return f"p={p:.3f} after Holm's correction"
+def _sequential_rows(candidates: list[Trial], test: SequentialTest) -> list[dict[str, Any]]:
+    """Return the rows of a sequential confirmation, which also say why a trial got no further pairs."""
+    rows = []
+    for trial, candidate, p in zip(candidates, test.candidates, test.p_values(), strict=True):
+        assert candidate.difference is not None
+        row = _evidence_row(trial, candidate.difference, candidate.interval, p, candidate.floor)
+        if row["why"] == NO_INTERVAL and candidate.difference.error is not None:
+            row["why"] = f"{candidate.pairs} pairs are too few for an interval"
+        facts = {"pairs": candidate.pairs, "floor": candidate.floor, "stopped": candidate.stopped}
+        rows.append(row | facts)
+    return rows
 
 
 def _claim_text(row: dict[str, Any], seeds: int) -> str:
     low, high = row["interval"]
     gain = f"{-row['difference']:.4f} [{-high:.4f}, {-low:.4f}]"
-    return f"trial {row['trial']} is better than the base by {gain}, {seeds} paired seeds"
+    pairs = f"{row['pairs']} of at most {seeds}" if "pairs" in row else f"{seeds}"
+    return f"trial {row['trial']} is better than the base by {gain}, {pairs} paired seeds"
 
 
 def _cost_text(base: TrainConfig, winner: TrainConfig) -> str:

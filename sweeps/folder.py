@@ -206,9 +206,23 @@ CONFIRMED_TRIAL = {
     "claim": records.true_or_false,
     "why": records.any_text,
     "params": records.table_of(records.setting),
+    "pairs?": records.count,
+    "floor?": records.any_number,
+    "stopped?": records.text,
 }
 EVIDENCE = {
-    "noise": {"sigma": records.any_number, "floor": records.any_number, "values": [records.any_number]},
+    "noise": {
+        "sigma": records.any_number,
+        "floor": records.any_number,
+        "values": [records.any_number],
+        "df?": records.count,
+    },
+    "sequential?": {
+        "pairs": records.count,
+        "maximum": records.count,
+        "level": records.not_negative,
+        "nominal_p": records.not_negative,
+    },
     "rows": [CONFIRMED_TRIAL],
     "claim": records.any_text,
     "winner": records.optional(records.count),

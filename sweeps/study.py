@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
 
 from mainrun.config import TrainConfig
 from mainrun.errors import ConfigError, nearest
@@ -39,6 +39,8 @@ from sweeps.space import Choice, Range
 
 BUILT_IN = Path(__file__).parent / "studies"
 FRUGAL_ONLY = {"lanes", "horizons", "late"}  # the keys of [sampler] that only the sampler frugal reads
+MAX_PAIRS = 8  # the default maximum number of new seeds, if they are added one by one
+FIXED_SEEDS = 5  # the default number of new seeds, if all are trained at once
 MAX_FAULTS = 10  # the maximum number of sentences that suggest a correction
 
 
@@ -100,13 +102,40 @@ class Rungs(StudyTable):
 class Confirmation(StudyTable):
     """The settings of the confirmation, which compares the best trials with the base on new seeds."""
 
+    sequential: Annotated[
+        bool,
+        Field(
+            description="whether new seeds are added one by one, until each trial is claimed or given up; "
+            "if false, all seeds are trained at once"
+        ),
+    ] = True
     noise_seeds: Annotated[
-        int, Field(ge=2, le=100, description="number of seeds of the base runs that measure the noise floor")
+        int,
+        Field(
+            ge=2,
+            le=100,
+            description="number of seeds of the base runs that measure the noise floor; "
+            "if sequential, they are trained only if the other runs are too few",
+        ),
     ] = 5
     seeds: Annotated[
-        int, Field(ge=2, le=100, description="number of new seeds for the base and for each confirmed trial")
-    ] = 5
+        int,
+        Field(
+            ge=2,
+            le=100,
+            description="number of new seeds for the base and for each confirmed trial; "
+            "if sequential, the maximum; if not, the default is 5",
+        ),
+    ] = MAX_PAIRS
     best: Annotated[int, Field(ge=1, le=20, description="number of trials to confirm")] = 2
+
+    @model_validator(mode="before")
+    @classmethod
+    def _set_seeds(cls, data: Any) -> Any:
+        """Set the default number of seeds if the confirmation is not sequential."""
+        if isinstance(data, dict) and data.get("sequential") is False:
+            return {"seeds": FIXED_SEEDS} | data
+        return data
 
 
 class Study(StudyTable):

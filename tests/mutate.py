@@ -170,8 +170,12 @@ MIRRORS = {
     "reports/submission/upload.py": "test_upload",
     "reports/submission/verification.py": "test_submission",
     "sweeps": "test_sweeps test_sweeps_trouble",
-    "sweeps/search_bench": "test_search_bench_tables test_search_bench_record",
+    "sweeps/search_bench": "test_search_bench_tables test_search_bench_ours",
+    "sweeps/search_bench/metrics.py": "test_search_bench_metrics",
+    "sweeps/search_bench/record.py": "test_search_bench_record",
+    "sweeps/search_bench/rivals.py": "test_search_bench_rivals",
     "sweeps/search_bench/adapters": "test_search_bench_rivals",
+    "sweeps/verdict.py": "test_sweeps_confirm test_sweeps_sequential",
 }
 
 

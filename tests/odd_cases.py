@@ -106,7 +106,8 @@ STUDY = {
     "space.timescale.low": "0.1", "space.timescale.high": "1e300", "space.dropout.values": "[0.1, 0.2]",
     "budget.trials": "1", "budget.tokens": "1e9", "sampler.name": '"random"', "sampler.seed": "0",
     "sampler.generation": "4", "rungs.at": "[0.5]", "rungs.keep": "0.5", "rungs.score": '"raw"',
-    "evidence.seeds": "2", "evidence.noise_seeds": "2", "evidence.best": "1", "x": "1",
+    "evidence.seeds": "2", "evidence.noise_seeds": "2", "evidence.best": "1",
+    "evidence.sequential": "true", "x": "1",
 }  # fmt: skip
 MIX = {"path": '"titles.txt"', "corpus": '"synthetic"', "ratio": "1", "weight": "1", "x": "1"}
 OPS = '[{ name = "set_lr", value = 0.1, trigger = { step = 1 } }]'

@@ -871,6 +871,31 @@ def test_the_confirmation_shows_forward_flops_that_differ_from_the_base() -> Non
     assert differing.note.endswith("The base takes 4M forward FLOPs per token.")
 
 
+def test_the_confirmation_shows_pairs_and_why_they_ended() -> None:
+    rows = [
+        {"trial": 6, "mean": 1.5, "claim": True, "pairs": 3, "stopped": "it is claimed"},
+        {
+            "trial": 7,
+            "mean": 1.6,
+            "claim": False,
+            "why": "it is not better",
+            "pairs": 2,
+            "stopped": "unlikely",
+        },
+    ]
+    facts = {"pairs": 3, "maximum": 8, "level": 0.95, "nominal_p": 0.0143}
+    export = make_study(make_trial(0), evidence={"rows": rows, "sequential": facts})
+    short, table = tables.study(export, 1)
+    assert heads(table)[-3:] == ["pairs", "verdict", "what it sets"]
+    assert [row[-3:-1] for row in cells(table)] == [
+        ["3", "claimed; it is claimed"],
+        ["2", "it is not better; unlikely"],
+    ]
+    assert "all numbers of pairs up to the maximum" in table.note
+    fact = next(row for row in cells(short) if row[0] == "sequential")
+    assert all(text in fact[1] for text in ("pairs 3", "maximum 8", "level 0.95"))
+
+
 def test_the_confirmation_of_a_study() -> None:
     rows = [
         {

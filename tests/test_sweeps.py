@@ -805,7 +805,7 @@ def test_trials_that_differ_in_their_seed_alone_claim_nothing(
     """Every confirmation run gets a real score of the base with another seed, so any claim is wrong."""
     from mainrun.run.session import train
 
-    evidence = {"seeds": 3, "noise_seeds": 3, "best": 2}
+    evidence = {"seeds": 3, "noise_seeds": 3, "best": 2, "sequential": False}
     search = run_search(
         tmp_path,
         InstantEngine(1),

@@ -15,7 +15,8 @@ from searching import Trainer, make_search, make_study
 
 from mainrun import stats
 from mainrun.config import TrainConfig
-from mainrun.errors import MainrunError, RunError, UsageError
+from mainrun.errors import ConfigError, MainrunError, RunError, UsageError
+from sweeps.cli import _show_evidence
 from sweeps.confirm import confirm
 from sweeps.engine.protocol import Outcome
 from sweeps.ledger import Ledger
@@ -51,6 +52,7 @@ class Confirmation:
             "seeds": len(fresh[0]),
             "noise_seeds": len(noise),
             "best": max(1, len(fresh) - 1),
+            "sequential": False,
         } | evidence
         self.study = make_study(fields, evidence=settings, budget={"trials": 50})
         self.trainer = Trainer(self.score)
@@ -555,3 +557,166 @@ def test_the_number_of_workers_changes_nothing(tmp_path: Path) -> None:
         return confirm(setup.search)
 
     assert evidence(tmp_path / "one", 1) == evidence(tmp_path / "four", 4)
+
+
+# -- pair by pair
+
+
+LONG = (2.0, 2.1, 2.2, 2.3, 2.05, 2.15, 2.25, 2.35)
+CLEAR = tuple(score - gain for score, gain in zip(LONG, (0.9, 0.91, 0.89) + (0.9,) * 5, strict=True))
+SLOW = tuple(score - gain for score, gain in zip(LONG, (0.2, 0.21, 0.19) + (0.2,) * 5, strict=True))
+
+
+def test_pairs_are_trained_until_every_trial_is_decided(tmp_path: Path) -> None:
+    """Trial 1 is claimed after three pairs, and trial 2 is worse, so that it gets only two."""
+    worse = tuple(score + 0.1 for score in LONG)
+    setup = Confirmation(tmp_path, {0: LONG, 1: CLEAR, 2: worse}, sequential=True)
+    result = confirm(setup.search)
+    assert sorted(setup.seeds()) == sorted([SEED + 101, SEED + 102] * 3 + [SEED + 103] * 2)
+    assert result["seeds"] == [SEED + 101, SEED + 102, SEED + 103]
+    assert result["base"] == list(LONG[:3])
+    assert result["sequential"] == {
+        "pairs": 3,
+        "maximum": 8,
+        "level": stats.LEVEL,
+        "nominal_p": pytest.approx(0.0143, abs=1e-4),
+    }
+    rows = rows_of(result)
+    assert (rows[1]["pairs"], rows[1]["stopped"], rows[1]["claim"]) == (3, "it is claimed", True)
+    assert (rows[2]["pairs"], rows[2]["stopped"]) == (2, "a claim after the last pair is unlikely")
+    assert rows[2]["why"] == NO_GAIN
+    noise = stats.noise([LONG[:3], CLEAR[:3], worse[:2]])
+    assert noise is not None
+    assert result["noise"] == {
+        "seeds": [],
+        "values": [],
+        "sigma": pytest.approx(noise.sd),
+        "floor": pytest.approx(noise.floor / math.sqrt(3)),
+        "df": 5,
+    }
+    assert result["claim"].startswith("trial 1 is better than the base by 0.9000 [")
+    assert result["claim"].endswith("], 3 of at most 8 paired seeds")
+    assert [row["kind"] for row in result["runs"]] == ["confirmation"] * 8
+    assert "val" in result
+
+
+def test_two_pairs_need_a_noise_floor_of_their_own(tmp_path: Path) -> None:
+    """The noise floor is trained after the pairs, and only if a claim depends on it."""
+    fresh = {0: (2.0, 2.001), 1: (1.0, 1.001001)}
+    setup = Confirmation(tmp_path / "a", fresh, sequential=True)
+    result = confirm(setup.search)
+    assert setup.seeds() == [SEED + 101, SEED + 102] * 2 + [SEED + 1, SEED + 2, SEED + 3]
+    assert result["winner"] == 1 and result["noise"]["values"] == list(QUIET)
+    assert [row["kind"] for row in result["runs"]].count("noise") == 3
+    setup = Confirmation(tmp_path / "b", {0: (2.0, 2.001), 1: (2.5, 2.6)}, sequential=True)
+    assert confirm(setup.search)["noise"]["values"] == [] and len(setup.seeds()) == 4
+
+
+def test_without_a_trial_to_confirm_nothing_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup = Confirmation(tmp_path, {0: LONG}, sequential=True)
+    result = confirm(setup.search)
+    assert setup.seeds() == [] and result["claim"] == NOT_BETTER
+    _show_evidence(result, [])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("confirmation: 0 of at most 8 pairs") and lines[1:] == [NOT_BETTER]
+
+
+@pytest.mark.parametrize("who", [0, 1], ids=["base", "trial"])
+def test_a_trial_gets_no_further_pairs_after_a_run_diverged(tmp_path: Path, who: int) -> None:
+    setup = Confirmation(tmp_path, {0: LONG, 1: CLEAR}, sequential=True)
+    cfg = setup.search.runs_of(setup.search.trials[who]).cfg
+    bad = cfg.model_copy(update={"seed": SEED + 102})
+    setup.trainer.diverging = lambda cfg: cfg == bad
+    result = confirm(setup.search)
+    (row,) = result["rows"]
+    assert (row["pairs"], row["stopped"], row["claim"]) == (2, "a run diverged", False)
+    assert len(setup.seeds()) == 4
+
+
+def test_a_kill_at_any_run_changes_nothing(tmp_path: Path) -> None:
+    """The driver is killed before each run in turn, and a new one decides the same from the same runs."""
+    fresh = {0: LONG, 1: SLOW, 2: tuple(score - 0.19 for score in LONG)}
+
+    def start(folder: Path, kill_before: int = 99) -> tuple[dict[str, Any], list[str]]:
+        setup = Confirmation(folder, fresh, sequential=True)
+        train = setup.trainer.train
+
+        def killed(task: Any) -> Any:
+            if len(setup.trainer.trained) == kill_before:
+                raise KeyboardInterrupt
+            return train(task)
+
+        setup.trainer.train = killed
+        try:
+            evidence = confirm(setup.search)
+        except KeyboardInterrupt:
+            evidence = {}
+        return evidence, [cfg.run_id for cfg in setup.trainer.trained]
+
+    whole, runs = start(tmp_path / "whole")
+    assert whole["sequential"]["pairs"] > 3 and len(runs) > 9
+    for number in range(len(runs)):
+        folder = tmp_path / str(number)
+        stopped, before = start(folder, kill_before=number)
+        resumed, after = start(folder)
+        assert not stopped and resumed == whole
+        assert before + after == runs, "no run is trained twice"
+
+
+def test_the_driver_confirms_what_it_searched(tmp_path: Path) -> None:
+    """The driver searches and confirms with one worker and with three."""
+    study = make_study(budget={"trials": 6}, evidence={"best": 2})
+
+    def score(cfg: TrainConfig, step: int) -> float:
+        return 2 + 0.1 * abs(math.log(cfg.lr / 0.012)) + 1e-4 * (cfg.seed * 7919 % 101) / 101
+
+    def evidence(folder: Path, workers: int) -> dict[str, Any]:
+        search = make_search(folder, study, Trainer(score, workers))
+        search.run()
+        return confirm(search)
+
+    one = evidence(tmp_path / "one", 1)
+    assert one == evidence(tmp_path / "three", 3)
+    assert one["winner"] is not None and one["sequential"]["maximum"] == 8
+    assert one["sequential"]["pairs"] == 3
+
+
+def test_sweep_show_states_pairs_maximum_reason_and_level(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    worse = tuple(score + 0.1 for score in LONG)
+    result = confirm(Confirmation(tmp_path, {0: LONG, 1: CLEAR, 2: worse}, sequential=True).search)
+    _show_evidence(json.loads(json.dumps(result)), [])
+    text = capsys.readouterr().out
+    assert "3 of at most 8 pairs; the confidence level of 95% holds over all numbers of pairs" in text
+    assert "over 5 degrees of freedom; differences below" in text
+    assert ": claimed, after 3 pairs: it is claimed" in text
+    assert "it is not better, after 2 pairs: a claim after the last pair is unlikely" in text
+
+
+def test_without_sequential_all_seeds_are_trained_as_before(tmp_path: Path) -> None:
+    settings = make_study(evidence={"sequential": False}).evidence
+    assert (settings.seeds, settings.noise_seeds, settings.best) == (5, 5, 2)
+    settings = make_study().evidence
+    assert settings.sequential and settings.seeds == 8
+    result = confirm(Confirmation(tmp_path, {0: BASE, 1: lower(GAINS)}).search)
+    assert set(result) == {"objective", "seeds", "base", "rows", "noise", "runs", "winner", "claim", "val"}
+    assert set(result["noise"]) == {"seeds", "values", "sigma", "floor"}
+    assert not {"pairs", "floor", "stopped"} & set(result["rows"][0])
+
+
+@pytest.mark.parametrize(
+    ("evidence", "message"),
+    [
+        ({"sequential": "perhaps"}, "evidence.sequential='perhaps' is not allowed"),
+        ({"sequential": True, "seeds": 1}, "evidence.seeds=1 is not allowed"),
+        ({"sequential": False, "seeds": 101}, "evidence.seeds=101 is not allowed"),
+        ({"pairs": 4}, "unknown key evidence.pairs"),
+        (3, "evidence=3 is not allowed"),
+    ],
+)
+def test_invalid_settings_of_the_confirmation_are_refused(evidence: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_study(evidence=evidence)

@@ -317,7 +317,7 @@ def test_ctrl_c_ends_the_workers_and_the_costs_add_up(tmp_path: Path) -> None:
         tmp_path,
         space=space,
         set=SET | {"clip": 0.0},
-        evidence={"noise_seeds": 2, "seeds": 2, "best": 1},
+        evidence={"noise_seeds": 2, "seeds": 2, "best": 1, "sequential": False},
         sampler={"name": "random", "seed": 1, "generation": 3},
         budget={"trials": 6},
     )

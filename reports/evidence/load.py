@@ -481,6 +481,8 @@ CONFIRMED = {
     "interval?": records.optional(records.pair(records.any_number)),
     "p_holm?": records.optional(records.any_number),
     "why?": records.optional(records.any_text),
+    "pairs?": records.optional(records.count),
+    "stopped?": records.optional(records.any_text),
 }
 SPACE = {
     "values?": records.optional([records.anything]),
@@ -492,6 +494,7 @@ FACT: dict[str, Any] = {
     "rung_correlation?": records.optional(records.table_of(records.optional(records.any_number))),
     "space?": records.optional(records.table_of(records.optional(SPACE))),
     "importance?": records.optional(records.table_of(records.optional(records.number))),
+    "sequential?": records.optional(records.table),
 }
 FACTS = FACT | {
     "name?": records.text,

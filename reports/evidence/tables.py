@@ -219,6 +219,7 @@ def get_members(run: Run) -> int:
 
 
 FORWARD_FLOPS = Column("forward\nFLOPs", compact)
+PAIRS = Column("pairs", integer)
 MEMBERS = Column("members", integer)
 
 
@@ -760,7 +761,7 @@ def _describe_flat(facts: Mapping[str, Any]) -> str:
 
 STUDY_FACTS = (
     "preset", "objective", "set", "sampler", "budget", "rungs",
-    "engine", "noise", "seeds", "base", "claim", "val",
+    "engine", "sequential", "noise", "seeds", "base", "claim", "val",
 )  # fmt: skip
 
 
@@ -821,6 +822,8 @@ def _confirmation(
         result = trial.get("why")
         if trial.get("claim"):
             result = "claimed"
+        if trial.get("stopped"):
+            result = f"{result}; {trial['stopped']}"
         sets = describe(trial.get("params"))
         numbers = [
             trial.get("trial"),
@@ -830,6 +833,7 @@ def _confirmation(
             low,
             high,
             trial.get("p_holm"),
+            trial.get("pairs"),
         ]
         rows.append([*numbers, result, sets])
     columns = [
@@ -840,6 +844,7 @@ def _confirmation(
         Column("low", fixed(4, sign=True)),
         Column("high", fixed(4, sign=True)),
         Column("p", p_value),
+        PAIRS,
         Column("verdict", text, 0.25),
         Column("what it sets", text, 0.35),
     ]
@@ -847,15 +852,27 @@ def _confirmation(
         "Trials are compared with the base on new paired seeds. The study recorded the intervals and "
         "verdicts. p is adjusted by Holm's method."
     )
-    place = columns.index(FORWARD_FLOPS)
+    if all(trial.get("pairs") is None for trial in confirmed):
+        _drop(PAIRS, columns, rows)
+    else:
+        note += (
+            " Pairs were added one at a time. The intervals and p hold for all numbers of pairs up to the "
+            "maximum together."
+        )
     base = compact(costs.get(0))
-    if {compact(row[place]) for row in rows} == {base}:
-        del columns[place]
-        for row in rows:
-            del row[place]
+    if {compact(row[columns.index(FORWARD_FLOPS)]) for row in rows} == {base}:
+        _drop(FORWARD_FLOPS, columns, rows)
     else:
         note += f" The base takes {base} forward FLOPs per token."
     return Table(f"study_{number}_confirmation", "Confirmation", columns, rows, note)
+
+
+def _drop(column: Column, columns: list[Column], rows: Sequence[list[Any]]) -> None:
+    """Remove a column and its cells from a table."""
+    place = columns.index(column)
+    del columns[place]
+    for row in rows:
+        del row[place]
 
 
 def failures(data: ReportData, limit: int = 30) -> Table | None:

@@ -27,7 +27,8 @@ SLOW_SECONDS = 20.0  # a method that needs more for a search runs fewer searches
 SLOW_SEEDS = 25
 SWEEPS = Path(__file__).parents[1]
 SAMPLER_FILES = [
-    SWEEPS / f"{name}.py" for name in ("coordinates", "frugal", "lanes", "short_run", "surrogate")
+    SWEEPS / f"{name}.py"
+    for name in ("coordinates", "frugal", "lanes", "late_change", "short_run", "surrogate")
 ]
 SAMPLER_FILES.append(SWEEPS / "search_bench/ours.py")
 
