@@ -26,7 +26,7 @@ from mainrun.ui.console import (
 if TYPE_CHECKING:
     from mainrun.config import TrainConfig
 
-app = commands("Measure training speed, the time saved by shared steps, and search methods.")
+app = commands("Measure training speed, shared steps and search methods.")
 
 Repeats = Annotated[
     int, typer.Option("--repeats", min=1, max=1000, help="Number of measurements. The median is reported.")
