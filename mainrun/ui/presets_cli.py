@@ -121,14 +121,14 @@ def _all_fields() -> Listing:
     records = []
     lines = []
     for name in TrainConfig.model_fields:
-        record = _describe(name)
+        record = describe_field(name)
         records.append(record)
         default = field_value(record["default"])
         lines.append([name, default, record["allowed"], record["class"], record["about"]])
     return records, ["field", "default", "allowed", "class", "meaning"], lines
 
 
-def _describe(field: str) -> dict[str, Any]:
+def describe_field(field: str) -> dict[str, Any]:
     from mainrun.config import TrainConfig
 
     schema = TrainConfig.model_json_schema()["properties"][field]
