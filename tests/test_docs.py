@@ -6,16 +6,13 @@ plants a violation and expects the function to name it.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
-
-import pytest
-import yaml
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -153,7 +150,7 @@ def test_a_page_that_is_gone_is_named(tmp_path: Path) -> None:
 def too_large(root: Path) -> list[str]:
     """Return the pages that are too long, and their lines of prose that are too wide."""
     wrong = []
-    for page in sorted((root / "docs").glob("*.md")) + [root / "README.md"]:
+    for page in [*sorted((root / "docs").glob("*.md")), root / "README.md"]:
         text = page.read_text(encoding="utf-8")
         count = len(text.splitlines())
         most = MOST_LINES_OF_README if page.name == "README.md" and page.parent == root else MOST_LINES - 1
@@ -191,7 +188,11 @@ def unlisted(root: Path) -> list[str]:
     for folder in (root / "docs", root / "docs/log"):
         index = folder / "README.md"
         linked = {target.partition("#")[0] for _, target in links(index.read_text(encoding="utf-8"))}
-        names = {page.name for page in folder.glob("*.md")} - {"README.md"} - {Path(n).name for n in WRITTEN_LATER}
+        names = (
+            {page.name for page in folder.glob("*.md")}
+            - {"README.md"}
+            - {Path(n).name for n in WRITTEN_LATER}
+        )
         wrong += [f"{index.relative_to(root)} does not link {name}" for name in sorted(names - linked)]
     return wrong
 
@@ -206,12 +207,16 @@ def test_a_page_without_a_link_is_named(tmp_path: Path) -> None:
     (tmp_path / "docs/log/README.md").touch()
     for name in ("a.md", "b.md", "log/c.md"):
         (tmp_path / "docs" / name).touch()
-    assert unlisted(tmp_path) == ["docs/README.md does not link b.md", "docs/log/README.md does not link c.md"]
+    assert unlisted(tmp_path) == [
+        "docs/README.md does not link b.md",
+        "docs/log/README.md does not link c.md",
+    ]
 
 
 # -- generated pages
 
 
+@functools.cache
 def make_docs() -> Any:
     spec = importlib.util.spec_from_file_location("make_docs", ROOT / "tools/make_docs.py")
     assert spec and spec.loader

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -128,10 +129,19 @@ def _all_fields() -> Listing:
     return records, ["field", "default", "allowed", "class", "meaning"], lines
 
 
+@functools.cache
+def _schemas() -> dict[str, Any]:
+    """Return the JSON schema of each field."""
+    from mainrun.config import TrainConfig
+
+    properties: dict[str, Any] = TrainConfig.model_json_schema()["properties"]
+    return properties
+
+
 def describe_field(field: str) -> dict[str, Any]:
     from mainrun.config import TrainConfig
 
-    schema = TrainConfig.model_json_schema()["properties"][field]
+    schema = _schemas()[field]
     return {
         "field": field,
         "default": schema["default"],
