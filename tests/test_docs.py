@@ -9,10 +9,16 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
+
+import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -294,3 +300,54 @@ def test_a_gap_in_the_tree_is_named(tmp_path: Path) -> None:
         "layout.md mentions gone, which does not exist",
         "layout.md mentions old.py, which does not exist",
     ]
+
+
+# -- the site
+
+
+def missing_in_menu(root: Path) -> list[str]:
+    """Return the pages that the menu of the site in mkdocs.yml lacks."""
+    menu = yaml.load((root / "mkdocs.yml").read_text(encoding="utf-8"), Loader=yaml.BaseLoader)["nav"]
+    text = str(menu)
+    pages = [page.relative_to(root / "docs").as_posix() for page in (root / "docs").rglob("*.md")]
+    return sorted(page for page in pages if f"'{page}'" not in text and f"docs/{page}" not in WRITTEN_LATER)
+
+
+def test_the_menu_of_the_site_lists_every_page() -> None:
+    assert missing_in_menu(ROOT) == []
+
+
+def test_a_page_that_the_menu_lacks_is_named(tmp_path: Path) -> None:
+    (tmp_path / "docs/log").mkdir(parents=True)
+    for name in ("a.md", "b.md", "log/a.md"):
+        (tmp_path / "docs" / name).touch()
+    (tmp_path / "mkdocs.yml").write_text("nav:\n  - A: a.md\n  - x: !!python/name:y.z\n")
+    assert missing_in_menu(tmp_path) == ["b.md", "log/a.md"]
+
+
+def build(root: Path, site: Path) -> subprocess.CompletedProcess[str]:
+    """Build the site of a repository strictly."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(site)]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("material", reason="needs the extra docs: pip install 'mainrun[docs]'")
+    done = build(ROOT, tmp_path / "site")
+    assert done.returncode == 0, done.stdout + done.stderr
+    home = (tmp_path / "site/index.html").read_text(encoding="utf-8")
+    assert 'href="getting-started.html"' in home
+    assert '<pre class="mermaid">' in (tmp_path / "site/training.html").read_text(encoding="utf-8")
+    assert "fingerprint" in (tmp_path / "site/search/search_index.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_broken_link_stops_the_site(tmp_path: Path) -> None:
+    pytest.importorskip("material", reason="needs the extra docs: pip install 'mainrun[docs]'")
+    shutil.copytree(DOCS, tmp_path / "docs")
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    with (tmp_path / "docs/faq.md").open("a", encoding="utf-8") as page:
+        page.write("\n[x](training.md#no-such-heading)\n")
+    done = build(tmp_path, tmp_path / "site")
+    assert done.returncode != 0 and "no-such-heading" in done.stdout + done.stderr
