@@ -327,7 +327,7 @@ def test_a_page_that_the_menu_lacks_is_named(tmp_path: Path) -> None:
 
 def build(root: Path, site: Path) -> subprocess.CompletedProcess[str]:
     """Build the site of a repository strictly."""
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(site)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)]
     return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
 
 
