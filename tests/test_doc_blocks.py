@@ -34,7 +34,10 @@ from mainrun.data.synthetic import titles
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.M | re.S)
+# The pages, or the blocks of one language in a page, that another test runs.
 OWN_TESTS = {
+    "README.md python": "test_python_page.py",
+    "python-api.md": "test_python_page.py",
     "hugging-face.md": "test_hugging_face_page.py",
     "extending.md": "test_extending.py",
     "extending-checks.md": "test_extending.py",
@@ -113,7 +116,7 @@ def unmarked(root: Path) -> list[str]:
         for block in blocks(root)
         if block.language in LANGUAGES
         and not re.match(r"(not )?run: \S", block.mark)
-        and Path(block.page).name not in OWN_TESTS
+        and not {Path(block.page).name, f"{block.page} {block.language}"} & set(OWN_TESTS)
     ]
 
 
@@ -141,7 +144,8 @@ class Shell:
             return
         text = self._with_runs(block)
         command = [sys.executable, "-c", text] if block.language == "python" else ["sh", "-ec", text]
-        env = os.environ | {"PATH": f"{self.folder / '.bin'}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+        path = f"{self.folder / '.bin'}:{os.environ['PATH']}"
+        env = os.environ | {"PATH": path, "PYTHONPATH": str(self.driver.tree), "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{block.place}\n{text}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
