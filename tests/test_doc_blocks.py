@@ -41,7 +41,6 @@ OWN_TESTS = {
     "hugging-face.md": "test_hugging_face_page.py",
     "extending.md": "test_extending.py",
     "extending-checks.md": "test_extending.py",
-    "dynamic-use.md": "test_presets.py",
 }
 LANGUAGES = ("sh", "python")  # these blocks must be marked
 # The size of every run of a block, whatever the block asks for.
