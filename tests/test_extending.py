@@ -1,4 +1,4 @@
-"""Apply every example of docs/extending.md to a copy of the code, and run its commands."""
+"""Apply every example of the pages about extending to a copy of the code, and run its commands."""
 
 from __future__ import annotations
 
@@ -15,9 +15,13 @@ import pytest
 from doors import Driver
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "extending.md"
+PAGES = [ROOT / "docs" / name for name in ("extending.md", "extending-checks.md")]
 BLOCK = re.compile(r"^(?P<place>[^\n]*:)\n\n```(?:python|toml)\n(?P<code>.*?)```$", re.S | re.M)
 COMMANDS = re.compile(r"^```console\n(?P<text>.*?)```$", re.S | re.M)
+
+
+def read_pages() -> str:
+    return "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 
 def sections(text: str) -> dict[str, str]:
@@ -99,7 +103,7 @@ def run(command: str, root: Path, libraries: Driver) -> Done:
 
 def apply(heading: str, root: Path) -> list[str]:
     """Apply an example of the page to a copy of the code, and return its commands."""
-    body = sections(PAGE.read_text(encoding="utf-8"))[heading]
+    body = sections(read_pages())[heading]
     copy_code(root)
     blocks = list(BLOCK.finditer(body))
     assert len(blocks) == body.count("```python") + body.count("```toml"), (
@@ -117,7 +121,7 @@ def apply(heading: str, root: Path) -> list[str]:
     [
         # A study trains seven runs, each in its own process.
         pytest.param(heading, marks=pytest.mark.slow if heading == "A sampler" else [])
-        for heading in sections(PAGE.read_text(encoding="utf-8"))
+        for heading in sections(read_pages())
     ],
 )
 def test_an_example_works_as_it_stands(tmp_path: Path, libraries: Driver, heading: str) -> None:
@@ -145,8 +149,8 @@ def test_the_sampler_of_the_page_draws_every_value(tmp_path: Path) -> None:
 
 
 def test_every_kind_of_the_table_has_an_example() -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    linked = re.findall(r"^\| an? \[([^\]]+)\]\(#([^)]+)\)", text, re.M)
+    text = read_pages()
+    linked = re.findall(r"^\| an? \[([^\]]+)\]\((?:extending-checks\.md)?#([^)]+)\)", text, re.M)
     anchors = [heading.lower().replace(" ", "-") for heading in sections(text)]
     assert [anchor for _, anchor in linked] == anchors
 

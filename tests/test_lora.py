@@ -698,9 +698,9 @@ def test_two_processes_train_the_same_run_as_one(tmp_path: Path, recipe: dict[st
 # -- the documentation
 
 
-def test_the_recipe_in_the_guide_has_rank_16_on_all_seven_matrices(tmp_path: Path) -> None:
-    guide = (ROOT / "docs/guide.md").read_text()
-    (block,) = re.findall(r"```toml\n(# lora\.toml\n.*?)```", guide, re.DOTALL)
+def test_the_recipe_in_the_page_has_rank_16_on_all_seven_matrices(tmp_path: Path) -> None:
+    page = (ROOT / "docs/low-rank.md").read_text()
+    (block,) = re.findall(r"```toml\n(# lora\.toml\n.*?)```", page, re.DOTALL)
     (tmp_path / "lora.toml").write_text(re.sub(r"qwen\.toml", "optimized", block))
     (cfg,) = load(str(tmp_path / "lora.toml"), ["mlp=swiglu"])
     assert (cfg.attn_lora_rank, cfg.mlp_lora_rank, cfg.embed_lora_rank) == (16, 16, 0)

@@ -225,7 +225,7 @@ def test_steps_in_the_store_are_not_trained() -> None:
     assert assign({"a": keys}, set(keys)).steps == 0 and assign({"a": keys}, {"another"}).steps == 3
 
 
-# -- the first study of the guide
+# -- the first study of the documents
 
 STEPS, DECAYS = 400, [0.75 + 0.03 * i for i in range(8)]
 

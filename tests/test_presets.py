@@ -13,7 +13,7 @@ from mainrun.plan.routing import INPUTS, LOSSES, STATS
 from mainrun.run.session import train
 from sweeps.study import read_study
 
-DYNAMIC = Path(__file__).parents[1] / "docs" / "dynamic.md"
+DOCS = Path(__file__).parents[1] / "docs"
 
 # With these settings, each step of the ablation trains within seconds.
 DEMO = [
@@ -96,8 +96,13 @@ def commands_of(page: str) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines]
 
 
+def dynamic_depth() -> str:
+    """Return the text of the two pages about dynamic depth."""
+    return "".join((DOCS / name).read_text(encoding="utf-8") for name in ("dynamic.md", "dynamic-use.md"))
+
+
 def test_the_page_about_dynamic_depth_fits_the_code() -> None:
-    page = DYNAMIC.read_text(encoding="utf-8")
+    page = dynamic_depth()
     for name in ("mod", "sdt", "stt"):
         cost = forward_cost(load(name)[0])
         scored = f"{cost.scored / 1e6:.2f}M ({cost.scored / cost.dense:.3f})"
@@ -113,7 +118,7 @@ def test_the_page_about_dynamic_depth_fits_the_code() -> None:
 
 def test_the_commands_of_the_page_about_dynamic_depth_are_accepted() -> None:
     configs = []
-    for command in commands_of(DYNAMIC.read_text(encoding="utf-8")):
+    for command in commands_of(dynamic_depth()):
         sets = [value for option, value in pairwise(command) if option == "--set"]
         if command[:2] == ["mainrun", "train"]:
             preset = command[command.index("--preset") + 1].replace("$preset", "stt")

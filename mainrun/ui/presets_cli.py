@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -121,17 +122,26 @@ def _all_fields() -> Listing:
     records = []
     lines = []
     for name in TrainConfig.model_fields:
-        record = _describe(name)
+        record = describe_field(name)
         records.append(record)
         default = field_value(record["default"])
         lines.append([name, default, record["allowed"], record["class"], record["about"]])
     return records, ["field", "default", "allowed", "class", "meaning"], lines
 
 
-def _describe(field: str) -> dict[str, Any]:
+@functools.cache
+def _schemas() -> dict[str, Any]:
+    """Return the JSON schema of each field."""
     from mainrun.config import TrainConfig
 
-    schema = TrainConfig.model_json_schema()["properties"][field]
+    properties: dict[str, Any] = TrainConfig.model_json_schema()["properties"]
+    return properties
+
+
+def describe_field(field: str) -> dict[str, Any]:
+    from mainrun.config import TrainConfig
+
+    schema = _schemas()[field]
     return {
         "field": field,
         "default": schema["default"],
