@@ -45,6 +45,7 @@ from mainrun.ui.console import (
     stoppable,
     validate_paths,
 )
+from mainrun.ui.ls_cli import ls
 from mainrun.ui.presets_cli import presets
 from mainrun.ui.train_cli import train
 from reports import cli as reports
@@ -301,6 +302,7 @@ def download(
 app.command()(train)
 app.command()(demo)
 app.command()(presets)
+app.command()(ls)
 app.command()(compare)
 app.command()(ensemble)
 app.command()(sample)
