@@ -151,6 +151,7 @@ MIRRORS = {
     "mainrun/ui/doctor.py": "test_cli",
     "mainrun/ui/grouping.py": "test_reports_load test_paired",
     "mainrun/ui/growth_cli.py": "test_growth_plan",
+    "mainrun/ui/ls_cli.py": "test_ls",
     "mainrun/ui/paired.py": "test_paired",
     "mainrun/ui/presets_cli.py": "test_cli",
     "mainrun/ui/sample.py": "test_cli test_doors",
