@@ -106,6 +106,7 @@ MIRRORS = {
     "mainrun/plan/ops.py": "test_growth_schedule test_growth_schedule_rows",
     "mainrun/plan/optimizers.py": "test_growth_simulate test_growth_moments test_config_rows",
     "mainrun/plan/plan.py": "test_config test_config_rows test_train_rows",
+    "mainrun/plan/preset_schema.py": "test_schemas",
     "mainrun/plan/recipes.py": "test_config test_config_rows test_presets",
     "mainrun/plan/routing.py": "test_routing test_routed_steps test_config_rows",
     "mainrun/plan/seeds.py": "test_model test_train_rows",

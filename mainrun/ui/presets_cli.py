@@ -26,10 +26,16 @@ def presets(
     fields: Annotated[
         bool, typer.Option("--fields", help="List all fields with their default, bounds, class and meaning.")
     ] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a preset file.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """List the presets, or the fields of one preset."""
+    if schema:
+        from mainrun.plan.preset_schema import json_schema
+
+        emit(json_schema())
+        return
     if name and fields:
         raise UsageError(
             f"got NAME {name!r} and --fields; give one of them: "
