@@ -147,6 +147,7 @@ MIRRORS = {
     "mainrun/store/token_scores.py": "test_ensemble",
     "mainrun/train.py": "test_train test_model test_routing test_routed_steps",
     "mainrun/ui/compare.py": "test_cli test_damaged",
+    "mainrun/ui/completion.py": "test_completion",
     "mainrun/ui/console.py": "test_cli test_doors",
     "mainrun/ui/demo.py": "test_cli",
     "mainrun/ui/doctor.py": "test_cli",

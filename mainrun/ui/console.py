@@ -25,6 +25,7 @@ from typer.core import TyperGroup
 
 from mainrun.errors import Diverged, Interrupted, MainrunError, UsageError, nearest, plain_warnings
 from mainrun.files import inputs
+from mainrun.ui import completion
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -236,11 +237,36 @@ def validate_paths(param: typer.CallbackParam, value: Any) -> Any:
 Preset = Annotated[
     str,
     typer.Option(
-        "--preset", metavar="NAME|FILE", help="A preset, a step of a preset (NAME:STEP), or a TOML file."
+        "--preset",
+        metavar="NAME|FILE",
+        autocompletion=completion.presets,
+        help="A preset, a step of a preset (NAME:STEP), or a TOML file.",
     ),
 ]
 Sets = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a config field. Can be repeated.")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        autocompletion=completion.settings,
+        help="Set a config field. Can be repeated.",
+    ),
+]
+RunName = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN",
+        autocompletion=completion.runs,
+        help="A run id, a unique prefix of a run id, or a run directory.",
+    ),
+]
+RunNames = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="RUN...",
+        autocompletion=completion.runs,
+        help="Run ids, unique prefixes of run ids, or run directories.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
 Out = Annotated[

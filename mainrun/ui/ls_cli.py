@@ -15,6 +15,7 @@ import typer
 
 from mainrun.errors import RunError, UsageError, nearest
 from mainrun.files import inputs
+from mainrun.ui import completion
 from mainrun.ui.console import Debug, Json, emit, field_value, show_table, validate_paths
 
 if TYPE_CHECKING:
@@ -35,11 +36,19 @@ SIGNS: dict[str, Callable[[Any, Any], bool]] = {
     ">": lambda got, wanted: got > wanted,
 }
 
+
+def columns(incomplete: str) -> list[completion.Candidate]:
+    """Complete a column of the table or a config field."""
+    names = [*((name, "a column of the table") for name in RESULTS), *completion.fields()]
+    return completion.starting(incomplete, names)
+
+
 Where = Annotated[
     list[str] | None,
     typer.Option(
         "--where",
         metavar="CONDITION",
+        autocompletion=columns,
         help="List only the runs that meet a condition on a config field or a column, such as 'lr<0.01', "
         "state=done or preset!=demo. Repeat the option for several conditions.",
     ),
@@ -47,7 +56,10 @@ Where = Annotated[
 Sort = Annotated[
     str,
     typer.Option(
-        "--sort", metavar="NAME|-NAME", help="Sort by a config field or a column. With -, sort downwards."
+        "--sort",
+        metavar="NAME|-NAME",
+        autocompletion=columns,
+        help="Sort by a config field or a column. With -, sort downwards.",
     ),
 ]
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mainrun.errors import UsageError
+from mainrun.ui import completion
 from mainrun.ui.console import Debug, Json, emit, field_value, forward_cost_text, show_table
 
 if TYPE_CHECKING:
@@ -21,7 +22,10 @@ Listing = tuple[list[dict[str, Any]], list[str], list[list[str]]]
 
 def presets(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Show the fields of this preset.")
+        str | None,
+        typer.Argument(
+            metavar="[NAME]", autocompletion=completion.presets, help="Show the fields of this preset."
+        ),
     ] = None,
     fields: Annotated[
         bool, typer.Option("--fields", help="List all fields with their default, bounds, class and meaning.")
