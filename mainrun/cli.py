@@ -30,6 +30,7 @@ from mainrun import __version__
 from mainrun.bench import cli as bench
 from mainrun.interop import cli as hub
 from mainrun.interop import eval_cli
+from mainrun.ui import completion
 from mainrun.ui import growth_cli as grow
 from mainrun.ui import store_cli as store
 from mainrun.ui.console import (
@@ -37,6 +38,8 @@ from mainrun.ui.console import (
     Group,
     Json,
     Out,
+    RunName,
+    RunNames,
     Sets,
     check_regular_file,
     console,
@@ -45,6 +48,7 @@ from mainrun.ui.console import (
     stoppable,
     validate_paths,
 )
+from mainrun.ui.ls_cli import ls
 from mainrun.ui.presets_cli import presets
 from mainrun.ui.train_cli import train
 from reports import cli as reports
@@ -59,7 +63,8 @@ CONTROL_IN_DOCUMENT = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # line breaks and tabs a
 
 app = typer.Typer(
     cls=Group,
-    add_completion=False,
+    # Typer's own options would install its scripts. Its part that answers a script is needed only then.
+    add_completion=completion.VARIABLE in os.environ,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # show the help without Rich, which is slow to import
     help="Train small language models under a fixed budget, with results that are reproducible to the bit.",
@@ -98,6 +103,18 @@ def _print_version(requested: bool) -> None:
         raise typer.Exit
 
 
+def _install_completion(requested: bool) -> None:
+    if requested:
+        print(completion.install())
+        raise typer.Exit
+
+
+def _show_completion(shell: str) -> None:
+    if shell:
+        print(completion.show(shell), end="")
+        raise typer.Exit
+
+
 @app.callback(invoke_without_command=True)
 def _root(
     ctx: typer.Context,
@@ -105,6 +122,25 @@ def _root(
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
     ] = False,
+    install_completion: Annotated[
+        bool,
+        typer.Option(
+            "--install-completion",
+            callback=_install_completion,
+            is_eager=True,
+            help="Let this shell complete presets, fields, runs and studies.",
+        ),
+    ] = False,
+    show_completion: Annotated[
+        str,
+        typer.Option(
+            "--show-completion",
+            metavar="bash|zsh|fish",
+            callback=_show_completion,
+            is_eager=True,
+            help="Print the script that --install-completion installs.",
+        ),
+    ] = "",
 ) -> None:
     if ctx.invoked_subcommand is None:
         print(ctx.get_help())
@@ -146,10 +182,7 @@ Pairs = Annotated[
 
 
 def compare(
-    runs: Annotated[
-        list[str],
-        typer.Argument(metavar="RUN...", help="Run ids, unique prefixes of run ids, or run directories."),
-    ],
+    runs: RunNames,
     out: Out = Path("runs"),
     svg: Annotated[
         Path | None,
@@ -198,10 +231,7 @@ def compare(
 
 
 def ensemble(
-    runs: Annotated[
-        list[str],
-        typer.Argument(metavar="RUN...", help="Run ids, unique prefixes of run ids, or run directories."),
-    ],
+    runs: RunNames,
     split: Annotated[str, typer.Option("--split", metavar="val|dev", help="The scored titles.")] = "val",
     out: Out = Path("runs"),
     as_json: Json = False,
@@ -222,10 +252,7 @@ def ensemble(
 
 
 def sample(
-    run: Annotated[
-        str,
-        typer.Argument(metavar="RUN", help="A run id, a unique prefix of a run id, or a run directory."),
-    ],
+    run: RunName,
     prompt: Annotated[
         str, typer.Option("--prompt", metavar="TEXT", help="The text at the beginning of each title.")
     ],
@@ -297,10 +324,19 @@ def download(
     print(fetch(name))
 
 
+TRAIN_EXAMPLES = """Examples:
+
+\b
+  mainrun train --preset demo                               the demo recipes, in a minute
+  mainrun train --set corpus=file:titles.txt --set seed=1   the optimized recipe on your own titles
+  mainrun train --preset mine.toml --dry-run                the steps, the memory and the time; trains nothing
+"""
+
 # `mainrun --help` lists the commands in this order.
-app.command()(train)
+app.command(epilog=TRAIN_EXAMPLES)(train)
 app.command()(demo)
 app.command()(presets)
+app.command()(ls)
 app.command()(compare)
 app.command()(ensemble)
 app.command()(sample)

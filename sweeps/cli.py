@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mainrun.errors import ConfigError, DiskFull, Interrupted, RunError, UsageError
+from mainrun.ui import completion
 from mainrun.ui.console import Debug, Group, Json, emit, show_table, stoppable, validate_paths
 
 if TYPE_CHECKING:
@@ -52,7 +53,27 @@ DEFAULT_OUT = Path("runs/studies")
 Out = Annotated[
     Path, typer.Option("--out", metavar="DIR", callback=validate_paths, help="The folder of the studies.")
 ]
-Name = Annotated[str, typer.Argument(metavar="STUDY", help="The name of an existing study.")]
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="STUDY", autocompletion=completion.started_studies, help="The name of an existing study."
+    ),
+]
+Place = Annotated[
+    str,
+    typer.Argument(
+        metavar="STUDY|FILE", autocompletion=completion.studies, help="A built-in study, or a TOML file."
+    ),
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        autocompletion=completion.settings,
+        help="Set a config field in all trials. Can be repeated.",
+    ),
+]
 
 
 # -- run
@@ -60,7 +81,7 @@ Name = Annotated[str, typer.Argument(metavar="STUDY", help="The name of an exist
 
 @app.command("run")
 def run(
-    place: Annotated[str, typer.Argument(metavar="STUDY|FILE", help="A built-in study, or a TOML file.")],
+    place: Place,
     out: Out = DEFAULT_OUT,
     workers: Annotated[
         int | None,
@@ -86,10 +107,7 @@ def run(
             help="The URL of Optuna's database. By default, a SQLite file in the study's folder is used.",
         ),
     ] = None,
-    sets: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Set a config field in all trials. Can be repeated."),
-    ] = None,
+    sets: Sets = None,
     name: Annotated[
         str | None, typer.Option("--as", metavar="NAME", help="Run the study separately under this name.")
     ] = None,

@@ -68,6 +68,11 @@ def searchable_names() -> list[str]:
     return [*TrainConfig.model_fields, *DERIVED]
 
 
+def may_be_searched(name: str) -> bool:
+    """Return whether a study may search a parameter, which is a config field or derived from one."""
+    return name in DERIVED or (name not in NOT_SEARCHABLE and TrainConfig.class_of(name) != "inert")
+
+
 # -- faults of a space
 
 

@@ -474,9 +474,28 @@ def _storage_faults(url: str) -> Iterator[str]:
 
 
 def json_schema() -> dict[str, Any]:
-    """Return the JSON schema of study files."""
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "mainrun study",
-        **Study.model_json_schema(),
+    """Return the JSON schema of study files, which editors use to complete and check TOML files.
+
+    The file sweeps/schemas/study.json contains this schema. Renew it with `mainrun sweep run demo --schema`.
+    """
+    from mainrun.plan.preset_schema import DIALECT, config_fields
+
+    schema = Study.model_json_schema()
+    fields = config_fields(none={"const": "none"})
+    schema["properties"]["set"] |= {"properties": fields, "additionalProperties": False}
+    parameter = schema["properties"]["space"].pop("additionalProperties")
+    searchable = {}
+    for name in space.searchable_names():
+        about = fields.get(name, {}).get(
+            "description", "time constant of weight decay, as a share of the run"
+        )
+        if space.may_be_searched(name) and name != "growth":
+            searchable[name] = parameter | {"description": about}
+    schema["properties"]["space"] |= {
+        "properties": searchable,
+        "patternProperties": {r"^growth(\.|$)": parameter},
+        "additionalProperties": False,
+        "minProperties": 1,
     }
+    schema["required"].remove("name")  # the default is the name of the file
+    return {"$schema": DIALECT, **schema, "title": "mainrun study"}

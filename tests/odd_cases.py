@@ -328,6 +328,8 @@ def choice(*some: str) -> Draw:
 TEXT: dict[str, Draw] = {
     "--preset": preset,
     "--set": setting,
+    "--where": choice("lr<0.1", "state=done", "full>=1e999", "lr~1", "=", "x=1", "growth!=none"),
+    "--sort": choice("full", "-lr", "-", "", "--", "config"),
     "--store": store,
     "--store-size": size,
     "--paired": choice("small,custom", "small,small", "small,custom,0.1", "small,custom,nan", ",", "a,b,-1"),
@@ -368,6 +370,7 @@ BASE: dict[str, list[str]] = {
     "train": ["--preset", "small.toml"],
     "demo": ["--set", "no_such_field=1"],
     "presets": [],
+    "ls": [],
     "compare": [],
     "ensemble": [],
     "sample": ["--max-tokens", "2"],
@@ -416,7 +419,7 @@ WEIGHT = {
 }
 VALID = {
     "name": "done", "runs": "RUN", "run": "RUN", "places": "runs", "key": "0", "place": "study.toml",
-    "source": "folder", "file": "growth.json", "folder": "new", "path": "bundle.zip",
+    "source": "folder", "file": "growth.json", "folder": "new", "directory": "runs", "path": "bundle.zip",
     "repo": "owner/name",
 }  # fmt: skip
 # These options set the amount of work, such as the number of samples.

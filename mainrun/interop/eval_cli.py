@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mainrun.errors import UsageError
-from mainrun.ui.console import Debug, Json, Out, emit, show_table, stoppable, validate_paths
+from mainrun.ui.console import Debug, Json, Out, RunName, emit, show_table, stoppable, validate_paths
 
 if TYPE_CHECKING:
     from mainrun.interop.choice_files import Question
@@ -24,10 +24,7 @@ ROUTES = ("own", "student")
 
 
 def eval_run(
-    run: Annotated[
-        str,
-        typer.Argument(metavar="RUN", help="A run id, a unique prefix of a run id, or a run directory."),
-    ],
+    run: RunName,
     choices: Annotated[
         Path | None,
         typer.Option(

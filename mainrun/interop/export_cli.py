@@ -8,11 +8,8 @@ from typing import Annotated
 
 import typer
 
-from mainrun.ui.console import Debug, Out, stoppable, validate_paths
+from mainrun.ui.console import Debug, Out, RunName, stoppable, validate_paths
 
-RunName = Annotated[
-    str, typer.Argument(metavar="RUN", help="A run id, a unique prefix of a run id, or a run directory.")
-]
 Adapter = Annotated[
     bool, typer.Option("--adapter", help="Write only the low-rank terms, as an adapter for peft.")
 ]

@@ -18,6 +18,7 @@ from mainrun.errors import RunError, UsageError
 from mainrun.files.inputs import printable, shown
 from mainrun.run.progress import clock, percent, short
 from mainrun.store import costs
+from mainrun.ui.console import print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -262,7 +263,7 @@ def show_table(head: list[str], cells: list[list[str]], console: Console) -> Non
     """Print a table with one row per run, or with one column per run if the screen is narrow."""
     wide = _draw(head, cells)
     if _fits(wide, console):
-        console.print(wide)
+        print_table(wide, console)
     else:
         _show_transposed(list(map(one_line, head)), cells, console)
 
@@ -280,7 +281,7 @@ def _show_transposed(names: list[str], cells: list[list[str]], console: Console)
         while count > 1 and not _fits(drawn, console):
             count -= 1
             drawn = _draw_transposed(names, cells[:count])
-        console.print(drawn)
+        print_table(drawn, console)
         cells = cells[count:]
 
 

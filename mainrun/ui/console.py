@@ -25,9 +25,11 @@ from typer.core import TyperGroup
 
 from mainrun.errors import Diverged, Interrupted, MainrunError, UsageError, nearest, plain_warnings
 from mainrun.files import inputs
+from mainrun.ui import completion
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 
 class Group(TyperGroup):
@@ -235,11 +237,36 @@ def validate_paths(param: typer.CallbackParam, value: Any) -> Any:
 Preset = Annotated[
     str,
     typer.Option(
-        "--preset", metavar="NAME|FILE", help="A preset, a step of a preset (NAME:STEP), or a TOML file."
+        "--preset",
+        metavar="NAME|FILE",
+        autocompletion=completion.presets,
+        help="A preset, a step of a preset (NAME:STEP), or a TOML file.",
     ),
 ]
 Sets = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a config field. Can be repeated.")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        autocompletion=completion.settings,
+        help="Set a config field. Can be repeated.",
+    ),
+]
+RunName = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN",
+        autocompletion=completion.runs,
+        help="A run id, a unique prefix of a run id, or a run directory.",
+    ),
+]
+RunNames = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="RUN...",
+        autocompletion=completion.runs,
+        help="Run ids, unique prefixes of run ids, or run directories.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
 Out = Annotated[
@@ -390,18 +417,21 @@ def emit(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=not unicode))
 
 
-def console() -> Console:
-    """Return a console for tables on stdout. If stdout is not a terminal, the console is 200 columns wide."""
+def console(width: int = 200) -> Console:
+    """Return a console for tables on stdout. If stdout is not a terminal, the console has the given width."""
     from rich.console import Console
 
     console = Console(highlight=False)
     if console.is_terminal:
         return console
-    return Console(highlight=False, width=200)
+    return Console(highlight=False, width=width)
+
+
+WIDEST = 100_000  # the width of a table that no terminal limits
 
 
 def show_table(head: list[str], lines: list[list[str]]) -> None:
-    """Print a table on stdout."""
+    """Print a table on stdout. If stdout is not a terminal, each row is one line."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -409,7 +439,18 @@ def show_table(head: list[str], lines: list[list[str]]) -> None:
     table = Table(*head, box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
     for line in lines:
         table.add_row(*(Text(cell) for cell in line))
-    console().print(table)
+    print_table(table, console(width=WIDEST))
+
+
+def print_table(table: Table, screen: Console) -> None:
+    """Print a table. If the console is not a terminal, leave out the blanks at the end of each line."""
+    if screen.is_terminal or screen.record:
+        screen.print(table)
+        return
+    with screen.capture() as captured:
+        screen.print(table)
+    for line in captured.get().splitlines():
+        screen.file.write(f"{line.rstrip()}\n")
 
 
 def forward_cost_text(cost: dict[str, Any]) -> str:

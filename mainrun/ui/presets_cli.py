@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mainrun.errors import UsageError
+from mainrun.ui import completion
 from mainrun.ui.console import Debug, Json, emit, field_value, forward_cost_text, show_table
 
 if TYPE_CHECKING:
@@ -22,15 +23,24 @@ Listing = tuple[list[dict[str, Any]], list[str], list[list[str]]]
 
 def presets(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Show the fields of this preset.")
+        str | None,
+        typer.Argument(
+            metavar="[NAME]", autocompletion=completion.presets, help="Show the fields of this preset."
+        ),
     ] = None,
     fields: Annotated[
         bool, typer.Option("--fields", help="List all fields with their default, bounds, class and meaning.")
     ] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a preset file.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """List the presets, or the fields of one preset."""
+    if schema:
+        from mainrun.plan.preset_schema import json_schema
+
+        emit(json_schema())
+        return
     if name and fields:
         raise UsageError(
             f"got NAME {name!r} and --fields; give one of them: "

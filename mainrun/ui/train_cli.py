@@ -28,6 +28,7 @@ from mainrun.ui.console import (
     forward_cost_text,
     is_leader,
     memory_words,
+    print_table,
     process_group,
     show_table,
     stoppable,
@@ -502,7 +503,7 @@ def _show_estimates(configs: list[TrainConfig], options: EstimateOptions, as_jso
         table = Table(title=f"{cost['run']} (dry run)", title_justify="left", show_header=False)
         for name, value in [*_fit_rows(cfg, cost), *_estimate_rows(cost)]:
             table.add_row(name, value)
-        screen.print(table)
+        print_table(table, screen)
 
 
 def _fit_rows(cfg: TrainConfig, cost: dict[str, Any]) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mainrun.errors import MainrunError, UsageError
+from mainrun.ui import completion
 from mainrun.ui.console import Debug, Json, check_regular_file, emit, show_table, validate_paths
 
 if TYPE_CHECKING:
@@ -23,11 +24,19 @@ def _note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+Run = Annotated[
+    str | None,
+    typer.Option(
+        "--run",
+        metavar="RUN",
+        autocompletion=completion.runs,
+        help="The run to submit. By default, the only finished run.",
+    ),
+]
+
+
 def submit(
-    run: Annotated[
-        str | None,
-        typer.Option("--run", metavar="RUN", help="The run to submit. By default, the only finished run."),
-    ] = None,
+    run: Run = None,
     runs: Annotated[
         Path,
         typer.Option(
