@@ -24,14 +24,18 @@ __all__ = [
     "MainrunError",
     "Run",
     "RunError",
+    "Study",
     "TrainConfig",
     "UsageError",
     "__version__",
     "compare",
     "from_dict",
     "load",
+    "report",
     "run",
     "runs",
+    "study",
+    "sweep",
     "train",
 ]
 
@@ -49,6 +53,10 @@ _MODULES = {
     "Run": "mainrun.api.runs",
     "compare": "mainrun.api.runs",
     "runs": "mainrun.api.runs",
+    "Study": "mainrun.api.studies",
+    "study": "mainrun.api.studies",
+    "sweep": "mainrun.api.studies",
+    "report": "mainrun.api.documents",
 }
 # Two public functions have the names of a module and a package. Each module calls the function that has its
 # name, so that `mainrun.train("demo:optimized")` and `from mainrun.train import Model` both work.

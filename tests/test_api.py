@@ -76,7 +76,7 @@ def test_the_names_and_their_types_agree() -> None:
         _ = mainrun.trian
 
 
-@pytest.mark.parametrize("name", ["train"])
+@pytest.mark.parametrize("name", ["train", "sweep"])
 def test_no_option_of_a_function_is_also_a_config_field(name: str) -> None:
     parameters = inspect.signature(getattr(mainrun, name)).parameters
     assert not {*parameters} - {"preset"} & TrainConfig.model_fields.keys()

@@ -50,7 +50,9 @@ ENTRY_POINTS = ("cli", "__main__")  # may import everything
 # Modules that must start fast, so they may import the heavy libraries only inside functions.
 LIGHT = (
     "mainrun",
+    "mainrun.api.documents",
     "mainrun.api.runs",
+    "mainrun.api.studies",
     "mainrun.api.training",
     "mainrun.cli",
     "mainrun.config",
@@ -81,14 +83,18 @@ FACES = {
         "MainrunError",
         "Run",
         "RunError",
+        "Study",
         "TrainConfig",
         "UsageError",
         "__version__",
         "compare",
         "from_dict",
         "load",
+        "report",
         "run",
         "runs",
+        "study",
+        "sweep",
         "train",
     ],
 }
