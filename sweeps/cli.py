@@ -117,10 +117,13 @@ def run(
     study = read_study(place, dict(parse_set(text) for text in sets or []), **changes)
     if plan_only:
         _show_plan(study, as_json)
-        return
+    else:
+        _run_and_show(study, out / study.name, as_json)
+
+
+def _run_and_show(study: Study, folder: Path, as_json: bool) -> None:
     from sweeps.folder import read_export
 
-    folder = out / study.name
     run_study(study, folder, _command_line(), quiet=as_json)
     _show_export(read_export(folder), as_json)
 
