@@ -136,24 +136,29 @@ def run(
     if plan_only:
         _show_plan(study, as_json)
     else:
-        _run_study(study, out / study.name, as_json)
+        _run_and_show(study, out / study.name, as_json)
 
 
-def _run_study(study: Study, folder: Path, as_json: bool) -> None:
+def _run_and_show(study: Study, folder: Path, as_json: bool) -> None:
     from sweeps.folder import read_export
 
+    run_study(study, folder, _command_line(), quiet=as_json)
+    _show_export(read_export(folder), as_json)
+
+
+def run_study(study: Study, folder: Path, command: str, quiet: bool) -> None:
+    """Run a study, or resume it. `command` resumes the study, and is written to study.json."""
     try:
-        _search(study, folder, as_json)
+        _search(study, folder, command, quiet)
     except DiskFull:
         raise
     except Interrupted as e:
         raise Interrupted(
-            f"the study was stopped, but nothing is lost; run `{_command_line()}` to resume the study"
+            f"the study was stopped, but nothing is lost; run `{command}` to resume the study"
         ) from e
-    _show_export(read_export(folder), as_json)
 
 
-def _search(study: Study, folder: Path, as_json: bool) -> None:
+def _search(study: Study, folder: Path, command: str, quiet: bool) -> None:
     from mainrun.core.hardware import cores
     from sweeps.confirm import confirm
     from sweeps.display import Display
@@ -166,10 +171,10 @@ def _search(study: Study, folder: Path, as_json: bool) -> None:
         engine = _create_engine(study)
         stack.callback(engine.close)
         stack.enter_context(locked_folder(folder, study))
-        display = stack.enter_context(Display(quiet=as_json))
+        display = stack.enter_context(Display(quiet=quiet))
         search = make_search(study, folder, engine, display.note, display.refresh)
         display.watch(search)
-        write_study_json(folder, study, _command_line())
+        write_study_json(folder, study, command)
         if study.threads > cores():
             display.note(
                 f"each trial uses {study.threads} threads, but this machine has only {cores()} cores, "

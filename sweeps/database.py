@@ -10,17 +10,14 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mainrun.errors import DiskFull, MainrunError, RunError, UsageError
+from sweeps.optuna_trial import frozen_trial
 from sweeps.study import Study, without_password
-from sweeps.trial import Trial, TrialState
-
-if TYPE_CHECKING:
-    from sweeps.ledger import Ledger
+from sweeps.trial import Trial
 
 LOCK_TIMEOUT = 60.0  # how long to wait for a locked SQLite file, in seconds
 OPTUNA_TABLES = {"studies", "version_info", "alembic_version"}  # tables that identify an Optuna database
@@ -199,45 +196,24 @@ class StudyDatabase:
             f"give another --storage, or fix this and {fix}"
         )
 
-    def write(self, trials: Sequence[Trial], cost_of: Callable[[Trial], Ledger]) -> None:
-        """Write the trials that come before the first unfinished trial and are not in the database yet."""
+    def write(self, trials: Sequence[Trial], row_of: Callable[[Trial], dict[str, Any]]) -> None:
+        """Write the trials that come before the first unfinished trial and are not in the database yet.
+
+        row_of: the function `Search.row`.
+        """
         while self.written < len(trials):
             trial = trials[self.written]
             if not trial.is_finished:
                 return
-            self._retry(partial(self._add, trial, cost_of))
+            self._retry(partial(self._add, trial, row_of))
 
-    def _add(self, trial: Trial, cost_of: Callable[[Trial], Ledger]) -> None:
-        from optuna import trial as optuna_trial
-
-        from sweeps.sampling import distribution
-
+    def _add(self, trial: Trial, row_of: Callable[[Trial], dict[str, Any]]) -> None:
         if self.write_failed:
             self.written = self._count()
             self.write_failed = False
             if self.written > trial.number:
                 return
-        states = {
-            TrialState.DONE: optuna_trial.TrialState.COMPLETE,
-            TrialState.SHORT: optuna_trial.TrialState.PRUNED,
-            TrialState.PRUNED: optuna_trial.TrialState.PRUNED,
-            TrialState.DIVERGED: optuna_trial.TrialState.FAIL,
-            TrialState.FAILED: optuna_trial.TrialState.FAIL,
-        }
-        is_done = trial.state is TrialState.DONE
-        frozen_trial = optuna_trial.create_trial(
-            state=states[trial.state],
-            value=trial.scores[trial.rung] if is_done else None,
-            params=trial.values,
-            distributions={name: distribution(self.study.space[name]) for name in trial.values},
-            intermediate_values=dict(trial.scores),
-            user_attrs={
-                "number": trial.number,
-                "why": trial.reason,
-                "run": trial.run_id,
-                "ledger": asdict(cost_of(trial)),
-            },
-        )
         # Bypass Optuna's study object, because a study object keeps a copy of each trial in memory.
-        self.storage.create_new_trial(self._study_id, template_trial=frozen_trial)
+        template = frozen_trial(row_of(trial), self.study.space)
+        self.storage.create_new_trial(self._study_id, template_trial=template)
         self.written += 1

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from sweeps.sampling import TrialSampler, grid_size
 from sweeps.short_run import short_run
 from sweeps.space import trial_config, with_values
 from sweeps.study import Study, set_arguments
+from sweeps.times import RunTimes, Span, file_span
 from sweeps.trial import Trial, TrialRuns, TrialState
 
 UNLIMITED = 1_000_000  # the maximum number of trials if the budget sets no maximum
@@ -74,7 +75,9 @@ class Search:
         self.sampler = TrialSampler(study.sampler, study.space, self.base)
         self.generation_size = study.sampler.generation
         self.start_time = time.monotonic()
+        self.started_at = time.time()
         self.train_tokens = self._count_train_tokens()
+        self.times = RunTimes(folder)
         self._costs: dict[int, Ledger] = {}  # the cost of each finished trial, by trial number
         self._runs: dict[int, TrialRuns] = {}  # the runs of each trial that is not in the database yet
         self._reported = 0  # the number of generations whose scores were reported to the sampler
@@ -226,7 +229,7 @@ class Search:
                             trial.start()
                             future = pool.submit(self._train_targets, self._targets(trial, rung))
                             running[future] = (trial, rung)
-                    database.write(self.trials, self.cost_of)
+                    database.write(self.trials, self.row)
                     self._forget_runs(database.written)
                     self.tick()
                     if not running:
@@ -304,7 +307,10 @@ class Search:
         task = Task(
             self.study.preset, settings, self.runs_dir, self.store_dir, until, self.study.threads, keep
         )
-        return self.engine.train(task)
+        self.times.started(cfg.run_id)
+        outcome = self.engine.train(task)
+        self.times.ended(cfg.run_id)
+        return outcome
 
     @property
     def runs_dir(self) -> Path:
@@ -372,6 +378,22 @@ class Search:
 
     # -- results
 
+    def row(self, trial: Trial) -> dict[str, Any]:
+        """Return the facts of a finished trial that the database and the export record."""
+        span = self.span_of(trial)
+        return {
+            "trial": trial.number,
+            "state": trial.state.value,
+            "value": trial.scores.get(trial.rung),
+            "params": trial.values,
+            "scores": {str(rung): score for rung, score in trial.scores.items()},
+            "run": trial.run_id,
+            "reason": trial.reason,
+            "started": span.start,
+            "ended": span.end,
+            **asdict(self.cost_of(trial)),
+        }
+
     def cost_of(self, trial: Trial) -> Ledger:
         """Return the cost of a trial, including its branches.
 
@@ -403,6 +425,18 @@ class Search:
         if trial.state in (TrialState.PRUNED, TrialState.DIVERGED, TrialState.FAILED):
             return replace(cost, wasted=cost.trained)
         return cost
+
+    def span_of(self, trial: Trial) -> Span:
+        """Return when a trial was trained. A trial that needed no training has the times of its run."""
+        if not trial.run_id:  # its values are not a valid config
+            return Span(self.started_at, self.started_at)
+        runs = self.runs_of(trial)
+        own = [branch.run_id for branch in runs.branches.values() if branch.run_id in self.owners]
+        own = [run_id for run_id in own if self.owners[run_id] == trial.number]
+        span = self.times.span([trial.run_id, *own])
+        if span is None:
+            span = file_span(self.run_dir(runs.cfg).path / "summary.json")
+        return span or Span(self.started_at, self.started_at)
 
     def progress_text(self) -> str:
         """Return what a sampler adds to the line that shows the progress."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mainrun.plan.cost import forward_cost
 from mainrun.store.rundir import check_regular_file, disk_errors, write_text
 from sweeps.driver import Search
 from sweeps.ledger import Ledger, total
+from sweeps.optuna_trial import STATES, local_time, optuna_value
 from sweeps.study import set_arguments
 from sweeps.trial import Trial, TrialState
 
@@ -54,28 +56,17 @@ def _trial_row(search: Search, trial: Trial) -> dict[str, Any]:
         flops = forward_cost(cfg.segment_configs[-1]).scored
         settings = set_arguments(search.study, cfg)
     return {
-        "trial": trial.number,
-        "state": trial.state.value,
-        "value": trial.scores.get(trial.rung),
+        **search.row(trial),
         "seed": seed,
-        "params": trial.values,
         "forward_flops": flops,
         "horizon": trial.horizon,
         **search.facts(trial),
         "rung": trial.rung,
-        "scores": _by_text(trial.scores),
-        "raw_scores": _by_text(trial.scores | trial.raw_scores),
+        "raw_scores": {str(rung): score for rung, score in (trial.scores | trial.raw_scores).items()},
         "stops": trial.stops,
-        "run": trial.run_id,
-        "reason": trial.reason,
         "sets": settings,
         "steps": trial.stops[trial.rung] if trial.scores else 0,
-        **asdict(search.cost_of(trial)),
     }
-
-
-def _by_text(scores: dict[int, float]) -> dict[str, float]:
-    return {str(rung): score for rung, score in scores.items()}
 
 
 def rung_correlations(trials: list[Trial], raw: bool = False) -> dict[str, float | None]:
@@ -99,16 +90,17 @@ def rung_correlations(trials: list[Trial], raw: bool = False) -> dict[str, float
     return correlations
 
 
+# The columns of trials.parquet that `optuna.Study.trials_dataframe` also has come first, and then our own.
 COLUMNS = (
-    "trial", "state", "value", "seed", "rung", "steps", "asked", "trained", "reused", "wasted", "branch",
-    "tokens", "flops", "seconds", "reason", "run",
+    "seed", "rung", "steps", "asked", "trained", "reused", "wasted", "branch", "tokens", "flops", "seconds",
+    "reason", "run",
 )  # fmt: skip
 
 
 def write_tables(export: dict[str, Any], folder: Path) -> None:
     """Write the files trials.parquet and study.json of an export.
 
-    trials.parquet has one row per trial. study.json contains all other data of the export.
+    trials.parquet has one row per trial, and Optuna's names of columns. study.json contains all other data.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -130,22 +122,42 @@ def write_tables(export: dict[str, Any], folder: Path) -> None:
     write_text(folder / "study.json", json.dumps(facts, indent=1))
 
 
-def _columns(trials: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    columns: dict[str, list[Any]] = {name: [trial[name] for trial in trials] for name in COLUMNS}
-    # studies that older versions of mainrun exported have none of the columns below
-    columns["forward_flops"] = [trial.get("forward_flops") for trial in trials]
-    columns["horizon"] = [trial.get("horizon") for trial in trials]
-    columns["planned"] = [
-        trial.get("planned") for trial in trials
-    ]  # only the sampler frugal plans its tokens
-    for name in ("scores", "raw_scores"):  # each cell is a JSON object with one entry per rung
-        columns[name] = [json.dumps(trial[name]) for trial in trials]
+def _columns(trials: list[dict[str, Any]]) -> dict[str, Any]:
+    import pyarrow as pa
+
+    starts = [_time(trial.get("started")) for trial in trials]
+    ends = [_time(trial.get("ended")) for trial in trials]
+    durations = [_difference(start, end) for start, end in zip(starts, ends, strict=True)]
+    columns: dict[str, Any] = {
+        "number": [trial["trial"] for trial in trials],
+        "value": pa.array([optuna_value(trial) for trial in trials], pa.float64()),
+        "datetime_start": pa.array(starts, pa.timestamp("us")),
+        "datetime_complete": pa.array(ends, pa.timestamp("us")),
+        "duration": pa.array(durations, pa.duration("us")),
+    }
     parameters: set[str] = set()
     for trial in trials:
         parameters.update(trial["params"])
     for name in sorted(parameters):
-        columns[f"params.{name}"] = _parameter_column([trial["params"].get(name) for trial in trials])
+        columns[f"params_{name}"] = _parameter_column([trial["params"].get(name) for trial in trials])
+    columns["state"] = [STATES[TrialState(trial["state"])] for trial in trials]
+    columns["outcome"] = [trial["state"] for trial in trials]
+    columns["score"] = pa.array([trial["value"] for trial in trials], pa.float64())
+    columns |= {name: [trial[name] for trial in trials] for name in COLUMNS}
+    # studies that older versions of mainrun exported have none of these columns, and only frugal plans tokens
+    for name in ("forward_flops", "horizon", "planned"):
+        columns[name] = [trial.get(name) for trial in trials]
+    for name in ("scores", "raw_scores"):  # each cell is a JSON object with one entry per rung
+        columns[name] = [json.dumps(trial[name]) for trial in trials]
     return columns
+
+
+def _time(seconds: float | None) -> datetime | None:
+    return None if seconds is None else local_time(seconds)
+
+
+def _difference(start: datetime | None, end: datetime | None) -> timedelta | None:
+    return None if start is None or end is None else end - start
 
 
 def _parameter_column(values: list[Any]) -> list[Any]:

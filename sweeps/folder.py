@@ -3,6 +3,7 @@
 study.json   the study, its digest, and the command that resumes it
 tokens.json  the number of training tokens in an epoch, and fingerprints of the data (corpus_size.py)
 runs/        the run directories, and the store that all runs share
+times.jsonl  when each run started and ended (times.py)
 study.db     the Optuna database of the study, unless a different storage is configured (database.py)
 export.json  the results of the study, if the study is finished (export.py)
 """
@@ -196,6 +197,8 @@ TRIAL = {
     "horizon?": records.not_negative,
     "late?": records.not_negative,
     "planned?": records.count,
+    "started?": records.not_negative,
+    "ended?": records.not_negative,
     "why?": {"phase": records.text, "options": [OPTION]},
 }
 CONFIRMED_TRIAL = {

@@ -57,6 +57,7 @@ LEFT_OUT = (
 # The tests of a source file are tests/test_STEM.py and tests/test_PACKAGE_STEM.py, their variants that end in
 # _rows, and the tests in this table.
 MIRRORS = {
+    "mainrun/api": "test_api test_api_studies",
     "mainrun/bench": "test_bench",
     "mainrun/checks/guards.py": "test_guards test_guards_rows",
     "mainrun/checks/repeat.py": "test_growth_repeat test_growth_controller",

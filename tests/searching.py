@@ -15,7 +15,6 @@ from mainrun.plan.recipes import load
 from mainrun.store.rundir import RunDir
 from sweeps.driver import Search
 from sweeps.engine.protocol import Outcome, Task
-from sweeps.ledger import Ledger
 from sweeps.study import Study, validate_study
 from sweeps.trial import Trial
 
@@ -182,8 +181,8 @@ class FakeDatabase:
         self.written = written
         self.rows: list[tuple[Any, ...]] = []
 
-    def write(self, trials: list[Trial], cost_of: Callable[[Trial], Ledger]) -> None:
+    def write(self, trials: list[Trial], row_of: Callable[[Trial], dict[str, Any]]) -> None:
         while self.written < len(trials) and trials[self.written].is_finished:
             trial = trials[self.written]
-            self.rows.append((trial.number, trial.state, dict(trial.scores), cost_of(trial)))
+            self.rows.append((trial.number, trial.state, dict(trial.scores), row_of(trial)))
             self.written += 1

@@ -77,7 +77,19 @@ SUMMARY_FREE = frozenset(
     }
 )
 STUDY_FREE = frozenset(
-    {"seconds", "asked", "trained", "reused", "wasted", "branch", "tokens", "flops", "ledger"}
+    {
+        "seconds",
+        "asked",
+        "trained",
+        "reused",
+        "wasted",
+        "branch",
+        "tokens",
+        "flops",
+        "ledger",
+        "started",
+        "ended",
+    }
 )
 
 

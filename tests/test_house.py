@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "replay": "plan core data train store growth checks",
     "interop": "files config plan core data train store growth run checks ui",
     "ui": "files config plan core data train store growth run checks stats interop.start",
+    "api": "files config plan core store run stats ui sweeps reports",
     "bench": "files config plan core data train store run ui sweeps reports",
     "sweeps": "files config plan core data store stats run ui",
     "reports": "files config plan store stats ui",
@@ -49,6 +50,10 @@ ENTRY_POINTS = ("cli", "__main__")  # may import everything
 # Modules that must start fast, so they may import the heavy libraries only inside functions.
 LIGHT = (
     "mainrun",
+    "mainrun.api.documents",
+    "mainrun.api.runs",
+    "mainrun.api.studies",
+    "mainrun.api.training",
     "mainrun.cli",
     "mainrun.config",
     "mainrun.data.sources",
@@ -71,14 +76,26 @@ HEAVY = ("torch", "optuna", "ray", "matplotlib", "pandas", "scipy")
 # The public names of each package. If you add a name to an `__all__`, add it here too.
 FACES = {
     "mainrun": [
+        "ConfigError",
+        "CorpusError",
         "Diverged",
         "Interrupted",
         "MainrunError",
+        "Run",
+        "RunError",
+        "Study",
         "TrainConfig",
         "UsageError",
         "__version__",
+        "compare",
         "from_dict",
         "load",
+        "report",
+        "run",
+        "runs",
+        "study",
+        "sweep",
+        "train",
     ],
 }
 

@@ -569,7 +569,7 @@ def test_the_database_gets_every_trial_once_and_in_order(
     study.run()
     rows = databases[0].rows
     assert [(number, state) for number, state, _, _ in rows] == [(t.number, t.state) for t in study.trials]
-    assert rows[5][2] == {0: 1.0, 1: 1.0} and rows[5][3].trained == 10
+    assert rows[5][2] == {0: 1.0, 1: 1.0} and rows[5][3]["trained"] == 10
     assert ticks[0] == 0 and ticks[-1] == 6
 
 

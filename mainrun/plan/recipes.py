@@ -30,25 +30,27 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
 
 
-def load(preset: str, sets: Iterable[str] = ()) -> list[TrainConfig]:
+def load(preset: str, sets: Iterable[str] = (), **fields: Any) -> list[TrainConfig]:
     """Return the configs of a preset. A preset with `[[steps]]` is a ladder and has one config per step.
 
     preset: a built-in name or a TOML file. The suffix `:STEP` selects one step of a ladder.
     sets: strings such as "lr=0.01", which override fields in every config.
+    fields: further fields to override, as Python values.
     """
-    overrides = dict(parse_set(text) for text in sets)
+    overrides = dict(parse_set(text) for text in sets) | fields
     if "preset" in overrides:
         raise ConfigError(
             f"--set preset={overrides['preset']} has no effect, because a preset is named after its file; "
             "choose a preset with --preset"
         )
-    configs = []
-    for step in _expand(preset):
-        fields = step.fields | overrides | {"preset": step.label}
-        if str(overrides.get("tokenizer")).startswith("hf:") and "vocab_size" not in overrides:
-            fields.pop("vocab_size", None)  # it belongs to the preset's own tokenizer
-        configs.append(from_dict(_with_full_paths(fields)))
-    return configs
+    return [from_dict(_with_overrides(step, overrides)) for step in _expand(preset)]
+
+
+def _with_overrides(step: Step, overrides: dict[str, Any]) -> dict[str, Any]:
+    fields = step.fields | overrides | {"preset": step.label}
+    if str(overrides.get("tokenizer")).startswith("hf:") and "vocab_size" not in overrides:
+        fields.pop("vocab_size", None)  # it belongs to the preset's own tokenizer
+    return _with_full_paths(fields)
 
 
 def _with_full_paths(fields: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -299,8 +300,12 @@ def stoppable() -> Iterator[None]:
     """Raise `Interrupted` at SIGTERM or at the first Ctrl-C.
 
     Use this context manager outside of the training steps, for example while torch is imported. During the
-    training steps, `mainrun.run` installs other signal handlers.
+    training steps, `mainrun.run` installs other signal handlers. Only the main thread can catch signals, so
+    nothing is changed in other threads.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     signals = 0
 
     def stop(signum: int, frame: Any) -> None:

@@ -191,7 +191,7 @@ def train(
     else:
         quiet = quiet or not is_leader()
         with process_group():
-            results = _train_all(configs, TrainOptions(out, fresh, quiet, until, store, trackers, kept))
+            results = train_all(configs, TrainOptions(out, fresh, quiet, until, store, trackers, kept))
         _report(configs, results, out, as_json, quiet)
 
 
@@ -253,7 +253,7 @@ def _refuse_store_of_shards(configs: list[TrainConfig], place: str | None) -> No
 # -- training
 
 
-def _train_all(configs: list[TrainConfig], options: TrainOptions) -> Results:
+def train_all(configs: list[TrainConfig], options: TrainOptions) -> Results:
     """Train the runs of a preset. If one of several runs diverges, the other runs are still trained."""
     from mainrun.run.stop import StopSignal
 

@@ -454,7 +454,7 @@ def _read_study(path: Path) -> Study:
     facts = records.load(path / "study.json", FACTS, advice)
     try:
         with inputs.open_file(path / "trials.parquet") as f:
-            trials = pyarrow.parquet.read_table(f).to_pylist()
+            trials = [_plain_names(row) for row in pyarrow.parquet.read_table(f).to_pylist()]
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         reason = str(getattr(error, "strerror", None) or error)
         reason = " ".join(reason.split())[:300]
@@ -468,6 +468,24 @@ def _read_study(path: Path) -> Study:
     if fault:
         raise RunError(f"{path}/trials.parquet is damaged: a trial {fault}; {advice}")
     return Study(path, facts, trials)
+
+
+def _plain_names(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of trials.parquet with the names of older files: `trial` for `number`, and so on.
+
+    The times are left out, so that the same trials always give the same report.
+    """
+    if "number" not in row:
+        return row
+    trial = {"trial": row["number"]}
+    for name, value in row.items():
+        if name.startswith("params_"):
+            trial[f"params.{name.removeprefix('params_')}"] = value
+        elif name not in ("number", "datetime_start", "datetime_complete", "duration", "outcome", "score"):
+            trial[name] = value
+    trial["state"] = row.get("outcome") or row.get("state")
+    trial["value"] = row.get("score", row.get("value"))
+    return trial
 
 
 def _trial_shape(trial: dict[str, Any]) -> records.Shape:

@@ -1,0 +1,1 @@
+"""The functions and classes behind the public names of `mainrun`, for notebooks and scripts."""
