@@ -158,6 +158,7 @@ MIRRORS = {
     "mainrun/ui/train_cli.py": "test_cli test_sharing",
     "reports": "test_report",
     "reports/evidence/figures/labels.py": "test_training_flops",
+    "reports/evidence/figures/search_bench.py": "test_search_bench_report",
     "reports/evidence/figures/training_flops.py": "test_training_flops",
     "reports/evidence/findings.py": "test_report test_reports_findings",
     "reports/evidence/load.py": "test_report test_reports_load",
@@ -173,7 +174,9 @@ MIRRORS = {
     "sweeps/search_bench": "test_search_bench_tables test_search_bench_ours",
     "sweeps/search_bench/metrics.py": "test_search_bench_metrics",
     "sweeps/search_bench/record.py": "test_search_bench_record",
+    "sweeps/search_bench/report.py": "test_search_bench_report",
     "sweeps/search_bench/rivals.py": "test_search_bench_rivals",
+    "sweeps/search_bench/searches.py": "test_search_bench_report",
     "sweeps/search_bench/adapters": "test_search_bench_rivals",
     "sweeps/verdict.py": "test_sweeps_confirm test_sweeps_sequential",
 }

@@ -349,6 +349,9 @@ TEXT: dict[str, Draw] = {
     "--track": choice("tensorboard", "wandb:", "mlflow", "trackio:a/b", ""),
     "repo": choice("owner/name", "owner", "a/b/c", "../x", "owner/na me", ""),
     "--save": word,
+    "--table": choice("C", "a", "", "A,B"),
+    "--record": choice("C", "a", "", "A,B"),
+    "--rivals": choice("all", "optuna", "random,,random", ","),
     "--studies": choice("1", "1,2", "5", "1,", "1,1,1"),
     "name": choice("baseline", "demo", "hn-2024", "done", "small.toml"),
     "runs": run,
@@ -390,14 +393,15 @@ BASE: dict[str, list[str]] = {
     "bench step": ["--set", "no_such_field=1"],
     "bench lineage": ["--set", "no_such_field=1"],
     "bench gpu": ["--set", "no_such_field=1"],
+    "bench search": ["--table", "no-such-table.parquet"],
     "grow plan": [],
     "grow verify": [],
     "hub import": [],
     "hub export": [],
     "hub push": [],
 }
-# For these commands, the arguments in BASE come last, because the last --set takes effect.
-LAST = {"demo", "bench step", "bench lineage", "bench gpu"}
+# For these commands, the arguments in BASE come last, because the last value of an option takes effect.
+LAST = {"demo", "bench step", "bench lineage", "bench gpu", "bench search"}
 WEIGHT = {
     "train": 4.0,
     "sweep run": 3.0,

@@ -30,7 +30,7 @@ SYNTHETIC = Definition(
     trunk={
         "lr": [0.001, 0.002091, 0.004373, 0.009146, 0.01913, 0.04],
         "dropout": [0.0, 0.1, 0.25],
-        "batch_size": [8, 4],
+        "batch_size": [8, 2],
     },
     decay={"decay_frac": [0.2, 0.4, 0.6, 0.8]},
 )

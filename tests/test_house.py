@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "replay": "plan core data train store growth checks",
     "interop": "files config plan core data train store growth run checks ui",
     "ui": "files config plan core data train store growth run checks stats interop.start",
-    "bench": "files config plan core data train store run ui sweeps",
+    "bench": "files config plan core data train store run ui sweeps reports",
     "sweeps": "files config plan core data store stats run ui",
     "reports": "files config plan store stats ui",
 }

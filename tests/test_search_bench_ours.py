@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import searching
+from search_tables import noisy, synthetic_table
 from searching import FakeDatabase, Trainer
-from standin_table import score, synthetic
 
 from mainrun.config import TrainConfig
 from mainrun.plan.plan import Plan
@@ -26,7 +25,7 @@ from sweeps.study import Budget
 
 @cache
 def table() -> Table:
-    return synthetic()
+    return synthetic_table()
 
 
 @cache
@@ -63,9 +62,9 @@ def test_a_study_that_is_replayed_asks_for_the_same_trials(
         values = {name: getattr(cfg, name) for name in table().choices}
         steps = cfg.max_steps or table().points(values)[-1]
         share = steps / table().points(values)[-1]
-        return score(values, min((0.25, 0.5, 1.0), key=lambda h: abs(h - share)), 1)
+        return noisy(values, min((0.25, 0.5, 1.0), key=lambda h: abs(h - share)), 1)
 
-    engine = Trainer(lambda cfg, step: of_run(cfg) or math.nan, workers=2)
+    engine = Trainer(lambda cfg, step: of_run(cfg) or 9.0, workers=2)
     engine.diverging = lambda cfg: of_run(cfg) is None
     (tmp_path / "tokens.json").write_text(json.dumps({"train_tokens": table().train_tokens}))
     driver = make_search(study, tmp_path, engine, lambda text: None, lambda: None)
@@ -166,7 +165,7 @@ def test_without_drift_nothing_stands_in() -> None:
 def test_plain_coordinates_move_one_at_a_time() -> None:
     coordinates = TableSearch(replay(), Variant(coupled=False), 0, 1).frugal.coordinates
     coupled = default_search().frugal.coordinates
-    other = {**table().base, "lr": 0.001}
+    other = {**table().base, "batch_size": 2}
     assert np.count_nonzero(coordinates.encode(other)) == 1 < np.count_nonzero(coupled.encode(other))
     assert coordinates.decode(coordinates.encode(other)) == other
 

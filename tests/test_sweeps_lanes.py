@@ -459,16 +459,25 @@ def assert_equal_from_scratch(search: FrugalSearch, trials: list[Trial], folder:
 
 
 @pytest.mark.slow
-def test_the_planned_tokens_are_trained_and_runs_equal_those_from_scratch(tmp_path: Path) -> None:
-    """Short runs, whole runs and late changes."""
-    search = really_trained(tmp_path, late_study(REAL, budget={"trials": 30}))
+@pytest.mark.parametrize(
+    "study",
+    [
+        frugal_study(REAL, budget={"trials": 16}),
+        late_study(REAL, sampler={"late": 0.5, "horizons": [1.0]}, budget={"trials": 14}),
+    ],
+    ids=["short runs", "late changes"],
+)
+def test_the_planned_tokens_are_trained_and_runs_equal_those_from_scratch(
+    study: Study, tmp_path: Path
+) -> None:
+    search = really_trained(tmp_path, study)
     costs = [search.cost_of(trial) for trial in search.trials]
     assert [cost.tokens for cost in costs] == [trial.planned for trial in search.trials]
     reusing = [trial for trial, cost in zip(search.trials, costs, strict=True) if cost.reused]
-    late = [trial for trial in reusing if trial.late]
-    short = [trial for trial in reusing if not trial.late]
-    assert len(late) >= 2 and len(short) >= 2
-    assert_equal_from_scratch(search, [*late[:2], *short[:2]], tmp_path / "scratch")
+    if study.sampler.late:
+        reusing = [trial for trial in reusing if trial.late]
+    assert len(reusing) >= 2
+    assert_equal_from_scratch(search, reusing[:3], tmp_path / "scratch")
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,7 +26,7 @@ from mainrun.ui.console import (
 if TYPE_CHECKING:
     from mainrun.config import TrainConfig
 
-app = commands("Measure training speed, the time saved by shared steps, and search methods.")
+app = commands("Measure training speed, shared steps and search methods.")
 
 Repeats = Annotated[
     int, typer.Option("--repeats", min=1, max=1000, help="Number of measurements. The median is reported.")
@@ -183,22 +183,37 @@ def bench_search(
     if record and (rivals or ablations):
         raise UsageError("got --record with --rivals or --ablations, which belong to --table; remove them")
     with stoppable():
-        from mainrun.core.hardware import cores
-        from sweeps.search_bench import report
-
         if record:
-            from sweeps.search_bench.record import record as record_table
-            from sweeps.search_bench.tables import definition_of
-
-            definition_of(record)
-            report.check_recording(record)
-            path = record_table(record, out, workers, _note)
-            print(path)
+            print(_record_table(record, out, workers))
             return
-        found = report.run(table, rivals, ablations, searches, out, workers or cores(), _note)
+        folder, results = _measure_searches(table, rivals, ablations, searches, out, workers)
     if as_json:
-        emit(found)
+        emit(results)
         return
-    for head, rows in report.tables(found):
+    from sweeps.search_bench import report
+
+    for head, rows in report.tables(results):
         show_table(head, rows)
-    print(*report.claims(found), *report.notes(found), sep="\n")
+    print(*report.claims(results), *report.notes(results), sep="\n")
+    _note(f"wrote report.json, report.md and report.svg to {folder}")
+
+
+def _record_table(name: str, out: Path, workers: int) -> Path:
+    from sweeps.search_bench import record, report, tables
+
+    tables.definition_of(name)
+    report.check_recording(name)
+    return record.record(name, out, workers, _note)
+
+
+def _measure_searches(
+    table: str, rivals: str, ablations: bool, searches: int, out: Path, workers: int
+) -> tuple[Path, dict[str, Any]]:
+    from mainrun.core.hardware import cores
+    from mainrun.store.rundir import write_bytes
+    from reports.evidence.figures.search_bench import to_svg
+    from sweeps.search_bench import report
+
+    folder, results = report.run(table, rivals, ablations, searches, out, workers or cores(), _note)
+    write_bytes(folder / "report.svg", to_svg(results))
+    return folder, results

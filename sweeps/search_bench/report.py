@@ -95,8 +95,8 @@ def run(
     out: Path,
     workers: int,
     note: Callable[[str], None],
-) -> dict[str, Any]:
-    """Run a benchmark, and write its report below the folder `out`.
+) -> tuple[Path, dict[str, Any]]:
+    """Run a benchmark, and return its report and the folder below `out` that contains it.
 
     place: the name of a table or a file. count: the number of search seeds.
     """
@@ -109,7 +109,7 @@ def run(
     folder = Traces(out, table).folder
     write_json(folder / "report.json", report)
     write_text(folder / "report.md", markdown(report))
-    return report
+    return folder, report
 
 
 def make(table: Table, traces: Mapping[str, Sequence[Trace]]) -> dict[str, Any]:
@@ -161,12 +161,12 @@ def tables(report: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]]
         regrets.append([name, *(_spread(values) for values in row["regrets"].values())])
     points = [f"{point:g} R" for point in report["methods"][0]["regrets"]]
     head = ["method", "searches", "good", "tokens [quartiles]", "mean", "area to 24 R", "CPU s"]
-    found = [(head, tokens), (["median regret", *points], regrets)]
+    all_tables = [(head, tokens), (["median regret", *points], regrets)]
     for title in ("comparisons", "ablations"):
         rows = [[row["rival"], _ratio(row), row["verdict"]] for row in report[title]]
         if rows:
-            found.append(([f"{OURS} against", "ratio [95%]", "tokens"], rows))
-    return found
+            all_tables.append(([f"{OURS} against", "ratio [95%]", "tokens"], rows))
+    return all_tables
 
 
 def claims(report: Mapping[str, Any]) -> list[str]:
