@@ -145,7 +145,7 @@ class Shell:
         command = [sys.executable, "-c", text] if block.language == "python" else ["sh", "-ec", text]
         path = f"{self.folder / '.bin'}:{os.environ['PATH']}"
         env = os.environ | {"PATH": path, "PYTHONPATH": str(self.driver.tree), "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True, timeout=800)
         assert done.returncode == 0, f"{block.place}\n{text}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
     def _with_runs(self, block: Block) -> str:
@@ -207,7 +207,7 @@ def serving(shell: Shell) -> Iterator[None]:
 def code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
     """Return a process with the code of a clean git repository, because blocks submit runs."""
     root = repository(tmp_path_factory.mktemp("code") / "mainrun")
-    with Driver(root, limit=300) as driver:
+    with Driver(root, limit=800) as driver:
         yield driver
 
 
