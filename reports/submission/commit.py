@@ -110,6 +110,11 @@ def check_tree(root: Path, ignored: Iterable[Path] = ()) -> None:
 
     The files in `ignored` may be untracked.
     """
+    if root.name in ("site-packages", "dist-packages"):
+        raise UsageError(
+            "mainrun is installed without its repository, but a submission contains the code of a commit; "
+            "get mainrun with git clone, and use `./task submit` there"
+        )
     try:
         top = Path(os.fsdecode(run_git(root, "rev-parse", "--show-toplevel").rstrip(b"\n")))
     except UsageError as e:

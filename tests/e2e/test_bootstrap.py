@@ -15,8 +15,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,7 @@ TOOLS = [
     "cksum",
     "date",
     "dirname",
+    "du",
     "env",
     "git",
     "ln",
@@ -40,6 +43,7 @@ TOOLS = [
     "sh",
     "sleep",
     "tail",
+    "uname",
 ]
 
 # `-V` and `-c` work as in the real Python. `-m venv` creates a folder with a copy of this script. `-m pip`
@@ -56,7 +60,9 @@ case "$1 $2" in
             cat "{mainrun}" >"$here/mainrun"; chmod +x "$here/mainrun"; ln -sf "{task}" "$here/task" ;;
         esac ;;
     "-V ") echo "Python ${{FAKE_VERSION:-3.11.7}}" ;;
-    -c*) exec "{python}" -c 'import sys; sys._base_executable = "{self}"; exec(sys.argv[1])' "$2" ;;
+    -c*)
+        shift
+        exec "{python}" -c 'import sys; sys._base_executable = "{self}"; exec(sys.argv.pop(1))' "$@" ;;
     *) exec "{python}" "$@" ;;
 esac
 """
@@ -108,6 +114,7 @@ class Clone:
             "PATH": str(self.bin),
             "HOME": str(self.bin),
             "NO_COLOR": "1",
+            "MAINRUN_TORCH": "default",
             "GIT_CONFIG_GLOBAL": os.devnull,
             "GIT_AUTHOR_NAME": "x@example.org",
             "GIT_AUTHOR_EMAIL": "x@example.org",
@@ -284,6 +291,152 @@ def test_two_processes_install_once(clone: Clone) -> None:
     messages = [process.communicate(timeout=30)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], messages
     assert clone.calls() == ALL
+
+
+# -- which PyTorch
+
+
+class Index:
+    """A package index on loopback that answers, fails, or is silent."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.status = 200
+        self.silence = threading.Event()
+        self.silence.set()
+        index = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                index.asked.append(self.path)
+                index.silence.wait(60)
+                self.send_response(index.status)
+                self.end_headers()
+                self.wfile.write(b"<a href='torch-2.13.0+cpu-py3-none-any.whl'>torch</a>")
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/whl"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.silence.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def index() -> Iterator[Index]:
+    index = Index()
+    yield index
+    index.close()
+
+
+def torch_calls(clone: Clone) -> list[str]:
+    """Return the calls that installed torch alone, without the options that all calls share."""
+    calls = []
+    for line in clone.log.read_text().splitlines():
+        if line.endswith(" torch"):
+            calls.append(line.partition("-c constraints.txt ")[2])
+    clone.log.unlink()
+    return calls
+
+
+@pytest.mark.parametrize(("build", "folder"), [("cpu", "cpu"), ("cuda", "cu130")])
+def test_the_chosen_build_is_installed_from_the_index_of_pytorch(
+    clone: Clone, index: Index, build: str, folder: str
+) -> None:
+    env = {"MAINRUN_TORCH": build, "MAINRUN_TORCH_INDEX": index.url}
+    done = clone.task("--version", **env)
+    assert done.returncode == 0, done.stderr
+    assert index.asked == [f"/whl/{folder}/torch/"]
+    assert torch_calls(clone) == [f"--no-deps --index-url {index.url}/{folder} torch"]
+    assert f"from {index.url}/{folder}" in done.stderr
+    assert re.search(r"\.venv has PyTorch \S+ and \S+ of files", done.stderr)
+    # The environment keeps the build, also if it is updated without MAINRUN_TORCH.
+    assert clone.task("--version", **env).stderr == ""
+    assert clone.task("--version", MAINRUN_TORCH="").stderr == ""
+    _changed("pyproject.toml")(clone)
+    clone.task("--version", MAINRUN_TORCH="", MAINRUN_TORCH_INDEX=index.url)
+    assert torch_calls(clone) == [f"--no-deps --index-url {index.url}/{folder} torch"]
+
+
+def test_another_build_recreates_the_environment(installed: Clone, index: Index) -> None:
+    env = {"MAINRUN_TORCH": "cpu", "MAINRUN_TORCH_INDEX": index.url}
+    assert "creating" in installed.task("--version", **env).stderr
+    assert "creating" in installed.task("--version", MAINRUN_TORCH="default").stderr
+    assert "creating" not in installed.task("--version", MAINRUN_TORCH="").stderr
+
+
+def test_an_environment_without_a_note_about_its_build_keeps_it(installed: Clone, index: Index) -> None:
+    """Versions that did not choose a build left no note."""
+    (installed.root / ".venv/torch").unlink()
+    _changed("constraints.txt")(installed)
+    done = installed.task("--version", MAINRUN_TORCH="", MAINRUN_TORCH_INDEX=index.url)
+    assert done.returncode == 0
+    assert (installed.calls(), index.asked) == (UPDATE, [])
+
+
+@pytest.mark.parametrize("fault", ["refused", "missing", "silent", "no build"])
+def test_without_the_index_of_pytorch_the_default_index_is_used(
+    clone: Clone, index: Index, fault: str
+) -> None:
+    env = {"MAINRUN_TORCH": "cpu", "MAINRUN_TORCH_INDEX": index.url}
+    if fault == "refused":
+        env["MAINRUN_TORCH_INDEX"] = "http://127.0.0.1:9/whl"
+    elif fault == "missing":
+        index.status = 404
+    elif fault == "silent":
+        index.silence.clear()
+    else:
+        env["FAKE_PIP"] = 'case "$*" in *" torch") exit 1 ;; esac'
+    begin = time.monotonic()
+    done = clone.task("--version", **env)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - begin < 20
+    assert "installing PyTorch from the default index" in done.stderr
+    assert len(torch_calls(clone)) == (fault == "no build")
+    assert clone.task("--version", **env).stderr == "", "the choice is not tried again at every call"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has two builds")
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_gpu_decides(clone: Clone, index: Index, gpu: bool) -> None:
+    if Path("/dev/nvidiactl").exists() and not gpu:
+        pytest.skip("this machine has a GPU")
+    clone.script(clone.bin / "nvidia-smi", f"#!/bin/sh\nexit {0 if gpu else 9}\n")
+    done = clone.task("--version", MAINRUN_TORCH="", MAINRUN_TORCH_INDEX=index.url)
+    assert done.returncode == 0, done.stderr
+    assert ("found no NVIDIA GPU" in done.stderr) == (not gpu)
+    assert index.asked == ([] if gpu else ["/whl/cpu/torch/"])
+
+
+def test_an_unknown_build_is_refused(installed: Clone) -> None:
+    done = installed.task("--version", MAINRUN_TORCH="rocm")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "got MAINRUN_TORCH=rocm; write cpu, cuda or default" in done.stderr
+
+
+@pytest.mark.parametrize("variable", ["", "PIP_INDEX_URL", "PIP_FIND_LINKS", "PIP_CONFIG_FILE"])
+def test_uv_is_used_unless_pip_has_an_index(clone: Clone, index: Index, variable: str) -> None:
+    uv = f'''#!/bin/sh
+echo "uv $*" >>"{clone.log}"
+[ "$1" = --version ] || shift 4
+exec "{clone.root}/.venv/bin/python" -m pip install "$@" >/dev/null'''
+    clone.script(clone.bin / "uv", uv)
+    env = {"MAINRUN_TORCH": "cpu", "MAINRUN_TORCH_INDEX": index.url} | ({variable: "x"} if variable else {})
+    done = clone.task("--version", **env)
+    assert done.returncode == 0, done.stderr
+    calls = [line for line in clone.log.read_text().splitlines() if line.startswith("uv pip")]
+    options = f"uv pip install --python {clone.root}/.venv/bin/python -c constraints.txt"
+    expected = [
+        f"{options} --upgrade setuptools",
+        f"{options} --no-deps --index-url {index.url}/cpu torch",
+        f"{options} --no-build-isolation -e .[dev]",
+    ]
+    assert calls == ([] if variable else expected)
 
 
 # -- which Python
