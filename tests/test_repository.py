@@ -107,7 +107,8 @@ TRACES = re.compile(
     r"(?<![\w.$}~-])/(?:opt|root|home|work|Users|mnt|srv)/[\w.]"
     r"|(?<![\w.$}~-])/tmp/\w+/"
     r"|file:///\w"
-    r"|--(?:extra-)?index-url|--find-links|--trusted-host"  # an option that names a package index
+    # an option that names a package index, and not a variable of a script or of a test
+    r"""|--(?:extra-)?index-url(?![ =]["']?[${])|--find-links|--trusted-host"""
     r"|https?://[\w.-]*(?:\.internal|\.local|\.corp|\.lan)\b"
     r"|(?<![\w.=])(?:10\.\d+|172\.(?:1[6-9]|2\d|3[01])|192\.168)\.\d+\.\d+\b"
 )
@@ -157,6 +158,7 @@ def test_no_file_knows_the_machine_that_wrote_it() -> None:
         ("python /tmp/try/x.py", True),
         ("foo @ file:///wheels/foo.whl", True),
         ("pip install --extra-index-url https://x.org/simple y", True),
+        ('pip install --index-url "$index" torch', False),
         ("http://hub.internal/api", True),
         ("connect(10.0.3.7)", True),
         ("#!/usr/bin/env bash", False),

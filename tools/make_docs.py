@@ -25,7 +25,7 @@ from mainrun.ui.presets_cli import describe_field
 DOCS = Path(__file__).parents[1] / "docs"
 NOTE = "<!-- tools/make_docs.py writes this page. Edit the help texts in the code instead. -->"
 EVERYWHERE = ("--json", "--debug", "--help")  # described once, at the top of docs/cli.md
-RESULTS = ("compare", "ensemble", "report", "submit", "verify")  # the commands of docs/cli-results.md
+RESULTS = ("ls", "compare", "ensemble", "report", "submit", "verify")  # the commands of docs/cli-results.md
 
 CLI = f"""{NOTE}
 
