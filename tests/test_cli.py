@@ -100,21 +100,33 @@ def make_run(out: Path, cfg: TrainConfig, **changes: Any) -> Path:
 def test_the_public_names_of_the_package() -> None:
     assert mainrun.__all__ == sorted(mainrun.__all__)
     assert set(mainrun.__all__) == {
+        "ConfigError",
+        "CorpusError",
         "Diverged",
         "Interrupted",
         "MainrunError",
+        "Run",
+        "RunError",
+        "Study",
         "TrainConfig",
         "UsageError",
         "__version__",
+        "compare",
         "from_dict",
         "load",
+        "report",
+        "run",
+        "runs",
+        "study",
+        "sweep",
+        "train",
     }
     for name in mainrun.__all__:
         assert getattr(mainrun, name) is not None
     assert mainrun.TrainConfig is TrainConfig
     assert mainrun.Diverged is Diverged
     assert dir(mainrun) == mainrun.__all__
-    with pytest.raises(AttributeError, match=r"no attribute 'nonsense'; it has: Diverged"):
+    with pytest.raises(AttributeError, match=r"no attribute 'nonsense'; it has: ConfigError"):
         _ = mainrun.nonsense
 
 

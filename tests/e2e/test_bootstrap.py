@@ -545,6 +545,7 @@ def test_without_arguments_it_lists_the_tasks(installed: Clone) -> None:
         "mutate:",
         "soak:",
         "check:",
+        "docs:",
         "checkpoint:",
         "submit:",
         "verify:",
