@@ -52,6 +52,15 @@ Tables = Annotated[
         help="Also write each table to this folder, as CSV.",
     ),
 ]
+Page = Annotated[
+    Path | None,
+    typer.Option(
+        "--html",
+        metavar="FILE",
+        callback=validate_paths,
+        help="Also write a web page with the same evidence: one file, which needs no network.",
+    ),
+]
 Runs = Annotated[
     Path,
     typer.Option("--runs", metavar="DIR", callback=validate_paths, help="The folder of the run directories."),
@@ -82,6 +91,7 @@ def report(
     title: Title = "Mainrun report",
     figures: Figures = None,
     tables: Tables = None,
+    page: Page = None,
     runs: Runs = Path("runs"),
     samples: Samples = 8,
     log: Log = None,
@@ -102,16 +112,23 @@ def report(
     elif LOG.is_dir():
         log = LOG
     check_regular_file(out, "--out", b"%PDF", "PDF")
+    if page is not None:
+        check_regular_file(page, "--html", b"<!doctype html>", "HTML")
     if not title.strip() or not title.isprintable():
         raise UsageError(f"--title {title!r} cannot be printed; give one line of printable text")
     data = load.gather(places or [], runs)
     result = write(data, out, title, figures, tables, log, samples)
+    if page is not None:
+        result["html"] = str(page)
+        result["html_bytes"] = write_page(data, page, title)
     if as_json:
         emit(result)
         return
     sources = f"{count(len(data.runs), 'run')} and {count(len(data.studies), 'export')}"
     print(result["claim"])
     print(f"{out}: {result['pages']} pages, {result['bytes']:,} bytes, from {sources}")
+    if page is not None:
+        print(f"{page}: {result['html_bytes']:,} bytes")
 
 
 def _check_log(log: Path) -> None:
@@ -163,6 +180,17 @@ def write(
         "runs": len(data.runs),
         "studies": len(data.studies),
     }
+
+
+def write_page(data: ReportData, path: Path, title: str) -> int:
+    """Write the web page of a report, and return its size."""
+    from mainrun.store.rundir import disk_errors
+    from reports.web import page
+    from reports.web.views import view_of
+
+    with disk_errors(path, "--html"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return page.write(path, view_of(data, title))
 
 
 Processes = list[tuple[str, subprocess.Popen[str]]]  # pairs of a run id and a process
