@@ -14,7 +14,7 @@ import typer
 
 from mainrun.errors import UsageError
 from mainrun.files import inputs
-from mainrun.ui.console import Debug, Json, check_regular_file, emit, validate_paths
+from mainrun.ui.console import Debug, Json, check_regular_file, emit, stoppable, validate_paths
 
 if TYPE_CHECKING:
     from reports.evidence.load import ReportData, Run
@@ -191,6 +191,37 @@ def write_page(data: ReportData, path: Path, title: str) -> int:
     with disk_errors(path, "--html"):
         path.parent.mkdir(parents=True, exist_ok=True)
     return page.write(path, view_of(data, title))
+
+
+def board(
+    directory: Annotated[
+        Path,
+        typer.Argument(
+            metavar="[DIR]", callback=validate_paths, help="The folder of the runs and studies to show."
+        ),
+    ] = Path("runs"),
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="The port of the web server.")] = 8090,
+    host: Annotated[
+        str,
+        typer.Option(
+            "--host",
+            metavar="ADDRESS",
+            help="Serve the board to other machines under this address of this machine, such as 0.0.0.0 for "
+            "all. The board then asks for a token, which is printed once.",
+        ),
+    ] = "",
+    debug: Debug = False,
+) -> None:
+    """Show runs and studies in a browser while they go on.
+
+    The page shows the progress, the time left, the current best and the workers, and refreshes itself. The
+    board only reads. Without --host, only this machine can reach it.
+    """
+    from reports.web.board import open_server
+
+    with stoppable(), open_server(directory, port, host.strip()) as server:
+        print(f"{directory} at {server.url}; press Ctrl-C to stop", file=sys.stderr, flush=True)
+        server.serve_forever(poll_interval=0.2)
 
 
 Processes = list[tuple[str, subprocess.Popen[str]]]  # pairs of a run id and a process

@@ -16,7 +16,7 @@ from reports.evidence.studies import Scale
 from reports.evidence.tables import fixed, setting
 from reports.web import html, tiles
 from reports.web.html import Cell, Html, Row, join, tag
-from reports.web.views import RunView, StudyView, View, is_complete, is_failed
+from reports.web.views import RunView, StudyView, View, best_run, is_complete, is_failed
 
 COLOURS = 8  # the recipes with a colour of their own; the others are grey
 LOST = "No answer from the board. This page shows what was last known."
@@ -166,10 +166,10 @@ RUN_NUMBERS = (2, *range(4, 12))
 
 def _runs(view: View, colours: Mapping[str, str], keys: Sequence[str]) -> Html:
     rows = []
-    scores = [run.full for run in view.runs if run.full is not None and not run.is_bad]
+    best = best_run(view.runs)
     for run, key in zip(view.runs, keys, strict=True):
         style = "bad" if run.is_bad else None
-        if scores and run.full == min(scores) and not style:
+        if run is best:
             style = "best"
         rows.append(Row(list(_run_cells(run, key, colours[run.recipe])), style, key))
     note = "full and official are scores of the last evaluation; best is the lowest full score of the run."

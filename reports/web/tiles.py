@@ -9,7 +9,7 @@ from mainrun.ui.compare import scientific
 from reports.evidence.findings import Claim, describe_seeds
 from reports.evidence.tables import fixed
 from reports.web.html import Cell, Html, Row, join, table, tag
-from reports.web.views import RunView, StudyView, View, is_failed
+from reports.web.views import RunView, StudyView, View, best_run, is_failed
 
 WIDTH = 420  # of the drawing of an interval
 STYLES = {"running": "running"}  # of states
@@ -112,7 +112,7 @@ def now(view: View) -> Html | None:
     studies = [study for study in view.studies if study.state == "running"]
     if view.claim is not None or not (view.runs or view.studies):
         return None
-    scores = [(run.full, run.id) for run in view.runs if run.full is not None and not run.is_bad]
+    best = best_run(view.runs)
     bad = sum(run.is_bad for run in view.runs)
     facts = [
         (f"{len(running)}", "runs go on"),
@@ -120,9 +120,8 @@ def now(view: View) -> Html | None:
         (f"{sum(run.state == 'done' for run in view.runs)}", "runs are done"),
         (f"{bad}", "runs failed"),
     ]
-    if scores:
-        full, run_id = min(scores)
-        facts.append((fixed(4)(full), f"current best: {run_id}"))
+    if best is not None:
+        facts.append((fixed(4)(best.full), f"current best: {best.id}"))
     parts = [tiles(facts)]
     if running or studies:
         rows = [*map(_study_row, studies), *map(_run_row, running)]

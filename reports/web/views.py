@@ -37,12 +37,21 @@ class RunView:
     seconds: float | None = None
     eta: float | None = None  # the seconds until the last step
     machine: str = ""
+    data: str = ""  # a fingerprint; runs with different data cannot be compared
     scores: Sequence[Point] = ()
     losses: Sequence[Point] = ()
 
     @property
     def is_bad(self) -> bool:
         return self.state in ("failed", "diverged", "damaged", "killed", "failed a guard")
+
+
+def best_run(runs: Sequence[RunView]) -> RunView | None:
+    """Return the run with the lowest full score, or None if the runs cannot be compared."""
+    scored = [run for run in runs if run.full is not None and not run.is_bad]
+    if len({run.data for run in scored}) != 1:
+        return None
+    return min(scored, key=lambda run: (run.full, run.id))
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,8 @@ class StudyView:
 
     @property
     def best(self) -> Mapping[str, Any] | None:
-        return min((t for t in self.trials if is_complete(t)), key=lambda t: t["value"], default=None)
+        done = [trial for trial in self.trials if is_complete(trial) and trial["trial"] is not None]
+        return min(done, key=lambda trial: trial["value"], default=None)
 
 
 def is_complete(trial: Mapping[str, Any]) -> bool:
@@ -172,7 +182,7 @@ def view_of(data: ReportData, title: str) -> View:
         title=title,
         subtitle=subtitle(data),
         runs=[_run(recipe.name, run) for recipe in data.recipes for run in recipe.runs],
-        studies=list(map(_study, data.studies)),
+        studies=list(map(study_view, data.studies)),
         claim=findings.claim(data),
         floor=data.noise.floor if data.noise else None,
         pair=(first, second),
@@ -202,13 +212,15 @@ def _run(recipe: str, run: Run) -> RunView:
         tokens=summary["tokens"],
         flops=summary["flops"],
         seconds=summary["seconds"],
+        data=str(summary["fingerprints"].get("val", "")),
         machine=str(summary.get("machine_class", {}).get("device", "")),
         scores=scores,
         losses=losses,
     )
 
 
-def _study(study: Study) -> StudyView:
+def study_view(study: Study, with_importance: bool = True) -> StudyView:
+    """Return what the page shows about an exported study. The importance needs Optuna, which loads slowly."""
     trials = list(map(_trial, study.trials))
     return StudyView(
         name=study.name,
@@ -219,7 +231,7 @@ def _study(study: Study) -> StudyView:
         claim=str(study.fact("claim") or ""),
         finished=len(trials),
         total=len(trials),
-        importance=studies.importance(study),
+        importance=studies.importance(study) if with_importance else {},
         tables=[table for table in tables.study(study, 1) if "In short" not in table.title],
     )
 
