@@ -76,7 +76,7 @@ def test_the_board_answers_its_page_and_its_version(runs: Path) -> None:
 
 
 FOREIGN = (
-    "evil.example", "evil.example:PORT", "127.0.0.1", "127.0.0.1.evil.example:PORT", "192.168.1.5:PORT", "",
+    "evil.example", "evil.example:PORT", "127.0.0.1", "127.0.0.1.evil.example:PORT", "192.0.2.5:PORT", "",
     "[", "localhost:PORT@evil.example", "localhost:x",
 )  # fmt: skip
 
@@ -122,7 +122,7 @@ def test_other_machines_need_the_token(runs: Path) -> None:
         assert status == HTTPStatus.SEE_OTHER and answer["Location"] == "/"
         assert "HttpOnly; SameSite=Strict" in answer["Set-Cookie"]
         cookie = answer["Set-Cookie"].partition(";")[0]
-        status, _, text = ask(server, "/", Cookie=cookie, Host=f"192.168.1.5:{port}")
+        status, _, text = ask(server, "/", Cookie=cookie, Host=f"192.0.2.5:{port}")
         assert status == HTTPStatus.OK and server.token not in text
         assert ask(server, "/", Cookie=cookie, Host=f"evil.example:{port}")[0] == HTTPStatus.FORBIDDEN
         assert server.url.endswith(f":{port}/?token={server.token}") and len(server.token) >= 32

@@ -90,8 +90,8 @@ def _cell(cell: Cell, right: bool) -> Html:
     return tag("td", cell.shown, class_=style, data_v=value)
 
 
-def evidence_table(made: Table, name: str) -> Html:
-    """Return a table of the report, with its title and its note."""
+def evidence_table(made: Table, name: str, title: Html | None = None) -> Html:
+    """Return a table of the report, with its note, below its title."""
     right = [place for place, column in enumerate(made.columns) if column.right]
     rows = []
     for place, (values, shown) in enumerate(zip(made.rows, made.cells(), strict=True)):
@@ -100,7 +100,8 @@ def evidence_table(made: Table, name: str) -> Html:
         ]
         rows.append(Row(cells, "bad" if place in made.red else None))
     heads = [" ".join(column.head.replace("/\n", "/").split()) for column in made.columns]
-    parts = [tag("p", made.title, class_="soft"), table(name, made.title, heads, rows, right)]
+    parts = [tag("h3", made.title) if title is None else title]
+    parts.append(table(name, made.title, heads, rows, right))
     if made.note:
         parts.append(tag("p", made.note, class_="note"))
     return join(parts)

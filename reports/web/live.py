@@ -374,7 +374,7 @@ class Watch:
         return sha256(repr(parts).encode()).hexdigest()[:16]
 
     def view(self) -> View:
-        readers = sorted(self.runs.values(), key=lambda reader: reader.view.id)
+        readers = sorted(self.runs.values(), key=lambda r: (r.view.state != "running", r.view.id))
         names = self._recipes(readers)
         runs = [replace(r.view, recipe=names.get(r.path, r.view.recipe)) for r in readers]
         studies = [reader.view for reader in self.studies.values()]

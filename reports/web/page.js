@@ -75,7 +75,7 @@ function plot(figure, series, options) {
     add("text", {x: left - 8, y: py(y) + 4, class: "end"}, svg, y.toFixed(places));
   }
   add("line", {x1: left, x2: right, y1: bottom, y2: bottom, class: "axis"}, svg);
-  const heads = names ? names.map((_, i) => i) : ticks(first, last, log, max(2, width / 130 | 0));
+  const heads = names ? names.map((_, i) => i) : ticks(first, last, log, max(3, width / 130 | 0));
   for (const x of heads) {
     const name = names ? names[x] : format(x);
     add("text", {x: px(x), y: bottom + 17}, svg,
@@ -133,7 +133,7 @@ const axes = {steps: [0, "step", short], tokens: [1, "tokens", short],
 function curves(figure) {
   const [column, xlabel, format] = axes[state.pick["curves-x"] || "tokens"];
   const key = state.pick["curves-y"] || "full";
-  const shown = visible("runs");
+  const shown = visible("runs-table");
   const series = [], limits = [];
   for (const run of data.runs) {
     if (state.off[run.group] || shown && !shown.has(run.key)) continue;

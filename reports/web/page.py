@@ -91,7 +91,8 @@ def _sections(view: View, colours: Mapping[str, str], keys: Sequence[str]) -> It
         yield f"study-{place}", f"Study {study.name}", _study(study, place)
     for made in view.tables:
         title = TITLES.get(made.name, made.title)
-        yield f"table-{made.name}", title, html.evidence_table(made, f"table-{made.name}-rows")
+        below = Html() if title == made.title else tag("p", made.title, class_="soft")
+        yield f"table-{made.name}", title, html.evidence_table(made, f"table-{made.name}-rows", below)
     if view.runs:
         yield "configs", "Configs and commands", join(map(_details, view.runs, keys))
 
