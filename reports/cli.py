@@ -6,13 +6,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mainrun.errors import UsageError
+from mainrun.errors import Interrupted, UsageError
 from mainrun.files import inputs
 from mainrun.ui.console import Debug, Json, check_regular_file, emit, stoppable, validate_paths
 
@@ -219,7 +219,8 @@ def board(
     """
     from reports.web.board import open_server
 
-    with stoppable(), open_server(directory, port, host.strip()) as server:
+    # Ctrl-C is the usual end of a board, and not an error
+    with suppress(Interrupted), stoppable(), open_server(directory, port, host.strip()) as server:
         print(f"{directory} at {server.url}; press Ctrl-C to stop", file=sys.stderr, flush=True)
         server.serve_forever(poll_interval=0.2)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -152,6 +154,30 @@ def test_a_used_port_is_named(runs: Path) -> None:
         port = server.server_address[1]
         done = CliRunner().invoke(cli.app, ["board", str(runs), "--port", str(port)])
         assert done.exit_code == 2 and f"port {port} cannot be used" in done.stderr
+
+
+def test_the_command_serves_until_it_is_interrupted(runs: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mainrun", "board", str(runs), "--port", str(port)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    try:
+        assert process.stderr.readline() == f"{runs} at http://127.0.0.1:{port}/; press Ctrl-C to stop\n"
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection.request("GET", "/version")
+        assert connection.getresponse().status == HTTPStatus.OK
+        connection.close()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0 and process.stderr.read() == ""
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
 
 
 def test_the_page_is_made_again_only_after_a_change(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

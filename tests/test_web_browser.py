@@ -154,7 +154,7 @@ def test_the_curves_are_toggled(tab: browser.Page, file: str) -> None:
     tab.open(file)
     assert axis(tab) == "tokens"
     paths = set()
-    for value, name in (("steps", "step"), ("time", "time"), ("flops", "FLOPs"), ("tokens", "tokens")):
+    for value, name in (("steps", "step"), ("time", "seconds"), ("flops", "FLOPs"), ("tokens", "tokens")):
         tab.click(f"input[value={value}] + span")
         assert axis(tab) == name
     for value in ("loss", "full"):
@@ -178,7 +178,8 @@ def test_a_point_shows_its_values(tab: browser.Page, file: str) -> None:
     inside = (
         "(() => {const a = document.querySelector('#curves-figure .tip').getBoundingClientRect();"
         "const b = document.querySelector('#curves-figure').getBoundingClientRect();"
-        "return a.left >= b.left - 1 && a.right <= b.right + 1 && a.top >= b.top - 1;})()"
+        "return a.left >= b.left - 1 && a.right <= b.right + 1 && a.top >= b.top - 1"
+        " && a.bottom <= b.bottom;})()"
     )
     assert tab.run(inside)
     tab.mouse("mouseMoved", 2, 2)

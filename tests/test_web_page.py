@@ -192,6 +192,18 @@ def test_curves_have_steps_tokens_time_and_flops() -> None:
     assert len(curves([*dev, *long_log(30)], 10.0)[0]) == 1
 
 
+@pytest.mark.parametrize(
+    ("seconds", "unit"),
+    [(100, ["seconds", 1]), (181, ["minutes", 60]), (10_000, ["minutes", 60]), (10_801, ["hours", 3600])],
+)
+def test_the_unit_of_time_fits_the_longest_run(seconds: float, unit: list[Any]) -> None:
+    runs = [
+        RunView(f"{end}", "a", "done", {}, losses=[[1, 1, end, None, 2.0]]) for end in (1.0, seconds, 2.0)
+    ]
+    assert data_of(page.render(View("Title", runs=runs)))["time"] == unit
+    assert data_of(page.render(View("Title")))["time"] == ["seconds", 1]
+
+
 def test_thinned_curves_keep_means_and_the_last_point() -> None:
     points: list[list[float | None]] = [[i, i, i, i, float(i)] for i in range(1, 1001)]
     thinned = thin(points)
@@ -223,6 +235,10 @@ def test_a_study_shows_its_trials_fields_and_best() -> None:
         {"name": "optimizer", "log": False, "names": ["muon", "sgd"]},
     ]
     texts = Tags(text).texts
+    space = {"lr": {"low": 0.1, "high": 0.2, "log": True}}
+    narrow = make_study(*(make_trial(n, 1.0, **{"params.lr": 0.1 + n / 20}) for n in range(3)), space=space)
+    (shown,) = data_of(page.render(view_of(make_data(studies=(narrow,)), "Title")))["studies"]
+    assert shown["fields"] == [{"name": "lr", "log": True, "names": None}]
     assert "it helps" in texts and "at step 9" in texts and "diverged" in texts
     assert 'data-field="lr"' in text and 'data-v="0.1"' in text
 

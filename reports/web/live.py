@@ -255,7 +255,8 @@ class StudyReader:
         runs = [reader.view for reader in self.readers.values()]
         trials = database_trials(self.path / "study.db")
         known = {trial["run"] for trial in trials}
-        fields = list(study.get("space") or {})
+        space = study.get("space") if isinstance(study.get("space"), dict) else {}
+        fields = list(space)
         running = [run for run in runs if run.state == "running"]
         finished = len(trials)
         total = (study.get("budget") or {}).get("trials")
@@ -272,6 +273,7 @@ class StudyReader:
             command=str(document.get("command") or ""),
             finished=finished,
             total=total,
+            space=space,
             eta=eta,
             workers=[_work(run, fields) for run in running],
         )

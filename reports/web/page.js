@@ -47,7 +47,7 @@ const ticks = (low, high, log, most) => {
 function plot(figure, series, options) {
   const svg = find("svg", figure);
   const tip = find(".tip", figure);
-  const {names, log, format = short, xlabel, limits, small} = options;
+  const {names, log, xlabel, limits, small} = options;
   const {max, min} = Math;
   const width = max(240, figure.clientWidth);
   const left = 54, right = width - 12, top = 10, bottom = (small ? 190 : max(240, min(400, width * .42))) - 40;
@@ -77,7 +77,7 @@ function plot(figure, series, options) {
   add("line", {x1: left, x2: right, y1: bottom, y2: bottom, class: "axis"}, svg);
   const heads = names ? names.map((_, i) => i) : ticks(first, last, log, max(3, width / 130 | 0));
   for (const x of heads) {
-    const name = names ? names[x] : format(x);
+    const name = names ? names[x] : short(x);
     add("text", {x: px(x), y: bottom + 17}, svg,
       name.length > 14 ? name.slice(0, 13) + "…" : name);
   }
@@ -104,7 +104,7 @@ function plot(figure, series, options) {
     set(ring, {cx: px(p.x), cy: py(p.y)});
     const ratio = svg.clientWidth / width;
     tip.style.left = max(0, min(px(p.x) * ratio + 12, figure.clientWidth - tip.offsetWidth)) + "px";
-    tip.style.top = svg.offsetTop + max(0, py(p.y) * ratio - tip.offsetHeight - 12) + "px";
+    tip.style.top = max(0, py(p.y) * ratio - tip.offsetHeight - 12) + "px";
   };
   const inside = points.filter((p) => p.y <= high && p.y >= low && p.text);
   svg.onpointermove = ({clientX, clientY}) => {
@@ -127,17 +127,15 @@ function plot(figure, series, options) {
   };
 }
 
-const axes = {steps: [0, "step", short], tokens: [1, "tokens", short],
-  time: [2, "time", time], flops: [3, "FLOPs", short]};
-
 function curves(figure) {
-  const [column, xlabel, format] = axes[state.pick["curves-x"] || "tokens"];
+  const axes = {steps: [0, "step"], tokens: [1, "tokens"], time: [2, ...data.time], flops: [3, "FLOPs"]};
+  const [column, xlabel, unit = 1] = axes[state.pick["curves-x"] || "tokens"];
   const key = state.pick["curves-y"] || "full";
   const shown = visible("runs-table");
   const series = [], limits = [];
   for (const run of data.runs) {
     if (state.off[run.group] || shown && !shown.has(run.key)) continue;
-    const points = run[key].filter((p) => p[column] !== null && p[4] !== null).map((p) => [p[column], p[4],
+    const points = run[key].filter((p) => p[column] !== null && p[4] !== null).map((p) => [p[column] / unit, p[4],
       `${run.id}\n${key} ${p[4].toFixed(4)}\nstep ${p[0]}, ${short(p[1])} tokens, ${time(p[2])}`
         + (p[3] === null ? "" : `, ${short(p[3])} FLOPs`)]);
     if (!points.length) continue;
@@ -145,7 +143,7 @@ function curves(figure) {
     const skipped = points.length > 2 && Math.ceil(points.length * .08);
     for (const p of points.slice(skipped)) limits.push(p[1]);
   }
-  plot(figure, series, {xlabel, format, limits});
+  plot(figure, series, {xlabel, limits});
 }
 
 function study(figure) {

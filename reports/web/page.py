@@ -303,7 +303,17 @@ def _data(view: View, colours: Mapping[str, str], keys: Sequence[str]) -> dict[s
             | {"loss": run.losses}
         )
     runs.sort(key=lambda run: run["colour"] != "cx")  # grey curves are drawn first, below the others
-    return {"runs": runs, "studies": list(map(_study_data, view.studies))}
+    return {"runs": runs, "time": _unit_of_time(view.runs), "studies": list(map(_study_data, view.studies))}
+
+
+def _unit_of_time(runs: Sequence[RunView]) -> tuple[str, int]:
+    """Return the unit in which the time of the longest run has few digits, and its seconds."""
+    longest = max((run.losses[-1][2] or 0.0 for run in runs if run.losses), default=0.0)
+    if longest > 3 * 3600:
+        return "hours", 3600
+    if longest > 3 * 60:
+        return "minutes", 60
+    return "seconds", 1
 
 
 def _study_data(study: StudyView) -> dict[str, Any]:
@@ -311,7 +321,7 @@ def _study_data(study: StudyView) -> dict[str, Any]:
     for name in study.fields:
         values = [trial["params"][name] for trial in study.trials if name in trial["params"]]
         scale = Scale.of(values)
-        fields.append({"name": name, "log": scale.log, "names": scale.names or None})
+        fields.append({"name": name, "log": study.is_log(name) or scale.log, "names": scale.names or None})
     trials = []
     for trial in study.trials:
         if trial["trial"] is not None:

@@ -70,6 +70,7 @@ class StudyView:
     eta: float | None = None
     workers: Sequence[str] = ()  # what each worker trains
     importance: Mapping[str, float] = field(default_factory=dict)
+    space: Mapping[str, Any] = field(default_factory=dict)
     tables: Sequence[Table] = ()
 
     @property
@@ -77,6 +78,11 @@ class StudyView:
         """The searched fields, from the most important to the least important."""
         names = dict.fromkeys(name for trial in self.trials for name in trial["params"])
         return sorted(names, key=lambda name: -self.importance.get(name, 0.0))
+
+    def is_log(self, name: str) -> bool:
+        """Return whether a field was searched on a logarithmic scale."""
+        bounds = self.space.get(name)
+        return isinstance(bounds, dict) and bool(bounds.get("log"))
 
     @property
     def best(self) -> Mapping[str, Any] | None:
@@ -231,6 +237,7 @@ def study_view(study: Study, with_importance: bool = True) -> StudyView:
         claim=str(study.fact("claim") or ""),
         finished=len(trials),
         total=len(trials),
+        space=study.fact("space") or {},
         importance=studies.importance(study) if with_importance else {},
         tables=[table for table in tables.study(study, 1) if "In short" not in table.title],
     )
