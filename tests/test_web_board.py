@@ -111,6 +111,11 @@ def test_head_has_the_headers_of_get_and_no_content(runs: Path) -> None:
         status, headers, text = ask(server, "/", "HEAD")
         assert status == HTTPStatus.OK and text == ""
         assert headers["Content-Length"] == str(len(got[2].encode()))
+        with socket.create_connection(server.server_address[:2], timeout=10) as raw:
+            host = f"127.0.0.1:{server.server_address[1]}"
+            raw.sendall(f"HEAD / HTTP/1.0\r\nHost: {host}\r\n\r\n".encode())
+            received = b"".join(iter(lambda: raw.recv(65536), b""))
+        assert received.endswith(b"\r\n\r\n") and b"<html" not in received
 
 
 def test_other_machines_need_the_token(runs: Path) -> None:
@@ -249,6 +254,12 @@ def test_a_log_is_read_once_and_again_if_it_was_cut(tmp_path: Path) -> None:
         f.write(b"not JSON\n" + json.dumps(rows[0]).encode() + b"\n")
     log.read()
     assert len(log.rows) == len(rows) + 1 and log.rows[0] is first
+    half = json.dumps(rows[0]).encode() + b"\n"
+    for part in (half[:30], half[30:]):
+        with file.open("ab") as f:
+            f.write(part)
+        log.read()
+    assert len(log.rows) == len(rows) + 2
     write_log(file, rows[:2])
     log.read()
     assert log.rows == rows[:2]

@@ -239,6 +239,9 @@ def test_a_study_shows_its_trials_fields_and_best() -> None:
     narrow = make_study(*(make_trial(n, 1.0, **{"params.lr": 0.1 + n / 20}) for n in range(3)), space=space)
     (shown,) = data_of(page.render(view_of(make_data(studies=(narrow,)), "Title")))["studies"]
     assert shown["fields"] == [{"name": "lr", "log": True, "names": None}]
+    no_trial = {"trial": None, "state": "done", "value": 0.1, "params": {}, "run": "seed 2", "reason": ""}
+    trial = {**no_trial, "trial": 0, "value": 1.0}
+    assert StudyView("lr", "running", "value", [no_trial, trial]).best is trial
     assert "it helps" in texts and "at step 9" in texts and "diverged" in texts
     assert 'data-field="lr"' in text and 'data-v="0.1"' in text
 
