@@ -6,15 +6,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mainrun.errors import UsageError
+from mainrun.errors import Interrupted, UsageError
 from mainrun.files import inputs
-from mainrun.ui.console import Debug, Json, check_regular_file, emit, validate_paths
+from mainrun.ui.console import Debug, Json, check_regular_file, emit, stoppable, validate_paths
 
 if TYPE_CHECKING:
     from reports.evidence.load import ReportData, Run
@@ -52,6 +52,15 @@ Tables = Annotated[
         help="Also write each table to this folder, as CSV.",
     ),
 ]
+Page = Annotated[
+    Path | None,
+    typer.Option(
+        "--html",
+        metavar="FILE",
+        callback=validate_paths,
+        help="Also write a web page with the same evidence: one file, which needs no network.",
+    ),
+]
 Runs = Annotated[
     Path,
     typer.Option("--runs", metavar="DIR", callback=validate_paths, help="The folder of the run directories."),
@@ -82,6 +91,7 @@ def report(
     title: Title = "Mainrun report",
     figures: Figures = None,
     tables: Tables = None,
+    page: Page = None,
     runs: Runs = Path("runs"),
     samples: Samples = 8,
     log: Log = None,
@@ -102,16 +112,23 @@ def report(
     elif LOG.is_dir():
         log = LOG
     check_regular_file(out, "--out", b"%PDF", "PDF")
+    if page is not None:
+        check_regular_file(page, "--html", b"<!doctype html>", "HTML")
     if not title.strip() or not title.isprintable():
         raise UsageError(f"--title {title!r} cannot be printed; give one line of printable text")
     data = load.gather(places or [], runs)
     result = write(data, out, title, figures, tables, log, samples)
+    if page is not None:
+        result["html"] = str(page)
+        result["html_bytes"] = write_page(data, page, title)
     if as_json:
         emit(result)
         return
     sources = f"{count(len(data.runs), 'run')} and {count(len(data.studies), 'export')}"
     print(result["claim"])
     print(f"{out}: {result['pages']} pages, {result['bytes']:,} bytes, from {sources}")
+    if page is not None:
+        print(f"{page}: {result['html_bytes']:,} bytes")
 
 
 def _check_log(log: Path) -> None:
@@ -163,6 +180,49 @@ def write(
         "runs": len(data.runs),
         "studies": len(data.studies),
     }
+
+
+def write_page(data: ReportData, path: Path, title: str) -> int:
+    """Write the web page of a report, and return its size."""
+    from mainrun.store.rundir import disk_errors
+    from reports.web import page
+    from reports.web.views import view_of
+
+    with disk_errors(path, "--html"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return page.write(path, view_of(data, title))
+
+
+def board(
+    directory: Annotated[
+        Path,
+        typer.Argument(
+            metavar="[DIR]", callback=validate_paths, help="The folder of the runs and studies to show."
+        ),
+    ] = Path("runs"),
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="The port of the web server.")] = 8090,
+    host: Annotated[
+        str,
+        typer.Option(
+            "--host",
+            metavar="ADDRESS",
+            help="Serve the board to other machines under this address of this machine, such as 0.0.0.0 for "
+            "all. The board then asks for a token, which is printed once.",
+        ),
+    ] = "",
+    debug: Debug = False,
+) -> None:
+    """Show runs and studies in a browser while they go on.
+
+    The page shows the progress, the time left, the current best and the workers, and refreshes itself. The
+    board only reads. Without --host, only this machine can reach it.
+    """
+    from reports.web.board import open_server
+
+    # Ctrl-C is the usual end of a board, and not an error
+    with suppress(Interrupted), stoppable(), open_server(directory, port, host.strip()) as server:
+        print(f"{directory} at {server.url}; press Ctrl-C to stop", file=sys.stderr, flush=True)
+        server.serve_forever(poll_interval=0.2)
 
 
 Processes = list[tuple[str, subprocess.Popen[str]]]  # pairs of a run id and a process

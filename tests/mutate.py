@@ -174,6 +174,7 @@ MIRRORS = {
     "reports/submission/prepare.py": "test_submission",
     "reports/submission/upload.py": "test_upload",
     "reports/submission/verification.py": "test_submission",
+    "reports/web": "test_web_page test_web_board",
     "sweeps": "test_sweeps test_sweeps_trouble",
     "sweeps/search_bench": "test_search_bench_tables test_search_bench_ours",
     "sweeps/search_bench/metrics.py": "test_search_bench_metrics",

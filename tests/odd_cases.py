@@ -339,6 +339,7 @@ TEXT: dict[str, Draw] = {
     "--split": choice("val", "dev", "train", "Val", ""),
     "--route": choice("own", "student", "Own", ""),
     "--title": word,
+    "--host": word,
     "--run": run,
     "--upload": url,
     "--engine": choice("local", "ray", "Local"),
@@ -378,6 +379,7 @@ BASE: dict[str, list[str]] = {
     "doctor": [],
     "download": [],
     "report": ["--samples", "0"],
+    "board": ["--host", "no host"],  # refused before it serves
     "submit": [],
     "verify": ["--steps", "1"],
     "store ls": [],
@@ -404,7 +406,7 @@ BASE: dict[str, list[str]] = {
     "hub push": [],
 }
 # For these commands, the arguments in BASE come last, because the last value of an option takes effect.
-LAST = {"demo", "bench step", "bench lineage", "bench gpu", "bench search"}
+LAST = {"board", "demo", "bench step", "bench lineage", "bench gpu", "bench search"}
 WEIGHT = {
     "train": 4.0,
     "sweep run": 3.0,

@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "api": "files config plan core store run stats ui sweeps reports",
     "bench": "files config plan core data train store run ui sweeps reports",
     "sweeps": "files config plan core data store stats run ui",
-    "reports": "files config plan store stats ui",
+    "reports": "files config plan store stats ui run.progress",
 }
 ALONE = ("errors", "stats", "files")  # may import only `errors`
 ENTRY_POINTS = ("cli", "__main__")  # may import everything

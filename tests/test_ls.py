@@ -214,6 +214,6 @@ def test_every_command_that_prints_a_table_has_json() -> None:
         name for name, params in odd_cases.commands().items() if not any("--json" in p.opts for p in params)
     ]
     assert without == [
-        "demo", "sample", "download", "store pin", "store unpin", "sweep export", "sweep dashboard",
+        "demo", "sample", "download", "board", "store pin", "store unpin", "sweep export", "sweep dashboard",
         "hub import", "hub export", "hub push",
     ]  # fmt: skip

@@ -25,15 +25,16 @@ from mainrun.ui.presets_cli import describe_field
 DOCS = Path(__file__).parents[1] / "docs"
 NOTE = "<!-- tools/make_docs.py writes this page. Edit the help texts in the code instead. -->"
 EVERYWHERE = ("--json", "--debug", "--help")  # described once, at the top of docs/cli.md
-RESULTS = ("ls", "compare", "ensemble", "report", "submit", "verify")  # the commands of docs/cli-results.md
+# the commands of docs/cli-results.md
+RESULTS = ("ls", "compare", "ensemble", "report", "board", "submit", "verify")
 
 CLI = f"""{NOTE}
 
 # Commands
 
 This page lists the commands that train and use models. [Commands for results](cli-results.md)
-compare, report, submit and verify. [Groups of commands](cli-groups.md) work on stores, studies,
-benchmarks, growth and the Hugging Face hub. `mainrun COMMAND --help` prints the same text.
+compare, report, show, submit and verify. [Groups of commands](cli-groups.md) work on stores,
+studies, benchmarks, growth and the Hugging Face hub. `mainrun COMMAND --help` prints the same text.
 
 Results go to stdout, progress and errors to stderr. These options work with most commands:
 

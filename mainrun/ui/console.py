@@ -124,6 +124,7 @@ def _check_folder() -> None:
 PATH_OPTIONS = (
     "--choices",
     "--figures",
+    "--html",
     "--include",
     "--log",
     "--out",

@@ -195,7 +195,7 @@ def _results(run: RunDir) -> Row:
         row |= {"official": last.get("official"), "best": summary.get("best", {}).get("full")}
         return row | {"modified": _time_of(run.path / "summary.json")}
     status = run.status()
-    row = {"state": _state(run, status), "step": status.get("step", 0)}
+    row = {"state": state_of(run, status), "step": status.get("step", 0)}
     scores = []
     for logged in run.intact_rows():
         row |= {"step": logged["step"], "tokens": logged["tokens"]}
@@ -209,7 +209,7 @@ def _results(run: RunDir) -> Row:
     return row | {"steps": steps, "modified": _time_of(log if log.exists() else run.path / "config.json")}
 
 
-def _state(run: RunDir, status: dict[str, Any]) -> str:
+def state_of(run: RunDir, status: dict[str, Any]) -> str:
     """Return the state of an unfinished run. A run whose process was killed still has the state `running`."""
     state = str(status.get("state", "not started"))
     pid = status.get("pid")
