@@ -95,7 +95,7 @@ def report(
     or evaluation spans cannot be in the same report.
     """
     from reports.evidence import load
-    from reports.evidence.pages import count
+    from reports.evidence.front_page import count
 
     if log is not None:
         _check_log(log)
@@ -138,6 +138,7 @@ def write(
     """
     from mainrun.store.rundir import disk_errors
     from reports.evidence import findings, pdf
+    from reports.evidence.front_page import figure_height
     from reports.evidence.pages import Report
 
     for folder, option in ((figures, "--figures"), (tables, "--tables")):
@@ -145,7 +146,8 @@ def write(
             with disk_errors(folder, option):
                 folder.mkdir(parents=True, exist_ok=True)
     with _sampling(data, samples) as processes:  # generate titles while the figures are drawn
-        drawings = {name: pdf.to_drawing(svg) for name, svg in pdf.render_figures(data, figures).items()}
+        rendered = pdf.render_figures(data, figures, figure_height(data, title))
+        drawings = {name: pdf.to_drawing(svg) for name, svg in rendered.items()}
         made = Report(data, title, log, list(_read_samples(processes)))
     if tables:
         with disk_errors(tables, "--tables"):

@@ -668,6 +668,7 @@ def known(folder: Path) -> set[float]:
     pairs = [list(json.loads(t["scores"]).values()) for t in study if t["state"] == "done"]
     numbers.add(stats.spearman(*zip(*pairs, strict=True)) or 0.0)
     (s,) = load.gather([str(folder / "lr")], folder).studies
+    numbers.add(s.completed[0]["value"] - min(t["value"] for t in s.completed))
     numbers |= set(studies.importance(s).values())  # another test checks the importances
     every = [json.loads((run / "summary.json").read_text()) for run in (folder / "runs").iterdir()]
     return numbers | {sum(s["flops"] for s in every), sum(s["seconds"] for s in every) / 60}

@@ -221,6 +221,17 @@ class ReportData:
         return [run for recipe in self.recipes for run in recipe.runs]
 
     @cached_property
+    def ranked(self) -> list[Recipe]:
+        """The recipes from the best mean score to the worst. Recipes without a valid run are last."""
+        worst = float("inf")
+        return sorted(self.recipes, key=lambda recipe: recipe.mean_score if recipe.valid_runs else worst)
+
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """The number of each recipe, with the name of the recipe as the key: 1 is the best recipe."""
+        return {recipe.name: number for number, recipe in enumerate(self.ranked, 1)}
+
+    @cached_property
     def noise(self) -> Noise | None:
         """The noise between runs of the same recipe with different seeds.
 

@@ -12,14 +12,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mainrun.ui.compare import scientific
-from reports.evidence import findings, model_card, tables
+from reports.evidence import findings, front_page, model_card, tables
+from reports.evidence.figures import front, registry
 from reports.evidence.figures import growth as growth_figure
-from reports.evidence.figures import registry
 from reports.evidence.figures import routing as routing_figure
 from reports.evidence.load import ReportData, Study
 from reports.evidence.pdf import figure, heading, page_break, paragraph, table
-from reports.evidence.tables import Column, Row, Table, fixed, integer, mean_of, text
+from reports.evidence.tables import Table, fixed
 
 if TYPE_CHECKING:
     from reportlab.graphics.shapes import Drawing
@@ -66,7 +65,7 @@ def make_tables(data: ReportData) -> Iterator[Table]:
         yield tables.run_costs(data)
         yield tables.recipes(data)
     for make_optional in (
-        headline,
+        front_page.headline,
         tables.ablation,
         tables.differences,
         tables.other_configs,
@@ -90,80 +89,20 @@ def make_tables(data: ReportData) -> Iterator[Table]:
     yield model_card.checklist(data)
 
 
-def headline(data: ReportData) -> Table | None:
-    """Make the table on page 1, which compares the baseline with the optimized recipe.
-
-    If the two recipes are compared by paired seeds, the table includes only these seeds.
-    """
-    pair = [recipe for recipe in (data.baseline, data.optimised) if recipe is not None]
-    if not pair:
-        return None
-    change = findings.claim(data).difference
-    rows: list[Row] = []
-    red = set()
-    for i, recipe in enumerate(pair):
-        runs = list(recipe.valid_runs)
-        if change is not None and change.paired:
-            runs = [run for run in runs if run.cfg.seed in change.seeds]
-        name = recipe.name
-        if not recipe.valid_runs:
-            name += " (failed a guard)"
-            red.add(i)
-        rows.append(
-            [
-                name,
-                ", ".join(str(run.cfg.seed) for run in runs),
-                mean_of(runs, tables.get_full),
-                mean_of(recipe.runs, tables.get_forward_flops),
-                mean_of(runs, tables.get_official),
-                mean_of(runs, tables.get_coverage),
-                recipe.runs[0].summary["params"],
-                tables.get_members(recipe.runs[0]),
-                mean_of(runs, tables.get_flops),
-                mean_of(list(filter(tables.is_fresh, runs)), tables.get_seconds),
-            ]
-        )
-    columns = [
-        Column("recipe", text, 0.28),
-        Column("seeds", text, 0.1),
-        Column("full", fixed(4)),
-        tables.FORWARD_FLOPS,
-        Column("official", fixed(4)),
-        Column("covers %", fixed(1)),
-        Column("parameters", integer),
-        tables.MEMBERS,
-        Column("FLOPs", scientific),
-        Column("seconds", fixed(1)),
-    ]
-    note = (
-        "Means over the listed seeds, at the last step, in nats per character of val. "
-        "The full score counts every token once. Recipes are ranked by the full score."
-    )
-    made = Table("headline", "Both recipes in numbers", columns, rows, note, red)
-    return tables.with_members(tables.with_forward_flops(made))
-
-
 # -- the sections
 
 
 def first_page(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
-    data = report.data
-    yield paragraph(report.title, "title")
-    yield paragraph(subtitle(data), "small")
-    yield heading(registry.RESULT, 0)
-    yield from _result(data)
-    yield from report.table("headline")
-    yield heading("Findings", 1)
-    for number, sentence in enumerate(findings.findings(data), 1):
-        yield paragraph(f"{number}. {sentence}", "finding")
-    yield from run_figures(registry.RESULT, report, drawings)
+    costs = report.tables.get("headline")
+    yield from front_page.first_page(report.data, report.title, costs, drawings)
 
 
 def run_figures(section: str, report: Report, drawings: Mapping[str, Drawing]) -> list[Flowable]:
     """Return the figures of a section that show runs, with their captions."""
     flowables: list[Flowable] = []
+    on_page_one = front.captions(report.data)
     for name, row in registry.RUNS.items():
-        if row.section == section:
+        if row.section == section and name not in on_page_one:
             flowables += figure(drawings, name, row.caption(report.data), row.title)
     return flowables
 
@@ -175,56 +114,6 @@ def section_of_figures(section: str, report: Report, drawings: Mapping[str, Draw
         yield page_break()
         yield heading(section, 0)
         yield from shown
-
-
-def _result(data: ReportData) -> Iterator[Flowable]:
-    """Yield the scores of the two main recipes in large type, and a description of the difference."""
-    change = findings.claim(data).difference
-    if change is None or data.baseline is None or data.optimised is None:
-        yield paragraph("No headline figure", "big")
-        return
-    base = data.baseline.name
-    other = data.optimised.name
-    signed = fixed(4, sign=True)
-    yield paragraph(f"{fixed(4)(change.a)} → {fixed(4)(change.b)}", "big")
-    if change.interval:
-        low, high = change.interval
-        interval = f"95% interval {signed(low)} to {signed(high)}, {findings.describe_seeds(change)}"
-    else:
-        seeds = f"{findings.count_seeds(change.n_a)} and {findings.count_seeds(change.n_b)}"
-        interval = f"{seeds}: no interval"
-    yield paragraph(
-        f"{base} → {other}, full score of val in nats per character, lower is better: "
-        f"{signed(change.mean)}, {interval}."
-    )
-    if data.selection.startswith("the lowest"):
-        yield paragraph(
-            f"{other} was selected on val itself, as {data.selection}. Part of its lead comes from this "
-            "selection."
-        )
-
-
-def subtitle(data: ReportData) -> str:
-    """Return one line of text that describes the inputs of the report."""
-    parts = []
-    if data.runs:
-        first = data.runs[0]
-        corpus = first.cfg.corpus.split("/")[-1]
-        val = first.summary["fingerprints"]["val"][:12]
-        rows, tokens = first.summary["geometry"]
-        parts.append(f"{count(len(data.runs), 'run')} of {count(len(data.recipes), 'recipe')}")
-        parts.append(f"{corpus}, {first.cfg.num_titles:,} titles, val {val}")
-        parts.append(f"spans of the official score {rows}x{tokens}")
-    for study in data.studies:
-        parts.append(f"study {study.name}, {len(study.trials)} trials")
-    return "; ".join(parts)
-
-
-def count(number: int, noun: str) -> str:
-    """Return a number and a noun as text, such as "1 run" or "2 runs"."""
-    if number == 1:
-        return f"1 {noun}"
-    return f"{number} {noun}s"
 
 
 def curves(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:

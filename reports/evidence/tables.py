@@ -36,6 +36,7 @@ from reports.evidence.studies import ledger
 
 Format = Callable[[Any], str]
 Row = list[Any]
+LONGEST_NAME = 20  # a figure may show the number of a recipe whose name is longer
 
 
 # -- number formats
@@ -218,7 +219,46 @@ def get_members(run: Run) -> int:
     return costs.members(run.summary)
 
 
+def get_tokens(run: Run) -> float:
+    return float(run.summary["tokens"])
+
+
+class Ratio(float):
+    """A number that is divided by the number of another row, such as the cost of the baseline."""
+
+
+def or_ratio(form: Format) -> Format:
+    """Return a function that formats a ratio as text, such as 1.16×, and every other value with `form`."""
+
+    def write(value: Any) -> str:
+        if isinstance(value, Ratio):
+            return f"{value:.2f}×"
+        return form(value)
+
+    return write
+
+
+def with_ratio(table: Table, costly: set[str]) -> Table:
+    """Add a row with the second row of a table divided by the first one, for the columns in `costly`."""
+    first, second = table.rows
+    row: Row = ["ratio"]
+    columns = [table.columns[0]]
+    for column, base, other in zip(table.columns[1:], first[1:], second[1:], strict=True):
+        ratio = None
+        if column.head in costly:
+            column = Column(column.head, or_ratio(column.format), column.share)
+            if base and other is not None:
+                ratio = Ratio(other / base)
+        columns.append(column)
+        row.append(ratio)
+    table.columns = columns
+    table.rows.append(row)
+    return table
+
+
+TRAINING_FLOPS = Column("training\nFLOPs", scientific)
 FORWARD_FLOPS = Column("forward\nFLOPs", compact)
+NUMBER = Column("#", integer)
 PAIRS = Column("pairs", integer)
 MEMBERS = Column("members", integer)
 
@@ -256,11 +296,12 @@ def recipes(data: ReportData) -> Table:
     """Make the table of recipes, sorted from the best mean score to the worst."""
     rows: list[Row] = []
     red = set()
-    for i, recipe in enumerate(sorted(data.recipes, key=_rank)):
-        rows.append(_recipe_row(recipe))
+    for i, recipe in enumerate(data.ranked):
+        rows.append([data.numbers[recipe.name], *_recipe_row(recipe)])
         if not recipe.valid_runs:
             red.add(i)
     columns = [
+        NUMBER,
         Column("recipe", text, 0.25),
         Column("seeds", integer),
         Column("full", fixed(4)),
@@ -280,12 +321,12 @@ def recipes(data: ReportData) -> Table:
         f"scores that cover less than {MIN_COVERAGE:.0%} of val are not compared. Seconds exclude runs "
         "that reused steps from the store."
     )
-    return with_members(with_forward_flops(Table("recipes", "Recipes", columns, rows, note, red)))
-
-
-def _rank(recipe: Recipe) -> tuple[bool, float]:
-    """Return the sort key of a recipe. Recipes without a valid run are sorted to the end."""
-    return not recipe.valid_runs, mean_of(recipe.valid_runs, get_full) or 0
+    table = Table("recipes", "Recipes", columns, rows, note, red)
+    if all(len(recipe.name) <= LONGEST_NAME for recipe in data.recipes):
+        table = _without(table, NUMBER)  # the figures show the names
+    else:
+        table.note += " The figures show the number # instead of a long name."
+    return with_members(with_forward_flops(table))
 
 
 def _recipe_row(recipe: Recipe) -> Row:

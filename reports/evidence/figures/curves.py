@@ -13,6 +13,7 @@ from reports.evidence.figures.series import (
     full,
     full_scores,
     seconds,
+    short_names,
     steps,
     tokens,
 )
@@ -46,9 +47,10 @@ def draw(data: ReportData) -> Figure | None:
     if not drawn:
         return None
     figure, panel = panels(4.9, 2, 2, sharey=True)
+    names = short_names(data, [recipe for recipe, place in drawn if place is not None])
     for axes, (name, cost) in zip(panel, COSTS.items(), strict=True):
         for recipe, place in drawn:
-            draw_recipe(axes, recipe, cost, full, place)
+            draw_recipe(axes, recipe, cost, full, place, names.get(recipe.name, ""))
         axes.set_xlabel(name)
         format_ticks(axes.xaxis)
     set_score_limits(panel[0], full_scores(data.recipes))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from reports.evidence.figures.axes import add_legend, format_ticks, panels, set_score_limits
+from reports.evidence.figures.axes import add_legend, format_ticks, panels, set_score_limits, set_title
 from reports.evidence.figures.series import column
-from reports.evidence.figures.style import COLOURS, GREY
+from reports.evidence.figures.style import COLOURS, GREY, WIDTH
 from reports.evidence.load import Study, trial_state
 from reports.evidence.studies import objective, values
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 CAPTION = "Each trial's value at the end of its training, in the order of the trials."
@@ -20,10 +21,10 @@ NEEDS = "a trial with a value"
 SHORT = "short"  # the state of a run that trains a recipe for a share of its steps
 
 
-def draw(study: Study) -> Figure | None:
+def draw(study: Study, height: float = 2.2, width: float = WIDTH) -> Figure | None:
     if not study.scored:
         return None
-    figure, (axes,) = panels(2.2)
+    figure, (axes,) = panels(height, width=width)
     short = [trial for trial in study.stopped if trial_state(trial) == SHORT]
     pruned = [trial for trial in study.stopped if trial_state(trial) != SHORT]
     kinds = (
@@ -39,8 +40,29 @@ def draw(study: Study) -> Figure | None:
     label = "the lowest value so far"
     axes.step(column(study.completed, "trial"), lowest, where="post", color=COLOURS[1], label=label)
     set_score_limits(axes, values(study.scored))
-    axes.set(xlabel="trial", ylabel=objective(study))
-    format_ticks(axes.xaxis, 8)
+    best = min(study.completed, key=lambda trial: float(trial["value"]))
+    label_best(axes, best)
+    axes.set(xlabel="trial", ylabel=f"{objective(study)}, nats per character")
+    set_title(figure, title(study, best))
+    format_ticks(axes.xaxis, max(4, int(8 * width / WIDTH)))
     format_ticks(axes.yaxis)
     add_legend(figure, axes)
     return figure
+
+
+def title(study: Study, best: dict[str, Any]) -> str:
+    """Say which trial has the lowest value, and by how much it is below the first trial."""
+    text = f"Trial {best['trial']} of {len(study.trials)} reached {float(best['value']):.4f}"
+    first = study.completed[0]
+    gain = float(first["value"]) - float(best["value"])
+    if gain > 0:
+        text += f", {gain:.4f} below trial {first['trial']}"
+    return text
+
+
+def label_best(axes: Axes, best: dict[str, Any]) -> None:
+    """Mark the trial with the lowest value, and write its number next to the mark."""
+    point = (best["trial"], float(best["value"]))
+    axes.plot(*point, "o", color=COLOURS[1], markersize=6, markerfacecolor="none", zorder=4)
+    options = {"textcoords": "offset points", "fontsize": 7, "ha": "center", "va": "bottom"}
+    axes.annotate(f"best: {best['trial']}", point, xytext=(0, 5), **options)

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 from reports.evidence.figures import (
     curves,
     forward_flops,
+    front,
     gap,
     grad_norms,
     growth,
-    headline,
     history,
     horizons,
     importance,
@@ -62,7 +62,6 @@ class StudyFigure:
 
 
 RUNS = {
-    "headline": RunFigure(RESULT, headline.draw, headline.caption),
     "curves": RunFigure(COST, curves.draw, curves.caption),
     "training-flops": RunFigure(COST, training_flops.draw, training_flops.caption),
     "forward-flops": RunFigure(COST, forward_flops.draw, forward_flops.caption),
@@ -86,14 +85,15 @@ STUDY = {
 }
 
 
-def draw_all(data: ReportData) -> dict[str, Figure]:
-    """Draw every figure for which the inputs have data.
+def draw_all(data: ReportData, room: float = 3.2) -> dict[str, Figure]:
+    """Draw every figure for which the inputs have data. `room` is the height of the figures of page 1.
 
     Call this function inside the context manager `report_style`.
     """
-    figures: dict[str, Figure | None] = {}
+    figures: dict[str, Figure | None] = front.draw(data, room)
     for name, row in RUNS.items():
-        figures[name] = row.draw(data)
+        if name not in figures:
+            figures[name] = row.draw(data)
     for i, run in enumerate(growth.grown_runs(data), 1):
         figures[f"growth-{i}"] = growth.draw(run)
     for i, run in enumerate(routing.routed_runs(data), 1):

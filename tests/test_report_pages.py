@@ -1,0 +1,199 @@
+"""Tests the layout of a report: what is on page 1, how full the pages are, and how figures look."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evidence import make_data, make_recipe, make_study, make_trial
+
+from reports import cli
+from reports.evidence import compared, front_page
+from reports.evidence.figures import axes as ticks
+from reports.evidence.figures import front, interval, series
+from reports.evidence.load import ReportData, Study
+
+BOTTOM, TOP = 46.0, 798.0  # the frame of the text on a page, in points
+SCORES = {1: 2.00, 2: 2.01, 3: 2.02}
+LOWER = {1: 1.80, 2: 1.82, 3: 1.81}
+
+
+def two_recipes(**changes: Any) -> ReportData:
+    return make_data(make_recipe("baseline", SCORES), make_recipe("optimized", LOWER, **changes))
+
+
+def searched(count: int = 24, **facts: Any) -> Study:
+    """Return a study of three fields, of which `lr` decides the value. Every fourth trial was pruned."""
+    trials = []
+    for number in range(count):
+        lr = 10 ** (-3 + 2 * (number * 0.618 % 1))
+        value = 2.0 + abs(number * 0.618 % 1 - 0.4) + 0.01 * (number % 3)
+        fields = {"params.lr": lr, "params.dropout": 0.1 * (number % 3), "params.swa": number % 2 == 0}
+        state, scores = "done", f'{{"0": {value + 0.5}, "1": {value}}}'
+        if number % 4 == 3:
+            state, value, scores = "pruned", value + 0.5, f'{{"0": {value + 0.5}}}'
+        trials.append(make_trial(number, value, state, rung=int(state == "done"), scores=scores, **fields))
+    return make_study(*trials, **(CONFIRMED | facts))
+
+
+CONFIRMED: dict[str, Any] = {
+    "objective": "dev/full",
+    "claim": "trial 6 is better than the base",
+    "study": {
+        "preset": "optimized",
+        "space": {
+            "lr": {"low": 1e-3, "high": 0.1, "log": True},
+            "dropout": {"values": [0.0, 0.1, 0.2]},
+            "swa": {"values": [True, False]},
+        },
+        "sampler": {"name": "tpe", "seed": 3},
+        "budget": {"trials": 24},
+    },
+    "ledger": {"asked": 900, "trained": 700, "reused": 200, "wasted": 70},
+    "rung_correlation": {"0": 0.875},
+    "evidence": {
+        "seeds": [11, 12],
+        "base": [2.31, 2.33],
+        "noise": {"seeds": [21, 22], "values": [2.30, 2.32], "sigma": 0.0141, "floor": 0.0254},
+        "winner": 6,
+        "rows": [
+            {"trial": 6, "mean": 2.11, "difference": -0.21, "interval": [-0.25, -0.17], "claim": True},
+            {"trial": 9, "mean": 2.30, "difference": -0.02, "interval": [-0.06, 0.02], "why": "noise"},
+        ],
+    },
+}
+
+
+def page_words(pdf: Path) -> list[list[tuple[float, float, str]]]:
+    """Return the font size, the height above the bottom and the text of every word, for each page."""
+    from pypdf import PdfReader
+
+    pages = []
+    for page in PdfReader(pdf).pages:
+        words: list[tuple[float, float, str]] = []
+
+        def visit(text: str, cm: Any, tm: Any, _: Any, size: float, words: list[Any] = words) -> None:
+            if text.strip():
+                scale = abs((tm[0] * tm[3] - tm[1] * tm[2]) * (cm[0] * cm[3] - cm[1] * cm[2])) ** 0.5
+                y = tm[4] * cm[1] + tm[5] * cm[3] + cm[5]
+                words.append((round(size * scale, 1), y, text.strip()))
+
+        page.extract_text(visitor_text=visit)
+        pages.append(words)
+    return pages
+
+
+def fills(pdf: Path) -> list[float]:
+    """Return which share of the frame of each page is used, from its top to its lowest word."""
+    lowest = [min(y for _, y, _ in words if y > BOTTOM) for words in page_words(pdf)]
+    return [(TOP - y) / (TOP - BOTTOM) for y in lowest]
+
+
+def text_of(pdf: Path, page: int | None = None) -> str:
+    from pypdf import PdfReader
+
+    pages = PdfReader(pdf).pages
+    return " ".join(
+        " ".join(each.extract_text() for each in (pages if page is None else [pages[page]])).split()
+    )
+
+
+# -- page 1
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        two_recipes(),
+        make_data(make_recipe("baseline", SCORES), make_recipe("optimized", LOWER), studies=(searched(),)),
+        make_data(studies=(searched(),)),
+        make_data(make_recipe("baseline n_layer=8 n_head=6 d_model=384 weight_decay=1 rdrop=2", SCORES),
+                  make_recipe("baseline n_layer=4 n_head=4 d_model=256 weight_decay=1 rdrop=2", LOWER)),
+    ],
+    ids=["runs", "runs and a study", "a study", "long names"],
+)  # fmt: skip
+def test_page_1_is_full_and_ends_with_three_findings(data: ReportData, tmp_path: Path) -> None:
+    cli.write(data, tmp_path / "r.pdf", "A title")
+    assert 0.88 < fills(tmp_path / "r.pdf")[0] <= 1
+    text = text_of(tmp_path / "r.pdf", 0)
+    after = text.split("Findings ")[1]
+    assert after.startswith("1. ") and " 2. " in after and " 3. " in after and " 4. " not in after
+    sizes = [size for size, _, _ in page_words(tmp_path / "r.pdf")[0]]
+    assert sizes.count(24.0) == 3, "both scores and the difference are in large type"
+
+
+def test_page_1_says_the_claim_the_seeds_the_interval_and_the_cost(tmp_path: Path) -> None:
+    cli.write(two_recipes(params=2000), tmp_path / "r.pdf", "A title")
+    text = text_of(tmp_path / "r.pdf", 0)
+    assert text.count("optimized is better than baseline: full falls by 0.2000") == 1
+    for shown in ("2.0100", "1.8100", "−0.2000", "−10.0%", "3 seeds: 1, 2, 3", "2.00×"):
+        assert shown in text, shown
+    assert "95% interval −0.2248 to −0.1752" in text
+
+
+def test_a_ratio_is_shown_only_where_it_can_be_computed() -> None:
+    table = front_page.headline(two_recipes(params=2000))
+    assert table is not None
+    heads = [column.head for column in table.columns]
+    ratios = dict(zip(heads, table.rows[2], strict=True))
+    assert ratios["parameters"] == 2 and ratios["seconds"] == 1 and ratios["full"] is None
+    reused = front_page.headline(two_recipes(ledger={"reused": 4}))
+    assert reused is not None and "Seconds are not compared, since optimized took steps" in reused.note
+    assert reused.rows[2][heads.index("seconds")] is None
+    alone = front_page.headline(make_data(make_recipe("baseline", SCORES)))
+    assert alone is not None and len(alone.rows) == 1
+
+
+def test_a_study_alone_compares_its_winner_with_the_base() -> None:
+    found = compared.comparison(make_data(studies=(searched(),)))
+    assert found is not None
+    assert found.names == ("base of the study lr", "trial 6") and found.mean == -0.21
+    assert found.scores == (pytest.approx(2.32), 2.11) and found.interval == (-0.25, -0.17)
+    assert found.seeds[0] == "2 seeds: 11, 12" and (found.floor, found.score) == (0.0254, "dev/full")
+    said = front_page.sentence(make_data(studies=(searched(),)))
+    assert said.startswith(
+        "Study lr: trial 6 is better than the base; trial 6 changes dev/full by −0.2100 (95%"
+    )
+    assert compared.comparison(make_data(studies=(make_study(make_trial(0)),))) is None
+
+
+def test_the_difference_is_drawn_with_its_interval_and_the_noise_floor() -> None:
+    data = two_recipes()
+    figure = interval.draw(compared.comparison(data))
+    assert figure is not None and data.noise is not None
+    (axes,) = figure.get_axes()
+    floor, bar = axes.patches
+    assert (floor.get_x(), floor.get_width()) == pytest.approx((-data.noise.floor, 2 * data.noise.floor))
+    assert (bar.get_x(), bar.get_x() + bar.get_width()) == pytest.approx((-0.2248, -0.1752), abs=1e-4)
+    low, high = axes.get_xlim()
+    assert low < -0.2248 and high > data.noise.floor, "zero and the whole interval are in the frame"
+    one = make_data(make_recipe("baseline", {1: 2.0}), make_recipe("optimized", {1: 2.1}))
+    without = interval.draw(compared.comparison(one))
+    assert without is not None and not without.get_axes()[0].patches
+    assert interval.draw(None) is None
+
+
+def test_the_right_figure_is_the_waterfall_else_the_study_else_all_runs() -> None:
+    steps = [make_recipe(f"ablation:{name}", SCORES) for name in ("baseline", "adamw", "muon")]
+    assert front.right(make_data(*steps, studies=(searched(),))) == "waterfall"
+    assert front.right(make_data(make_recipe("baseline", SCORES), studies=(searched(),))) == front.RIGHT
+    assert front.right(two_recipes()) == "seeds"
+
+
+def test_names_lose_what_all_recipes_share_and_long_names_become_numbers() -> None:
+    names: Mapping[str, float] = {"a x=1 y=2": 2.0, "a x=3 y=2": 1.0, f"a x={'9' * 50} y=2": 3.0}
+    recipes = [make_recipe(name, {1: full}) for name, full in names.items()]
+    data = make_data(*recipes)
+    assert list(series.short_names(data, recipes).values()) == ["a x=1", "a x=3", "a #3"]
+    assert list(series.short_names(data, recipes[:1]).values()) == ["a x=1 y=2"], "alone, nothing is left out"
+
+
+# -- ticks
+
+
+def test_the_ticks_of_logarithmic_axes_are_decades_or_round_numbers() -> None:
+    assert ticks.log_ticks(1e-4, 1e-1) == pytest.approx([1e-4, 1e-3, 1e-2, 1e-1])
+    assert ticks.log_ticks(0.002, 0.04) == pytest.approx([0.002, 0.005, 0.01, 0.02])
+    assert len(ticks.log_ticks(1e-9, 1e3)) <= 4
