@@ -140,13 +140,14 @@ def write(
     from reports.evidence import findings, pdf
     from reports.evidence.front_page import figure_height
     from reports.evidence.pages import Report
+    from reports.evidence.study_page import figure_rooms
 
     for folder, option in ((figures, "--figures"), (tables, "--tables")):
         if folder:
             with disk_errors(folder, option):
                 folder.mkdir(parents=True, exist_ok=True)
     with _sampling(data, samples) as processes:  # generate titles while the figures are drawn
-        rendered = pdf.render_figures(data, figures, figure_height(data, title))
+        rendered = pdf.render_figures(data, figures, figure_height(data, title), figure_rooms(data))
         drawings = {name: pdf.to_drawing(svg) for name, svg in rendered.items()}
         made = Report(data, title, log, list(_read_samples(processes)))
     if tables:

@@ -1014,7 +1014,7 @@ def test_each_routed_recipe_gets_its_own_section(tmp_path: Path) -> None:
 
 
 def test_the_data_that_a_missing_figure_needs_is_named(tmp_path: Path) -> None:
-    study = export(tmp_path / "lr", trials=12)
+    study = export(tmp_path / "lr", trials=9)
     cli.write(load.gather([str(study)], tmp_path), tmp_path / "r.pdf", "A study alone")
     text = " ".join(text_of(tmp_path / "r.pdf").split())
     assert "figures of the study lr: importance (needs an exported importance, or 10 trials" in text

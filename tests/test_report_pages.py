@@ -10,9 +10,19 @@ import pytest
 from evidence import make_data, make_recipe, make_study, make_trial
 
 from reports import cli
-from reports.evidence import compared, front_page
+from reports.evidence import compared, front_page, studies
 from reports.evidence.figures import axes as ticks
-from reports.evidence.figures import front, interval, series
+from reports.evidence.figures import (
+    front,
+    importance,
+    interval,
+    parallel,
+    registry,
+    series,
+    shades,
+    slices,
+    study_page,
+)
 from reports.evidence.load import ReportData, Study
 
 BOTTOM, TOP = 46.0, 798.0  # the frame of the text on a page, in points
@@ -197,3 +207,110 @@ def test_the_ticks_of_logarithmic_axes_are_decades_or_round_numbers() -> None:
     assert ticks.log_ticks(1e-4, 1e-1) == pytest.approx([1e-4, 1e-3, 1e-2, 1e-1])
     assert ticks.log_ticks(0.002, 0.04) == pytest.approx([0.002, 0.005, 0.01, 0.02])
     assert len(ticks.log_ticks(1e-9, 1e3)) <= 4
+
+
+# -- the other pages
+
+
+def test_a_study_takes_one_full_page_with_all_its_figures(tmp_path: Path) -> None:
+    data = make_data(make_recipe("baseline", SCORES), make_recipe("optimized", LOWER), studies=(searched(),))
+    cli.write(data, tmp_path / "r.pdf", "t", tmp_path / "f")
+    text = text_of(tmp_path / "r.pdf", 1)
+    assert text.startswith("t page 2 of 6 Study lr ") and "Study lr" not in text_of(tmp_path / "r.pdf", 2)
+    for name in ("history", "importance", "slices", "parallel", "rungs", "ledger"):
+        assert registry.STUDY[name].caption in text, name
+        assert (tmp_path / "f" / f"study-1-{name}.svg").is_file()
+    assert "Its 24 trials ended as follows: 18 done, 6 pruned." in text
+    assert "The base scored 2.3000 and 2.3200 with 2 seeds: 21, 22, so the noise floor is 0.0254." in text
+    assert "Of 900 requested steps, 700 were trained, 200 were reused and 70 were wasted." in text
+    assert 0.85 < fills(tmp_path / "r.pdf")[1] <= 1
+
+
+def test_only_the_last_page_may_be_less_than_two_thirds_full(tmp_path: Path) -> None:
+    grown = make_recipe("grown", {1: 1.7}, flops=4e9, params=3000)
+    others = [
+        make_recipe(f"other{i}", {1: 1.9 + i / 10}, {"lr": 0.01 + i / 100}, flops=2e9 + i * 1e8)
+        for i in range(30)
+    ]
+    pair = (make_recipe("baseline", SCORES), make_recipe("optimized", LOWER))
+    data = make_data(*pair, grown, *others, studies=(searched(), searched(200)))
+    cli.write(data, tmp_path / "r.pdf", "t")
+    filled = fills(tmp_path / "r.pdf")
+    assert len(filled) > 6 and min(filled[:-1]) > 2 / 3, filled
+
+
+def test_a_large_space_is_shortened_on_the_page_and_whole_in_the_appendix(tmp_path: Path) -> None:
+    space = {f"field_{i}": {"low": 0, "high": i + 1} for i in range(12)}
+    study = searched(study=CONFIRMED["study"] | {"space": space})
+    cli.write(make_data(studies=(study,)), tmp_path / "r.pdf", "t")
+    text = text_of(tmp_path / "r.pdf", 1)
+    assert "8 more fields are in the appendix." in text and "field_11" not in text
+    assert "field_11" in text_of(tmp_path / "r.pdf")
+
+
+# -- the figures of trials
+
+
+def lines(axes: Any, marker: str = "o") -> list[Any]:
+    return [line for line in axes.get_lines() if line.get_marker() == marker and len(line.get_xdata())]
+
+
+def test_trials_are_colored_by_value_and_the_best_is_labelled() -> None:
+    study = searched()
+    figure = slices.draw(study)
+    assert figure is not None
+    axes = figure.get_axes()[0]
+    marks = [line for line in lines(axes) if line.get_markersize() == 3.5]
+    shade_of = {float(line.get_ydata()[0]): line.get_color() for line in marks}
+    assert len(shade_of) > 10
+    assert shade_of[min(shade_of)] == shades.STOPS[0] and shade_of[max(shade_of)] == shades.STOPS[2]
+    best = min(study.completed, key=lambda trial: float(trial["value"]))
+    assert f"trial {best['trial']}" in [text.get_text() for text in axes.texts]
+    drawn = parallel.draw(study)
+    assert drawn is not None
+    (axes,) = drawn.get_axes()
+    labels = [line.get_label() for line in axes.get_lines()]
+    assert f"best: {best['trial']}" in labels
+    assert len({line.get_color() for line in axes.get_lines()}) > 10
+
+
+def test_shades_get_lighter_with_the_value_also_in_gray() -> None:
+    colors = shades.shades([i / 20 for i in range(21)])
+    grays = [sum(w * int(c[i : i + 2], 16) for w, i in ((0.299, 1), (0.587, 3), (0.114, 5))) for c in colors]
+    assert grays == sorted(grays) and grays[-1] - grays[0] > 120
+    assert shades.shades([1.0, 1.0]) == [shades.STOPS[0]] * 2
+
+
+def test_a_field_searched_on_a_logarithm_has_a_logarithmic_axis() -> None:
+    narrow = [0.01, 0.02]
+    study = make_study(space={"lr": {"low": 0.01, "high": 0.1, "log": True}, "x": {"low": 1e-4, "high": 1.0}})
+    assert studies.Scale.of_field(study, "lr", narrow).log, "whatever the span of the trials"
+    assert not studies.Scale.of_field(study, "x", [1e-4, 1.0]).log, "the space says that it is linear"
+    assert studies.Scale.of_field(study, "unknown", [1e-4, 1.0]).log, "a wide span is logarithmic"
+    assert studies.Scale.of_field(study, "lr", ["a", "b"]).names == ["a", "b"]
+
+
+def test_importance_uses_a_lower_rung_if_few_trials_were_trained_to_the_end() -> None:
+    study = searched(12)
+    assert len(study.completed) < studies.FEWEST
+    trials, rung = studies.comparable(study)
+    assert (len(trials), rung) == (12, 0)
+    shares = studies.importance(study)
+    assert max(shares, key=shares.__getitem__) == "lr"
+    figure = importance.draw(study)
+    assert figure is not None and "by the scores of 12 trials at rung 0" in title_of(figure)
+    assert studies.comparable(searched(24))[1] is None
+
+
+def title_of(figure: Any) -> str:
+    return " ".join(figure.get_suptitle().split())
+
+
+def test_every_figure_of_a_study_has_a_title_that_says_what_it_shows() -> None:
+    study = searched()
+    titles = {name: title_of(figure) for name, figure in study_page.draw(study, 6.0).items()}
+    best = min(study.completed, key=lambda trial: float(trial["value"]))
+    assert titles["history"].startswith(f"Trial {best['trial']} of 24 reached {best['value']:.4f}")
+    assert titles["ledger"] == "78% of the requested steps were trained"
+    assert titles["rungs"] == "Early scores rank the trials well"
+    assert titles["importance"].startswith("lr decides most") and all(titles.values())

@@ -240,7 +240,7 @@ def test_runs() -> None:
         [runs[2].id, "9", "1.5000", "1.5000", "3.0000", "98.0", "1.5000", "4", "0", "51", "ok"],
     ]
     assert table.red == {1} and "Red" in table.note and (table.name, table.title) == ("runs", "Runs")
-    assert look(table) == [(0.3, False), *[(0.0, True)] * 9, (0.14, False)]
+    assert look(table) == [(0.0, False), *[(0.0, True)] * 9, (0.14, False)]
     assert "Red" not in tables.runs(make_data(Recipe("baseline", runs[2:]))).note
 
 

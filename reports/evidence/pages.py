@@ -12,12 +12,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reports.evidence import findings, front_page, model_card, tables
+from reports.evidence import findings, front_page, model_card, study_page, tables
 from reports.evidence.figures import front, registry
 from reports.evidence.figures import growth as growth_figure
 from reports.evidence.figures import routing as routing_figure
 from reports.evidence.load import ReportData, Study
-from reports.evidence.pdf import figure, heading, page_break, paragraph, table
+from reports.evidence.pdf import figure, heading, new_page, page_break, paragraph, table
 from reports.evidence.tables import Table, fixed
 
 if TYPE_CHECKING:
@@ -97,27 +97,19 @@ def first_page(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flow
     yield from front_page.first_page(report.data, report.title, costs, drawings)
 
 
-def run_figures(section: str, report: Report, drawings: Mapping[str, Drawing]) -> list[Flowable]:
-    """Return the figures of a section that show runs, with their captions."""
-    flowables: list[Flowable] = []
-    on_page_one = front.captions(report.data)
-    for name, row in registry.RUNS.items():
-        if row.section == section and name not in on_page_one:
-            flowables += figure(drawings, name, row.caption(report.data), row.title)
-    return flowables
-
-
-def section_of_figures(section: str, report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
+def run_figures(section: str, report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
     """Yield a section with figures of runs. If the section has no figure, yield nothing."""
-    shown = run_figures(section, report, drawings)
-    if shown:
-        yield page_break()
-        yield heading(section, 0)
-        yield from shown
+    on_page_one = front.captions(report.data)
+    heading_of_section = section
+    for name, row in registry.RUNS.items():
+        if row.section == section and name not in on_page_one and name in drawings:
+            yield from figure(drawings, name, row.caption(report.data), row.title, heading_of_section)
+            heading_of_section = ""
 
 
 def curves(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
-    yield from section_of_figures(registry.COST, report, drawings)
+    yield new_page()  # the pages before are full
+    yield from run_figures(registry.COST, report, drawings)
 
 
 def recipes(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
@@ -144,38 +136,33 @@ def recipes(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowabl
 
 
 def ablation(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
-    yield from section_of_figures(registry.ABLATION, report, drawings)
-    yield from report.table("ablation")
+    if "ablation" in report.tables:
+        yield page_break()
+        yield heading(registry.ABLATION, 0)
+        yield from report.table("ablation")
 
 
 def training(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
-    yield from section_of_figures(registry.TRAINING, report, drawings)
+    yield from run_figures(registry.TRAINING, report, drawings)
 
 
 def studies(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
+    """Yield one page for each study."""
     for number, study in enumerate(report.data.studies, 1):
-        yield page_break()
-        yield heading(f"Study {study.name}", 0)
-        yield from report.table(f"study_{number}")
-        yield from report.table(f"study_{number}_confirmation")
-        yield from report.table(f"study_{number}_space")
-        for name, row in registry.STUDY.items():
-            yield from figure(drawings, f"study-{number}-{name}", row.caption)
+        yield from study_page.page(study, number, report.tables, drawings)
 
 
 def growth(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
     for number, run in enumerate(growth_figure.grown_runs(report.data), 1):
-        yield page_break()
-        yield heading(f"Growth of {run.id}", 0)
-        yield from figure(drawings, f"growth-{number}", growth_figure.CAPTION)
+        section = f"Growth of {run.id}"
+        yield from figure(drawings, f"growth-{number}", growth_figure.CAPTION, section=section)
         yield from report.table(f"growth_{number}")
 
 
 def routing(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
     for number, run in enumerate(routing_figure.routed_runs(report.data), 1):
-        yield page_break(430)
-        yield heading(f"Routed blocks of {run.id}", 0)
-        yield from figure(drawings, f"routing-{number}", routing_figure.CAPTION)
+        section = f"Routed blocks of {run.id}"
+        yield from figure(drawings, f"routing-{number}", routing_figure.CAPTION, section=section)
         yield from report.table(f"routing_{number}")
 
 
@@ -240,9 +227,14 @@ APPENDIX = (
 
 def appendix(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
     missing = "; ".join(missing_sections(report, drawings))
-    yield page_break()
+    yield page_break(90)
     yield heading("Appendix", 0)
     yield paragraph(f"Left out: {missing or 'nothing, the inputs have data for every page'}.")
+    for number in range(1, len(report.data.studies) + 1):
+        space = report.tables.get(f"study_{number}_space")
+        if space is not None and study_page.is_large(space):
+            yield from table(space)
+            yield from report.table(f"study_{number}_confirmation")
     for name in APPENDIX:
         yield from report.table(name)
     if report.data.runs:
@@ -283,11 +275,11 @@ def _missing_figures(study: Study, number: int, drawings: Mapping[str, Drawing])
 Section = Callable[[Report, Mapping[str, "Drawing"]], Iterator["Flowable"]]
 SECTIONS: tuple[Section, ...] = (
     first_page,
+    studies,
     curves,
     recipes,
     ablation,
     training,
-    studies,
     growth,
     routing,
     failures,

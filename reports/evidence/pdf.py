@@ -64,14 +64,16 @@ def to_drawing(svg: bytes) -> Drawing:
     return drawing
 
 
-def render_figures(data: ReportData, folder: Path | None, room: float = 3.2) -> dict[str, bytes]:
+def render_figures(
+    data: ReportData, folder: Path | None, room: float = 3.2, rooms: Mapping[int, float] | None = None
+) -> dict[str, bytes]:
     """Return each figure as SVG. If `folder` is given, also write SVG and PNG files to the folder.
 
-    `room` is the height of the two figures of page 1, in inches.
+    `room` and `rooms` are the heights that `draw_all` takes.
     """
     svgs = {}
     with report_style():
-        for name, figure in draw_all(data, room).items():
+        for name, figure in draw_all(data, room, rooms).items():
             out = io.BytesIO()
             figure.savefig(out, format="svg", metadata={"Date": None, "Creator": CREATOR})
             svgs[name] = out.getvalue()
@@ -91,10 +93,13 @@ def paragraph(text: str, style: str = "body") -> Flowable:
     return Paragraph(escape(text), styles()[style])
 
 
-def figure(drawings: Mapping[str, Drawing], name: str, caption: str, title: str = "") -> list[Flowable]:
+def figure(
+    drawings: Mapping[str, Drawing], name: str, caption: str, title: str = "", section: str = ""
+) -> list[Flowable]:
     """Return a figure with its title and caption, which stay together on one page.
 
-    If the figure was not drawn, return an empty list.
+    If the figure is the first one of a section, the heading of the section stays with it. If the figure was
+    not drawn, return an empty list.
     """
     from reportlab.platypus import KeepTogether, Spacer
 
@@ -103,6 +108,8 @@ def figure(drawings: Mapping[str, Drawing], name: str, caption: str, title: str 
     block = [drawings[name], paragraph(caption, "caption"), Spacer(1, 6)]
     if title:
         block.insert(0, heading(title, 1))
+    if section:
+        block.insert(0, heading(section, 0))
     return [KeepTogether(block)]
 
 
@@ -146,16 +153,28 @@ def side_by_side(figures: Sequence[tuple[Drawing, str]]) -> list[Flowable]:
 
 
 def heights(flowables: Iterable[Flowable], share: float = 1.0) -> float:
-    """Return the height of flowables in points, if they are as wide as a share of the page."""
+    """Return the height of flowables in points, if they start a page and are as wide as a share of it."""
     register_fonts()
     total = 0.0
+    after = 0.0
     for flowable in flowables:
         _, height = flowable.wrap(share * COLUMN, 10_000)
-        total += height + flowable.getSpaceBefore() + flowable.getSpaceAfter()
+        if not height:  # a page break
+            continue
+        if total:
+            total += max(0.0, flowable.getSpaceBefore() - after)
+        after = flowable.getSpaceAfter()
+        total += height + after
     return total
 
 
-def page_break(room: float = 330.0) -> Flowable:
+def new_page() -> Flowable:
+    from reportlab.platypus import PageBreak
+
+    return PageBreak()
+
+
+def page_break(room: float = 130.0) -> Flowable:
     """Return a page break that takes effect only if less than `room` points are left on the page."""
     from reportlab.platypus import CondPageBreak
 
@@ -179,7 +198,8 @@ def styles() -> dict[str, Any]:
     claim = ParagraphStyle("claim", body, fontName=BOLD, fontSize=9.5, leading=13.5, spaceAfter=6)
     number = ParagraphStyle("number", body, fontName=BOLD, fontSize=24, leading=29, spaceAfter=0)
     small = ParagraphStyle("small", body, fontSize=7, leading=9, textColor=GREY, spaceAfter=2)
-    made = (body, cell, title, h0, h1, caption, note, bad, finding, big, claim, number, small)
+    facts = ParagraphStyle("facts", body, fontSize=7.5, leading=10.5)
+    made = (body, cell, title, h0, h1, caption, note, bad, finding, big, claim, facts, number, small)
     return {style.name: style for style in made}
 
 

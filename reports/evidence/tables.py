@@ -359,7 +359,7 @@ def runs(data: ReportData) -> Table:
         if run.failed_guards:
             red.add(i)
     columns = [
-        Column("run", text, 0.3),
+        Column("run", text),
         Column("seed", identifier),
         Column("full", fixed(4)),
         Column("best", fixed(4)),

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from reports.evidence.figures.style import WIDTH
+from reports.evidence.figures.style import COLOURS, WIDTH
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
 LEGEND_WIDTH = 108  # the maximum number of characters in one row of the legend
 TITLE_SIZE = 8.0  # the font size of the title of a figure, in points
-TITLE_LETTER = 0.66  # the mean width of a bold letter, relative to the font size
+TITLE_LETTER = 0.62  # the mean width of a bold letter, relative to the font size
 ROUND = (1, 2, 2.5, 5, 10)  # the ticks of a linear axis are multiples of these numbers
+LETTER = 4.2  # the mean width of a letter of the legend, in points
+KEY = 31.0  # the width of a line of the legend with its gaps, in points
 SUFFIXES = ("", "K", "M", "G", "T", "P", "E")
 
 
@@ -119,6 +121,20 @@ def label_bar(axes: Axes, x: float, y: float, text: str) -> None:
     axes.annotate(text, (x, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
 
 
+def label_best(axes: Axes, point: tuple[float, float], text: str) -> None:
+    """Draw a ring around the best trial, and write a text above the ring, inside the panel."""
+    axes.plot(*point, "o", color=COLOURS[1], markersize=6.5, markerfacecolor="none", zorder=4)
+    options: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7, "va": "bottom", "zorder": 5}
+    axes.get_xlim()  # this call scales the axes
+    x = axes.transAxes.inverted().transform(axes.transData.transform(point))[0]
+    side = "center"
+    if x > 0.8:
+        side = "right"
+    elif x < 0.2:
+        side = "left"
+    axes.annotate(text, point, xytext=(0, 5), ha=side, **options)
+
+
 def shorten(text: str, width: int) -> str:
     """Shorten a text that has `width` or more characters. A shortened text ends with an ellipsis."""
     if len(text) < width:
@@ -134,7 +150,11 @@ def add_legend(figure: Figure, axes: Axes) -> None:
     longest = max(map(len, labels))
     width = int(LEGEND_WIDTH * figure.get_figwidth() / WIDTH)
     columns = max(1, min(len(labels), width // (longest + 8)))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=3.2)
+    if sum(LETTER * len(label) + KEY for label in labels) <= 72 * figure.get_figwidth():
+        columns = len(labels)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=columns, handlelength=2.6, columnspacing=1
+    )
 
 
 def set_score_limits(axes: Axes, values: Sequence[float]) -> None:

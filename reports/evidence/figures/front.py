@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from reports.evidence.compared import comparison
-from reports.evidence.figures import headline, history, importance, interval, seeds, waterfall
+from reports.evidence.figures import headline, history, interval, seeds, slices, waterfall
 from reports.evidence.figures.style import HALF
 from reports.evidence.load import ReportData
 
@@ -23,7 +23,7 @@ def draw(data: ReportData, height: float) -> dict[str, Figure | None]:
         figures[right(data)] = draw_right(data, height)
     elif data.studies:
         figures[LEFT] = history.draw(data.studies[0], height, HALF)
-        figures[RIGHT] = importance.draw(data.studies[0], height, HALF)
+        figures[RIGHT] = slices.draw(data.studies[0], height, HALF, columns=1, most=2)
     return figures
 
 
@@ -47,7 +47,7 @@ def draw_right(data: ReportData, height: float) -> Figure | None:
 def captions(data: ReportData) -> dict[str, str]:
     """Return the caption of each figure of page 1."""
     if not data.runs:
-        return {LEFT: history.CAPTION, RIGHT: importance.CAPTION}
+        return {LEFT: history.CAPTION, RIGHT: slices.CAPTION}
     name = right(data)
     texts = {"waterfall": waterfall.caption, "seeds": seeds.caption, RIGHT: lambda _: history.CAPTION}
     return {LEFT: headline.caption(data), name: texts[name](data)}

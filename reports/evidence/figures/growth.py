@@ -32,7 +32,7 @@ def draw(run: Run) -> Figure:
     columns = 2
     if sized:
         columns = 3
-    figure, panel = panels(2.4 + 0.13 * max(2, min(len(run.ops), MOST)), 1, columns)
+    figure, panel = panels(1.7 + 0.13 * max(2, min(len(run.ops), MOST)), 1, columns)
     draw_score(panel[0], run)
     if sized:
         draw_size(panel[1], run, sized)

@@ -6,14 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from reports.evidence.figures.axes import add_legend, format_ticks, panels, set_score_limits, set_title
+from reports.evidence.figures.axes import (
+    add_legend,
+    format_ticks,
+    label_best,
+    panels,
+    set_score_limits,
+    set_title,
+)
 from reports.evidence.figures.series import column
 from reports.evidence.figures.style import COLOURS, GREY, WIDTH
 from reports.evidence.load import Study, trial_state
 from reports.evidence.studies import objective, values
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 CAPTION = "Each trial's value at the end of its training, in the order of the trials."
@@ -28,24 +34,24 @@ def draw(study: Study, height: float = 2.2, width: float = WIDTH) -> Figure | No
     short = [trial for trial in study.stopped if trial_state(trial) == SHORT]
     pruned = [trial for trial in study.stopped if trial_state(trial) != SHORT]
     kinds = (
-        (GREY, "x", "stopped at a lower rung", pruned),
+        (GREY, "x", "stopped early", pruned),
         (GREY, ".", "short run", short),
-        (COLOURS[0], "o", "trained to the end", study.completed),
+        (COLOURS[0], "o", "whole run", study.completed),
     )
     for colour, marker, label, trials in kinds:
         if trials:
             numbers = column(trials, "trial")
             axes.plot(numbers, values(trials), marker, color=colour, markerfacecolor="none", label=label)
     lowest = np.minimum.accumulate(values(study.completed))
-    label = "the lowest value so far"
+    label = "lowest so far"
     axes.step(column(study.completed, "trial"), lowest, where="post", color=COLOURS[1], label=label)
     set_score_limits(axes, values(study.scored))
     best = min(study.completed, key=lambda trial: float(trial["value"]))
-    label_best(axes, best)
-    axes.set(xlabel="trial", ylabel=f"{objective(study)}, nats per character")
+    label_best(axes, (best["trial"], float(best["value"])), f"best: {best['trial']}")
+    axes.set(xlabel="trial", ylabel=f"{objective(study)},\nnats/char")
     set_title(figure, title(study, best))
     format_ticks(axes.xaxis, max(4, int(8 * width / WIDTH)))
-    format_ticks(axes.yaxis)
+    format_ticks(axes.yaxis, 4)
     add_legend(figure, axes)
     return figure
 
@@ -58,11 +64,3 @@ def title(study: Study, best: dict[str, Any]) -> str:
     if gain > 0:
         text += f", {gain:.4f} below trial {first['trial']}"
     return text
-
-
-def label_best(axes: Axes, best: dict[str, Any]) -> None:
-    """Mark the trial with the lowest value, and write its number next to the mark."""
-    point = (best["trial"], float(best["value"]))
-    axes.plot(*point, "o", color=COLOURS[1], markersize=6, markerfacecolor="none", zorder=4)
-    options = {"textcoords": "offset points", "fontsize": 7, "ha": "center", "va": "bottom"}
-    axes.annotate(f"best: {best['trial']}", point, xytext=(0, 5), **options)

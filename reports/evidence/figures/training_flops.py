@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mainrun.stats import Mean, frontier
-from reports.evidence.figures.axes import add_legend, format_cost_ticks, format_ticks, panels
+from reports.evidence.figures.axes import add_legend, format_cost_ticks, format_ticks, panels, set_title
 from reports.evidence.figures.forward_flops import differ
 from reports.evidence.figures.labels import NAME_SIZE, place_labels
 from reports.evidence.figures.series import coloured, short_names
@@ -65,7 +65,7 @@ def draw(data: ReportData) -> Figure | None:
     points = points_of(data)
     if not differ([point.cost for point in points]):
         return None
-    figure, (axes,) = panels(2.9)
+    figure, (axes,) = panels(2.8)
     names = short_names(data, [point.recipe for point in points], 30)
     axes.set_xscale("log")
     for point in points:
@@ -83,6 +83,7 @@ def draw(data: ReportData) -> Figure | None:
     axes.set(xlabel="FLOPs of the training", ylabel="full, nats per character")
     format_cost_ticks(axes.xaxis)
     format_ticks(axes.yaxis)
+    set_title(figure, f"{len(front)} of {len(points)} recipes score better than all recipes of less training")
     add_legend(figure, axes)
     named = front + [p for p in points if p.color is None and len(p.recipe.scores) > 1 and p not in front]
     named = [point for point in named if point in shown][:MAX_NAMES]
