@@ -19,8 +19,6 @@ from mainrun.ui.console import Debug, Json, check_regular_file, emit, validate_p
 if TYPE_CHECKING:
     from reports.evidence.load import ReportData, Run
 
-LOG = Path(__file__).parents[1] / "docs" / "log"  # the folder with the log of experiments
-
 
 Places = Annotated[
     list[str] | None,
@@ -71,7 +69,7 @@ Log = Annotated[
         "--log",
         metavar="FILE",
         callback=validate_paths,
-        help="A log of experiments. The report quotes the failures in the log.",
+        help="Your log of experiments. The report quotes the failures in the log.",
     ),
 ]
 
@@ -99,8 +97,6 @@ def report(
 
     if log is not None:
         _check_log(log)
-    elif LOG.is_dir():
-        log = LOG
     check_regular_file(out, "--out", b"%PDF", "PDF")
     if not title.strip() or not title.isprintable():
         raise UsageError(f"--title {title!r} cannot be printed; give one line of printable text")
@@ -116,7 +112,7 @@ def report(
 
 def _check_log(log: Path) -> None:
     if not log.is_file():
-        raise UsageError(f"--log {log} is not a file; give the log of experiments, or omit --log")
+        raise UsageError(f"--log {log} is not a file; give your log of experiments, or omit --log")
     try:
         inputs.read_bytes(log)
     except inputs.BadInput as error:
@@ -211,4 +207,4 @@ def _read_samples(processes: Processes) -> Iterator[tuple[str, list[str]]]:
     for run_id, process in processes:
         titles, _ = process.communicate()
         if process.returncode == 0:
-            yield run_id, titles.splitlines()
+            yield run_id, titles.split("\n")[:-1]  # a title may contain other line breaks

@@ -446,7 +446,7 @@ def test_trials_steps_and_rungs_of_a_study(tmp_path: Path) -> None:
     failures = tables.failures(e)
     assert (
         failures is not None
-        and len(failures.rows) == len(failed)
+        and [row[1] for row in failures.rows] == [*["diverged"] * len(failed), "pruned"]
         and "diverged at step 9" in failures.rows[0][2]
     )
 
@@ -550,14 +550,13 @@ def test_optional_columns_of_an_export_can_be_missing(tmp_path: Path) -> None:
         load.gather([str(study)], tmp_path)
 
 
-def test_the_log_is_a_file_or_a_folder_of_pages(tmp_path: Path) -> None:
+def test_the_failures_of_a_log_are_quoted(tmp_path: Path) -> None:
     from reports.evidence.pages import failures_in_log
 
-    (tmp_path / "b.md").write_text("- [Deeper](deep.md) was **slower**.\n- Wider was better.\n")
-    (tmp_path / "a.md").write_text("- The run\n  diverged.\n")
-    assert failures_in_log(tmp_path) == ["The run diverged.", "Deeper was slower."]
-    assert failures_in_log(tmp_path / "b.md") == ["Deeper was slower."]
-    assert failures_in_log(cli.LOG)
+    log = tmp_path / "b.md"
+    log.write_text("- [Deeper](deep.md) was **slower**.\n- Wider was better.\n- The run\n  diverged.\n")
+    assert failures_in_log(log) == ["Deeper was slower.", "The run diverged."]
+    assert failures_in_log(None) == []
 
 
 # -- the pages

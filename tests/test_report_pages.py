@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from evidence import make_data, make_recipe, make_study, make_trial
+from evidence import make_data, make_recipe, make_run, make_study, make_trial, write_run
 
+from mainrun.errors import RunError
 from reports import cli
-from reports.evidence import compared, front_page, studies
+from reports.evidence import compared, front_page, load, samples, studies, tables
 from reports.evidence.figures import axes as ticks
 from reports.evidence.figures import (
     front,
@@ -314,3 +316,64 @@ def test_every_figure_of_a_study_has_a_title_that_says_what_it_shows() -> None:
     assert titles["ledger"] == "78% of the requested steps were trained"
     assert titles["rungs"] == "Early scores rank the trials well"
     assert titles["importance"].startswith("lr decides most") and all(titles.values())
+
+
+# -- what failed, and samples
+
+
+def test_a_run_that_diverged_is_listed_with_its_reason_if_no_argument_names_it(tmp_path: Path) -> None:
+    write_run(tmp_path, make_run())
+    lost = write_run(tmp_path, make_run(seed=2), status="diverged")
+    (lost / "summary.json").unlink()
+    (lost / "status.json").write_text('{"state": "diverged", "step": 9, "why": "the loss is nan"}')
+    data = load.gather([], tmp_path)
+    assert [run.cfg.seed for run in data.runs] == [1]
+    table = tables.failures(data)
+    assert table is not None and table.rows == [[lost.name, "diverged, step 9", "the loss is nan"]]
+    with pytest.raises(RunError, match=r"is not finished \(diverged\)"):
+        load.gather([str(lost)], tmp_path)
+    shutil.rmtree(tmp_path / make_run().cfg.run_id)
+    with pytest.raises(RunError, match="contains no run and no exported study"):
+        load.gather([], tmp_path)
+
+
+def test_pruned_trials_are_listed_by_reason() -> None:
+    trials = [make_trial(i, 2.0, "pruned", reason="place 4 of 4") for i in range(3)]
+    study = make_study(
+        make_trial(9, None, "failed", reason="no memory"), *trials, make_trial(4, 2.0, "pruned")
+    )
+    table = tables.failures(make_data(studies=(study,)))
+    assert table is not None and table.rows == [
+        ["lr, trial 9", "failed", "no memory"],
+        ["lr, trials 0, 1, 2", "pruned", "place 4 of 4"],
+        ["lr, trial 4", "pruned", "stopped at a rung"],
+    ]
+
+
+def test_only_the_log_of_the_user_is_quoted(tmp_path: Path) -> None:
+    log = tmp_path / "mine.md"
+    log.write_text("- Wider was worse.\n- Deeper was better.\n")
+    cli.write(two_recipes(), tmp_path / "a.pdf", "t")
+    assert "worse" not in text_of(tmp_path / "a.pdf") and "a log (give a file with --log)" in text_of(
+        tmp_path / "a.pdf"
+    )
+    cli.write(two_recipes(), tmp_path / "b.pdf", "t", log=log)
+    text = text_of(tmp_path / "b.pdf")
+    assert "From mine.md" in text and "• Wider was worse." in text and "Deeper" not in text
+
+
+def test_samples_are_side_by_side_and_control_characters_are_visible() -> None:
+    table = samples.side_by_side(
+        [("a-1", ["one\x07two", "", "b\ufffdd"]), ("b-2", ["plain", "\u2028\u4e2d"])]
+    )
+    assert table is not None
+    assert [column.head for column in table.columns] == ["#", "a-1", "b-2"]
+    assert table.rows == [
+        [1, "one␇two", "plain"],
+        [2, "(an empty title)", "⟨2028⟩⟨4E2D⟩"],
+        [3, "b\ufffdd", ""],
+    ]
+    assert "(1 times)" in table.note and "Control characters" in table.note
+    assert samples.side_by_side([]) is None
+    clean = samples.side_by_side([("a-1", ["plain"])])
+    assert clean is not None and "Control" not in clean.note and "stands for" not in clean.note

@@ -623,7 +623,7 @@ def test_failures() -> None:
     ]
     table = tables.failures(e)
     assert table is not None and cells(table) == rows and heads(table) == ["what", "where", "why"]
-    assert look(table) == [(0.25, False), (0.12, False), (0.63, False)] and (table.name, table.title) == (
+    assert look(table) == [(0.25, False), (0.15, False), (0.6, False)] and (table.name, table.title) == (
         "failures",
         "Runs, trials and ops",
     )

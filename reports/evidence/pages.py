@@ -18,6 +18,7 @@ from reports.evidence.figures import growth as growth_figure
 from reports.evidence.figures import routing as routing_figure
 from reports.evidence.load import ReportData, Study
 from reports.evidence.pdf import figure, heading, new_page, page_break, paragraph, table
+from reports.evidence.samples import side_by_side
 from reports.evidence.tables import Table, fixed
 
 if TYPE_CHECKING:
@@ -174,11 +175,10 @@ def failures(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowab
         yield heading("What failed", 0)
         yield from failed
     if points and report.log:
-        digest = sha256(log_text(report.log)).hexdigest()[:12]
-        yield heading("From the log", 1)
+        digest = sha256(report.log.read_bytes()).hexdigest()[:12]
+        yield heading(f"From {report.log.name}", 1)
         yield paragraph(
-            f"Points of {report.log.name} (sha256 {digest}) about results that were worse, slower or wrong. "
-            "The log describes every experiment.",
+            f"Points of {report.log.name} (sha256 {digest}) about results that were worse, slower or wrong.",
             "small",
         )
         for point in points:
@@ -190,7 +190,7 @@ def failures_in_log(log: Path | None, limit: int = 16) -> list[str]:
     if log is None:
         return []
     points = []
-    for point in re.findall(r"(?m)^- (.+(?:\n  .+)*)", log_text(log).decode()):
+    for point in re.findall(r"(?m)^- (.+(?:\n  .+)*)", log.read_text(encoding="utf-8", errors="replace")):
         without_links = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", point)
         plain = " ".join(without_links.split()).replace("**", "").replace("`", "")
         if not LOST.search(plain):
@@ -201,23 +201,12 @@ def failures_in_log(log: Path | None, limit: int = 16) -> list[str]:
     return points[:limit]
 
 
-def log_text(log: Path) -> bytes:
-    """Return the text of the log. If the log is a folder, join its Markdown files in alphabetical order."""
-    pages = [log]
-    if log.is_dir():
-        pages = sorted(log.glob("*.md"))
-    return b"\n".join(page.read_bytes() for page in pages)
-
-
 def samples(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
-    if not report.samples:
-        return
-    yield page_break()
-    yield heading("Samples", 0)
-    for run_id, titles in report.samples:
-        yield heading(run_id, 1)
-        for title in titles:
-            yield paragraph(title if title.strip() else "(an empty title)", "finding")
+    shown = side_by_side(report.samples)
+    if shown is not None:
+        yield page_break()
+        yield heading("Samples", 0)
+        yield from table(shown)
 
 
 APPENDIX = (
@@ -260,7 +249,7 @@ def missing_sections(report: Report, drawings: Mapping[str, Drawing]) -> Iterato
     if not report.samples:
         yield "samples (not requested, or no run has a checkpoint)"
     if report.log is None:
-        yield "the log (no folder docs/log next to the code)"
+        yield "a log (give a file with --log)"
 
 
 def _missing_figures(study: Study, number: int, drawings: Mapping[str, Drawing]) -> Iterator[str]:

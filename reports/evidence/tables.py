@@ -31,11 +31,13 @@ from reports.evidence.load import (
     ladder_scores,
     shorten,
     step_name,
+    trial_state,
 )
 from reports.evidence.studies import ledger
 
 Format = Callable[[Any], str]
 Row = list[Any]
+PRUNED = "pruned"  # the state of a trial that was stopped at a rung
 LONGEST_NAME = 20  # a figure may show the number of a recipe whose name is longer
 
 
@@ -917,8 +919,11 @@ def _drop(column: Column, columns: list[Column], rows: Sequence[list[Any]]) -> N
 
 
 def failures(data: ReportData, limit: int = 30) -> Table | None:
-    """Make the table of failures: runs that failed a guard, failed trials, and ops that were rolled back."""
+    """Make the table of everything that failed: runs, guards, ops and trials, with the reasons."""
     rows: list[Row] = []
+    for ended in data.ended:
+        where = f"{ended.state}, step {ended.step}"
+        rows.append([ended.path.name, where, one_line(ended.why) or "no reason given"])
     for run in data.runs:
         for guard in run.summary["guards"]:
             if guard["status"] == "fail":
@@ -936,7 +941,22 @@ def failures(data: ReportData, limit: int = 30) -> Table | None:
         if len(failed) > limit:
             more = f"and {len(failed) - limit} more failed trials, in trials.parquet"
             rows.append([export.name, "", more])
+        rows += _pruned(export, limit)
     if not rows:
         return None
-    columns = [Column("what", text, 0.25), Column("where", text, 0.12), Column("why", text, 0.63)]
+    columns = [Column("what", text, 0.25), Column("where", text, 0.15), Column("why", text, 0.6)]
     return Table("failures", "Runs, trials and ops", columns, rows)
+
+
+def _pruned(export: Study, limit: int) -> Iterator[Row]:
+    """Yield a row for each reason why trials were stopped early, with the numbers of these trials."""
+    by_reason: dict[str, list[str]] = {}
+    for trial in export.trials:
+        if trial_state(trial) == PRUNED:
+            reason = str(trial.get("reason") or "stopped at a rung")
+            by_reason.setdefault(reason, []).append(str(trial["trial"]))
+    for reason, numbers in list(by_reason.items())[:limit]:
+        noun = "trial" if len(numbers) == 1 else "trials"
+        yield [f"{export.name}, {noun} {shorten(numbers, 8)}", PRUNED, reason]
+    if len(by_reason) > limit:
+        yield [export.name, PRUNED, f"and {len(by_reason) - limit} more reasons, in trials.parquet"]
