@@ -203,11 +203,11 @@ def test_runs() -> None:
         "full",
         "best",
         "official",
-        "covers %",
-        "bits/byte",
+        "covers\n%",
+        "bits/\nbyte",
         "steps",
         "reused",
-        "tokens/s",
+        "tokens/\ns",
         "guards",
     ]
     assert cells(table) == [

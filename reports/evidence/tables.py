@@ -367,11 +367,11 @@ def runs(data: ReportData) -> Table:
         Column("best", fixed(4)),
         FORWARD_FLOPS,
         Column("official", fixed(4)),
-        Column("covers %", fixed(1)),
-        Column("bits/byte", fixed(4)),
+        Column("covers\n%", fixed(1)),
+        Column("bits/\nbyte", fixed(4)),
         Column("steps", integer),
         Column("reused", integer),
-        Column("tokens/s", integer),
+        Column("tokens/\ns", integer),
         Column("guards", text, 0.14),
     ]
     note = (
