@@ -44,7 +44,7 @@ def draw(study: Study, height: float = 2.4, width: float = WIDTH) -> Figure | No
     draw_lines(axes, lines, scores)
     best = int(np.argmin(scores))
     label = f"best: {trials[best]['trial']}"
-    axes.plot(range(len(fields)), lines[best], color=BEST, linewidth=1.8, zorder=4, label=label)
+    axes.plot(range(len(fields)), lines[best], color=BEST, linewidth=1.8, marker="s", zorder=4, label=label)
     add_key(axes, scores)
     set_field_names(axes, fields)
     set_title(figure, f"The settings of {len(trials)} trials, and those of the best one")
