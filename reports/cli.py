@@ -19,8 +19,6 @@ from mainrun.ui.console import Debug, Json, check_regular_file, emit, stoppable,
 if TYPE_CHECKING:
     from reports.evidence.load import ReportData, Run
 
-LOG = Path(__file__).parents[1] / "docs" / "log"  # the folder with the log of experiments
-
 
 Places = Annotated[
     list[str] | None,
@@ -80,7 +78,7 @@ Log = Annotated[
         "--log",
         metavar="FILE",
         callback=validate_paths,
-        help="A log of experiments. The report quotes the failures in the log.",
+        help="Your log of experiments. The report quotes the failures in the log.",
     ),
 ]
 
@@ -105,12 +103,10 @@ def report(
     or evaluation spans cannot be in the same report.
     """
     from reports.evidence import load
-    from reports.evidence.pages import count
+    from reports.evidence.front_page import count
 
     if log is not None:
         _check_log(log)
-    elif LOG.is_dir():
-        log = LOG
     check_regular_file(out, "--out", b"%PDF", "PDF")
     if page is not None:
         check_regular_file(page, "--html", b"<!doctype html>", "HTML")
@@ -133,7 +129,7 @@ def report(
 
 def _check_log(log: Path) -> None:
     if not log.is_file():
-        raise UsageError(f"--log {log} is not a file; give the log of experiments, or omit --log")
+        raise UsageError(f"--log {log} is not a file; give your log of experiments, or omit --log")
     try:
         inputs.read_bytes(log)
     except inputs.BadInput as error:
@@ -155,14 +151,17 @@ def write(
     """
     from mainrun.store.rundir import disk_errors
     from reports.evidence import findings, pdf
+    from reports.evidence.front_page import figure_height
     from reports.evidence.pages import Report
+    from reports.evidence.study_page import figure_rooms
 
     for folder, option in ((figures, "--figures"), (tables, "--tables")):
         if folder:
             with disk_errors(folder, option):
                 folder.mkdir(parents=True, exist_ok=True)
     with _sampling(data, samples) as processes:  # generate titles while the figures are drawn
-        drawings = {name: pdf.to_drawing(svg) for name, svg in pdf.render_figures(data, figures).items()}
+        rendered = pdf.render_figures(data, figures, figure_height(data, title), figure_rooms(data))
+        drawings = {name: pdf.to_drawing(svg) for name, svg in rendered.items()}
         made = Report(data, title, log, list(_read_samples(processes)))
     if tables:
         with disk_errors(tables, "--tables"):
@@ -268,4 +267,4 @@ def _read_samples(processes: Processes) -> Iterator[tuple[str, list[str]]]:
     for run_id, process in processes:
         titles, _ = process.communicate()
         if process.returncode == 0:
-            yield run_id, titles.splitlines()
+            yield run_id, titles.split("\n")[:-1]  # a title may contain other line breaks

@@ -9,7 +9,7 @@ from mainrun import stats
 from mainrun.config import MIN_COVERAGE
 from mainrun.ui.compare import scientific
 from reports.evidence import tables
-from reports.evidence.load import Recipe, ReportData, Run, Study
+from reports.evidence.load import Recipe, ReportData, Run, Study, shorten
 from reports.evidence.studies import importance, ledger
 from reports.evidence.tables import fixed, get_flops, get_seconds, integer
 
@@ -109,7 +109,7 @@ def cost(data: ReportData) -> str:
         f"{_times(flops)} the FLOPs ({scientific(flops[1])} against {scientific(flops[0])})",
         f"{_times(params)} the parameters ({integer(params[1])} against {integer(params[0])})",
     ]
-    obstacle = _time_obstacle(base, other)
+    obstacle = time_obstacle(base, other)
     note = ""
     if obstacle:
         note = f"; time is not compared, since {obstacle}"
@@ -131,7 +131,7 @@ def _times(values: tuple[float, float]) -> str:
     return f"{second / first:.2f} times"
 
 
-def _time_obstacle(base: Recipe, other: Recipe) -> str:
+def time_obstacle(base: Recipe, other: Recipe) -> str:
     """Return the reason why the times of two recipes cannot be compared, or an empty string."""
     reused = [recipe.name for recipe in (base, other) if not all(map(tables.is_fresh, recipe.valid_runs))]
     if reused:
@@ -205,6 +205,44 @@ def study_sentence(study: Study) -> str:
     steps = ledger(study)
     if steps.get("asked") and "trained" in steps:
         text += f"; of {integer(steps['asked'])} steps requested, {integer(steps['trained'])} were trained"
+    return f"{text}."
+
+
+def study_details(study: Study) -> list[str]:
+    """Return a sentence about the best trial, and one about what the confirmation found."""
+    sentences = []
+    if study.completed:
+        best = min(study.completed, key=lambda trial: float(trial["value"]))
+        sentences.append(
+            f"Trial {best['trial']} has the lowest value of the {len(study.completed)} trials that were "
+            f"trained to the end, {fixed(4)(float(best['value']))}."
+        )
+    rows = [row for row in study.fact("rows") or [] if isinstance(row, dict)]
+    if rows:
+        claimed = sum(bool(row.get("claim")) for row in rows)
+        verb = "is" if claimed == 1 else "are"
+        sentences.append(
+            f"Of {len(rows)} confirmed trials, {claimed} {verb} claimed to be better than the base."
+        )
+    else:
+        sentences.append("No trial was confirmed with new seeds, so the best value is too good by chance.")
+    return sentences
+
+
+def guard_sentence(data: ReportData) -> str:
+    """Return a sentence about the guards of all runs."""
+    failed = [run.id for run in data.runs if run.failed_guards]
+    flagged = 0
+    for run in data.runs:
+        flagged += any(guard["status"] == "flag" for guard in run.summary["guards"])
+    guards = max(len(run.summary["guards"]) for run in data.runs)
+    if failed:
+        return f"{len(failed)} of {len(data.runs)} runs failed a guard and do not count: {shorten(failed)}."
+    text = f"No run failed any of the {guards} guards"
+    if flagged:
+        text += (
+            f"; {flagged} of {len(data.runs)} runs are flagged, so they do not compare with the task's score"
+        )
     return f"{text}."
 
 

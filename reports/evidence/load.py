@@ -37,6 +37,7 @@ Item = TypeVar("Item")
 EXPORT = ("study.json", "trials.parquet")
 OP_ENDED = ("SUCCESS", "ERROR")  # event name suffixes that mark the end of an op
 FAILED_STATES = ("fail", "failed", "error", "diverged")
+ENDED_STATES = ("diverged", "failed")  # the states of runs that have no score and need none
 COMPLETED_STATES = ("complete", "completed", "done")
 
 
@@ -102,6 +103,16 @@ class Run:
                 decision = Decision(row["step"], str(row["event"]).endswith("ERROR"))
                 fired.append(decision.to_int())
         return Plan(self.cfg, self.plan["train_tokens"], fired)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A run that diverged or failed, and that has no score."""
+
+    path: Path
+    state: str
+    step: int
+    why: str
 
 
 @dataclass(frozen=True)
@@ -215,10 +226,22 @@ class ReportData:
     optimised: Recipe | None = None
     selection: str = ""  # a text that says how the optimized recipe was selected
     repeats: tuple[str, ...] = ()  # a sentence about each run that repeats another run
+    ended: tuple[Ended, ...] = ()  # runs without a score
 
     @cached_property
     def runs(self) -> list[Run]:
         return [run for recipe in self.recipes for run in recipe.runs]
+
+    @cached_property
+    def ranked(self) -> list[Recipe]:
+        """The recipes from the best mean score to the worst. Recipes without a valid run are last."""
+        worst = float("inf")
+        return sorted(self.recipes, key=lambda recipe: recipe.mean_score if recipe.valid_runs else worst)
+
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """The number of each recipe, with the name of the recipe as the key: 1 is the best recipe."""
+        return {recipe.name: number for number, recipe in enumerate(self.ranked, 1)}
 
     @cached_property
     def noise(self) -> Noise | None:
@@ -258,6 +281,7 @@ class _Collector:
     runs: dict[Path, RunDir] = field(default_factory=dict)
     studies: dict[Path, Path] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
+    ended: dict[Path, Ended] = field(default_factory=dict)  # only runs that no argument names
 
     def add(self, path: Path) -> bool:
         """Add a folder that is a run directory or a study, and return whether the folder was added."""
@@ -275,7 +299,11 @@ class _Collector:
         """Add all run directories and studies in a folder and its subfolders, except in hidden subfolders."""
         added = 0
         for path, subfolders, _ in os.walk(folder):
-            if self.add(Path(path)):
+            ended = _ended(Path(path))
+            if ended is not None:
+                self.ended.setdefault(ended.path.resolve(), ended)
+                subfolders.clear()
+            elif self.add(Path(path)):
                 added += 1
                 subfolders.clear()
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
@@ -328,7 +356,21 @@ def gather(places: Sequence[str], out: Path = Path("runs")) -> ReportData:
     repeats = tuple(_describe_repeats(recipes))
     recipes = tuple(map(_without_repeats, recipes))
     baseline, optimised, selection = _select_pair(recipes)
-    return ReportData(recipes, tuple(studies), baseline, optimised, selection, repeats)
+    ended = tuple(sorted(collector.ended.values(), key=lambda ended: ended.path.name))
+    return ReportData(recipes, tuple(studies), baseline, optimised, selection, repeats, ended)
+
+
+def _ended(path: Path) -> Ended | None:
+    """Return a run that diverged or failed, or None if a folder is anything else."""
+    if not (path / "config.json").is_file() or os.path.lexists(path / "summary.json"):
+        return None
+    try:
+        status = RunDir(path).status()
+    except MainrunError:
+        return None  # reading the run reports what is wrong
+    if status.get("state") not in ENDED_STATES:
+        return None
+    return Ended(path, status["state"], int(status.get("step", 0)), str(status.get("why", "")))
 
 
 def _without_repeats(recipe: Recipe) -> Recipe:

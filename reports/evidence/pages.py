@@ -12,14 +12,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mainrun.ui.compare import scientific
-from reports.evidence import findings, model_card, tables
+from reports.evidence import findings, front_page, model_card, study_page, tables
+from reports.evidence.figures import front, registry
 from reports.evidence.figures import growth as growth_figure
-from reports.evidence.figures import registry
 from reports.evidence.figures import routing as routing_figure
 from reports.evidence.load import ReportData, Study
-from reports.evidence.pdf import figure, heading, page_break, paragraph, table
-from reports.evidence.tables import Column, Row, Table, fixed, integer, mean_of, text
+from reports.evidence.pdf import figure, heading, new_page, page_break, paragraph, table
+from reports.evidence.samples import side_by_side
+from reports.evidence.tables import Table, fixed
 
 if TYPE_CHECKING:
     from reportlab.graphics.shapes import Drawing
@@ -66,7 +66,7 @@ def make_tables(data: ReportData) -> Iterator[Table]:
         yield tables.run_costs(data)
         yield tables.recipes(data)
     for make_optional in (
-        headline,
+        front_page.headline,
         tables.ablation,
         tables.differences,
         tables.other_configs,
@@ -90,145 +90,27 @@ def make_tables(data: ReportData) -> Iterator[Table]:
     yield model_card.checklist(data)
 
 
-def headline(data: ReportData) -> Table | None:
-    """Make the table on page 1, which compares the baseline with the optimized recipe.
-
-    If the two recipes are compared by paired seeds, the table includes only these seeds.
-    """
-    pair = [recipe for recipe in (data.baseline, data.optimised) if recipe is not None]
-    if not pair:
-        return None
-    change = findings.claim(data).difference
-    rows: list[Row] = []
-    red = set()
-    for i, recipe in enumerate(pair):
-        runs = list(recipe.valid_runs)
-        if change is not None and change.paired:
-            runs = [run for run in runs if run.cfg.seed in change.seeds]
-        name = recipe.name
-        if not recipe.valid_runs:
-            name += " (failed a guard)"
-            red.add(i)
-        rows.append(
-            [
-                name,
-                ", ".join(str(run.cfg.seed) for run in runs),
-                mean_of(runs, tables.get_full),
-                mean_of(recipe.runs, tables.get_forward_flops),
-                mean_of(runs, tables.get_official),
-                mean_of(runs, tables.get_coverage),
-                recipe.runs[0].summary["params"],
-                tables.get_members(recipe.runs[0]),
-                mean_of(runs, tables.get_flops),
-                mean_of(list(filter(tables.is_fresh, runs)), tables.get_seconds),
-            ]
-        )
-    columns = [
-        Column("recipe", text, 0.28),
-        Column("seeds", text, 0.1),
-        Column("full", fixed(4)),
-        tables.FORWARD_FLOPS,
-        Column("official", fixed(4)),
-        Column("covers %", fixed(1)),
-        Column("parameters", integer),
-        tables.MEMBERS,
-        Column("FLOPs", scientific),
-        Column("seconds", fixed(1)),
-    ]
-    note = (
-        "Means over the listed seeds, at the last step, in nats per character of val. "
-        "The full score counts every token once. Recipes are ranked by the full score."
-    )
-    made = Table("headline", "Both recipes in numbers", columns, rows, note, red)
-    return tables.with_members(tables.with_forward_flops(made))
-
-
 # -- the sections
 
 
 def first_page(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
-    data = report.data
-    yield paragraph(report.title, "title")
-    yield paragraph(subtitle(data), "small")
-    yield heading(registry.RESULT, 0)
-    yield from _result(data)
-    yield from report.table("headline")
-    yield heading("Findings", 1)
-    for number, sentence in enumerate(findings.findings(data), 1):
-        yield paragraph(f"{number}. {sentence}", "finding")
-    yield from run_figures(registry.RESULT, report, drawings)
+    costs = report.tables.get("headline")
+    yield from front_page.first_page(report.data, report.title, costs, drawings)
 
 
-def run_figures(section: str, report: Report, drawings: Mapping[str, Drawing]) -> list[Flowable]:
-    """Return the figures of a section that show runs, with their captions."""
-    flowables: list[Flowable] = []
-    for name, row in registry.RUNS.items():
-        if row.section == section:
-            flowables += figure(drawings, name, row.caption(report.data), row.title)
-    return flowables
-
-
-def section_of_figures(section: str, report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
+def run_figures(section: str, report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
     """Yield a section with figures of runs. If the section has no figure, yield nothing."""
-    shown = run_figures(section, report, drawings)
-    if shown:
-        yield page_break()
-        yield heading(section, 0)
-        yield from shown
-
-
-def _result(data: ReportData) -> Iterator[Flowable]:
-    """Yield the scores of the two main recipes in large type, and a description of the difference."""
-    change = findings.claim(data).difference
-    if change is None or data.baseline is None or data.optimised is None:
-        yield paragraph("No headline figure", "big")
-        return
-    base = data.baseline.name
-    other = data.optimised.name
-    signed = fixed(4, sign=True)
-    yield paragraph(f"{fixed(4)(change.a)} → {fixed(4)(change.b)}", "big")
-    if change.interval:
-        low, high = change.interval
-        interval = f"95% interval {signed(low)} to {signed(high)}, {findings.describe_seeds(change)}"
-    else:
-        seeds = f"{findings.count_seeds(change.n_a)} and {findings.count_seeds(change.n_b)}"
-        interval = f"{seeds}: no interval"
-    yield paragraph(
-        f"{base} → {other}, full score of val in nats per character, lower is better: "
-        f"{signed(change.mean)}, {interval}."
-    )
-    if data.selection.startswith("the lowest"):
-        yield paragraph(
-            f"{other} was selected on val itself, as {data.selection}. Part of its lead comes from this "
-            "selection."
-        )
-
-
-def subtitle(data: ReportData) -> str:
-    """Return one line of text that describes the inputs of the report."""
-    parts = []
-    if data.runs:
-        first = data.runs[0]
-        corpus = first.cfg.corpus.split("/")[-1]
-        val = first.summary["fingerprints"]["val"][:12]
-        rows, tokens = first.summary["geometry"]
-        parts.append(f"{count(len(data.runs), 'run')} of {count(len(data.recipes), 'recipe')}")
-        parts.append(f"{corpus}, {first.cfg.num_titles:,} titles, val {val}")
-        parts.append(f"spans of the official score {rows}x{tokens}")
-    for study in data.studies:
-        parts.append(f"study {study.name}, {len(study.trials)} trials")
-    return "; ".join(parts)
-
-
-def count(number: int, noun: str) -> str:
-    """Return a number and a noun as text, such as "1 run" or "2 runs"."""
-    if number == 1:
-        return f"1 {noun}"
-    return f"{number} {noun}s"
+    on_page_one = front.captions(report.data)
+    heading_of_section = section
+    for name, row in registry.RUNS.items():
+        if row.section == section and name not in on_page_one and name in drawings:
+            yield from figure(drawings, name, row.caption(report.data), row.title, heading_of_section)
+            heading_of_section = ""
 
 
 def curves(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
-    yield from section_of_figures(registry.COST, report, drawings)
+    yield new_page()  # the pages before are full
+    yield from run_figures(registry.COST, report, drawings)
 
 
 def recipes(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
@@ -255,38 +137,33 @@ def recipes(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowabl
 
 
 def ablation(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
-    yield from section_of_figures(registry.ABLATION, report, drawings)
-    yield from report.table("ablation")
+    if "ablation" in report.tables:
+        yield page_break()
+        yield heading(registry.ABLATION, 0)
+        yield from report.table("ablation")
 
 
 def training(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
-    yield from section_of_figures(registry.TRAINING, report, drawings)
+    yield from run_figures(registry.TRAINING, report, drawings)
 
 
 def studies(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
+    """Yield one page for each study."""
     for number, study in enumerate(report.data.studies, 1):
-        yield page_break()
-        yield heading(f"Study {study.name}", 0)
-        yield from report.table(f"study_{number}")
-        yield from report.table(f"study_{number}_confirmation")
-        yield from report.table(f"study_{number}_space")
-        for name, row in registry.STUDY.items():
-            yield from figure(drawings, f"study-{number}-{name}", row.caption)
+        yield from study_page.page(study, number, report.tables, drawings)
 
 
 def growth(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
     for number, run in enumerate(growth_figure.grown_runs(report.data), 1):
-        yield page_break()
-        yield heading(f"Growth of {run.id}", 0)
-        yield from figure(drawings, f"growth-{number}", growth_figure.CAPTION)
+        section = f"Growth of {run.id}"
+        yield from figure(drawings, f"growth-{number}", growth_figure.CAPTION, section=section)
         yield from report.table(f"growth_{number}")
 
 
 def routing(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
     for number, run in enumerate(routing_figure.routed_runs(report.data), 1):
-        yield page_break(430)
-        yield heading(f"Routed blocks of {run.id}", 0)
-        yield from figure(drawings, f"routing-{number}", routing_figure.CAPTION)
+        section = f"Routed blocks of {run.id}"
+        yield from figure(drawings, f"routing-{number}", routing_figure.CAPTION, section=section)
         yield from report.table(f"routing_{number}")
 
 
@@ -298,11 +175,10 @@ def failures(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowab
         yield heading("What failed", 0)
         yield from failed
     if points and report.log:
-        digest = sha256(log_text(report.log)).hexdigest()[:12]
-        yield heading("From the log", 1)
+        digest = sha256(report.log.read_bytes()).hexdigest()[:12]
+        yield heading(f"From {report.log.name}", 1)
         yield paragraph(
-            f"Points of {report.log.name} (sha256 {digest}) about results that were worse, slower or wrong. "
-            "The log describes every experiment.",
+            f"Points of {report.log.name} (sha256 {digest}) about results that were worse, slower or wrong.",
             "small",
         )
         for point in points:
@@ -314,7 +190,7 @@ def failures_in_log(log: Path | None, limit: int = 16) -> list[str]:
     if log is None:
         return []
     points = []
-    for point in re.findall(r"(?m)^- (.+(?:\n  .+)*)", log_text(log).decode()):
+    for point in re.findall(r"(?m)^- (.+(?:\n  .+)*)", log.read_text(encoding="utf-8", errors="replace")):
         without_links = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", point)
         plain = " ".join(without_links.split()).replace("**", "").replace("`", "")
         if not LOST.search(plain):
@@ -325,23 +201,12 @@ def failures_in_log(log: Path | None, limit: int = 16) -> list[str]:
     return points[:limit]
 
 
-def log_text(log: Path) -> bytes:
-    """Return the text of the log. If the log is a folder, join its Markdown files in alphabetical order."""
-    pages = [log]
-    if log.is_dir():
-        pages = sorted(log.glob("*.md"))
-    return b"\n".join(page.read_bytes() for page in pages)
-
-
 def samples(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
-    if not report.samples:
-        return
-    yield page_break()
-    yield heading("Samples", 0)
-    for run_id, titles in report.samples:
-        yield heading(run_id, 1)
-        for title in titles:
-            yield paragraph(title if title.strip() else "(an empty title)", "finding")
+    shown = side_by_side(report.samples)
+    if shown is not None:
+        yield page_break()
+        yield heading("Samples", 0)
+        yield from table(shown)
 
 
 APPENDIX = (
@@ -351,9 +216,14 @@ APPENDIX = (
 
 def appendix(report: Report, drawings: Mapping[str, Drawing]) -> Iterator[Flowable]:
     missing = "; ".join(missing_sections(report, drawings))
-    yield page_break()
+    yield page_break(90)
     yield heading("Appendix", 0)
     yield paragraph(f"Left out: {missing or 'nothing, the inputs have data for every page'}.")
+    for number in range(1, len(report.data.studies) + 1):
+        space = report.tables.get(f"study_{number}_space")
+        if space is not None and study_page.is_large(space):
+            yield from table(space)
+            yield from report.table(f"study_{number}_confirmation")
     for name in APPENDIX:
         yield from report.table(name)
     if report.data.runs:
@@ -379,7 +249,7 @@ def missing_sections(report: Report, drawings: Mapping[str, Drawing]) -> Iterato
     if not report.samples:
         yield "samples (not requested, or no run has a checkpoint)"
     if report.log is None:
-        yield "the log (no folder docs/log next to the code)"
+        yield "a log (give a file with --log)"
 
 
 def _missing_figures(study: Study, number: int, drawings: Mapping[str, Drawing]) -> Iterator[str]:
@@ -394,11 +264,11 @@ def _missing_figures(study: Study, number: int, drawings: Mapping[str, Drawing])
 Section = Callable[[Report, Mapping[str, "Drawing"]], Iterator["Flowable"]]
 SECTIONS: tuple[Section, ...] = (
     first_page,
+    studies,
     curves,
     recipes,
     ablation,
     training,
-    studies,
     growth,
     routing,
     failures,

@@ -7,7 +7,7 @@ content of the pages.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +47,9 @@ def register_fonts() -> None:
         path = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / file)
         pdfmetrics.registerFont(TTFont(name, path))
         svg.register_font(name, path, rlgFontName=name)
-    svg.register_font(FONT, weight="bold", rlgFontName=BOLD)
+    # `path` is that of the bold font
+    for weight in ("bold", "700"):  # both words are used for bold text in SVG
+        svg.register_font(FONT, path, weight, rlgFontName=BOLD)
     pdfmetrics.registerFontFamily(FONT, normal=FONT, bold=BOLD, italic=FONT, boldItalic=BOLD)
 
 
@@ -62,11 +64,16 @@ def to_drawing(svg: bytes) -> Drawing:
     return drawing
 
 
-def render_figures(data: ReportData, folder: Path | None) -> dict[str, bytes]:
-    """Return each figure as SVG. If `folder` is given, also write SVG and PNG files to the folder."""
+def render_figures(
+    data: ReportData, folder: Path | None, room: float = 3.2, rooms: Mapping[int, float] | None = None
+) -> dict[str, bytes]:
+    """Return each figure as SVG. If `folder` is given, also write SVG and PNG files to the folder.
+
+    `room` and `rooms` are the heights that `draw_all` takes.
+    """
     svgs = {}
     with report_style():
-        for name, figure in draw_all(data).items():
+        for name, figure in draw_all(data, room, rooms).items():
             out = io.BytesIO()
             figure.savefig(out, format="svg", metadata={"Date": None, "Creator": CREATOR})
             svgs[name] = out.getvalue()
@@ -86,10 +93,13 @@ def paragraph(text: str, style: str = "body") -> Flowable:
     return Paragraph(escape(text), styles()[style])
 
 
-def figure(drawings: Mapping[str, Drawing], name: str, caption: str, title: str = "") -> list[Flowable]:
+def figure(
+    drawings: Mapping[str, Drawing], name: str, caption: str, title: str = "", section: str = ""
+) -> list[Flowable]:
     """Return a figure with its title and caption, which stay together on one page.
 
-    If the figure was not drawn, return an empty list.
+    If the figure is the first one of a section, the heading of the section stays with it. If the figure was
+    not drawn, return an empty list.
     """
     from reportlab.platypus import KeepTogether, Spacer
 
@@ -98,10 +108,73 @@ def figure(drawings: Mapping[str, Drawing], name: str, caption: str, title: str 
     block = [drawings[name], paragraph(caption, "caption"), Spacer(1, 6)]
     if title:
         block.insert(0, heading(title, 1))
+    if section:
+        block.insert(0, heading(section, 0))
     return [KeepTogether(block)]
 
 
-def page_break(room: float = 330.0) -> Flowable:
+def big_numbers(cells: Sequence[tuple[str, str, str]], note: str) -> list[Flowable]:
+    """Return numbers in large type, side by side, each with a line above and a line below it."""
+    from reportlab.platypus import Table as PdfTable
+
+    rows = [
+        [paragraph(above, "small") for above, _, _ in cells],
+        [paragraph(number, "number") for _, number, _ in cells],
+        [paragraph(below, "small") for _, _, below in cells],
+    ]
+    style = [
+        ("LEFTPADDING", (0, 0), (-1, -1), 0),
+        ("RIGHTPADDING", (0, 0), (-1, -1), GAP),
+        ("TOPPADDING", (0, 0), (-1, -1), 0),
+        ("BOTTOMPADDING", (0, 0), (-1, -1), 0),
+        ("VALIGN", (0, 0), (-1, 0), "BOTTOM"),
+        ("VALIGN", (0, 1), (-1, -1), "TOP"),
+    ]
+    pdf_table = PdfTable(rows, colWidths=[COLUMN / len(cells)] * len(cells), style=style, hAlign="LEFT")
+    return [pdf_table, paragraph(note, "caption")]
+
+
+def side_by_side(figures: Sequence[tuple[Drawing, str]]) -> list[Flowable]:
+    """Return figures next to each other, each with its caption below it."""
+    from reportlab.platypus import Table as PdfTable
+
+    if not figures:
+        return []
+    rows = [[drawing for drawing, _ in figures], [paragraph(caption, "caption") for _, caption in figures]]
+    style = [
+        ("LEFTPADDING", (0, 0), (-1, -1), 0),
+        ("RIGHTPADDING", (0, 0), (-1, -1), GAP),
+        ("TOPPADDING", (0, 0), (-1, -1), 0),
+        ("BOTTOMPADDING", (0, 0), (-1, -1), 0),
+        ("VALIGN", (0, 0), (-1, -1), "TOP"),
+    ]
+    widths = [COLUMN * drawing.width / sum(each.width for each, _ in figures) for drawing, _ in figures]
+    return [PdfTable(rows, colWidths=widths, style=style, hAlign="LEFT")]
+
+
+def heights(flowables: Iterable[Flowable], share: float = 1.0) -> float:
+    """Return the height of flowables in points, if they start a page and are as wide as a share of it."""
+    register_fonts()
+    total = 0.0
+    after = 0.0
+    for flowable in flowables:
+        _, height = flowable.wrap(share * COLUMN, 10_000)
+        if not height:  # a page break
+            continue
+        if total:
+            total += max(0.0, flowable.getSpaceBefore() - after)
+        after = flowable.getSpaceAfter()
+        total += height + after
+    return total
+
+
+def new_page() -> Flowable:
+    from reportlab.platypus import PageBreak
+
+    return PageBreak()
+
+
+def page_break(room: float = 130.0) -> Flowable:
     """Return a page break that takes effect only if less than `room` points are left on the page."""
     from reportlab.platypus import CondPageBreak
 
@@ -122,10 +195,12 @@ def styles() -> dict[str, Any]:
     bad = ParagraphStyle("bad", cell, textColor=RED)
     finding = ParagraphStyle("finding", body, leftIndent=13, bulletIndent=0, spaceAfter=4)
     big = ParagraphStyle("big", body, fontName=BOLD, fontSize=15, leading=19, spaceAfter=0)
+    claim = ParagraphStyle("claim", body, fontName=BOLD, fontSize=9.5, leading=13.5, spaceAfter=6)
+    number = ParagraphStyle("number", body, fontName=BOLD, fontSize=24, leading=29, spaceAfter=0)
     small = ParagraphStyle("small", body, fontSize=7, leading=9, textColor=GREY, spaceAfter=2)
-    return {
-        style.name: style for style in (body, cell, title, h0, h1, caption, note, bad, finding, big, small)
-    }
+    facts = ParagraphStyle("facts", body, fontSize=7.5, leading=10.5)
+    made = (body, cell, title, h0, h1, caption, note, bad, finding, big, claim, facts, number, small)
+    return {style.name: style for style in made}
 
 
 def heading(text: str, level: int) -> Flowable:

@@ -134,6 +134,16 @@ class Scale:
         names = sorted(set(texts))
         return cls([float(names.index(text)) for text in texts], names, False)
 
+    @classmethod
+    def of_field(cls, study: Study, field: str, values: Sequence[Any]) -> Scale:
+        """Create a scale for values of a searched field, which is logarithmic if the search was."""
+        scale = cls.of(values)
+        space = study.fact("space")
+        bounds = space.get(field) if isinstance(space, dict) else None
+        if not isinstance(bounds, dict) or bounds.get("low") is None or scale.names:
+            return scale
+        return cls(scale.places, [], bool(bounds.get("log")) and min(scale.places) > 0)
+
     def unit(self) -> np.ndarray:
         """Return all positions, scaled to the range from 0 to 1."""
         places = np.array(self.places)
@@ -178,6 +188,24 @@ def importance(study: Study) -> dict[str, float]:
     return shares
 
 
+def comparable(study: Study) -> tuple[Trials, int | None]:
+    """Return the trials from which the importance is computed, and the rung of their values.
+
+    These are the trials that were trained to the end. If there are too few of them, these are the trials
+    with a score at the highest rung that enough trials have reached, with this score as their value.
+    """
+    if len(study.completed) >= FEWEST:
+        return study.completed, None
+    by_rung: dict[int, list[dict[str, Any]]] = {}
+    for trial in study.scored:
+        for rung, score in json.loads(trial.get("scores") or "{}").items():
+            by_rung.setdefault(int(rung), []).append(trial | {"value": float(score)})
+    enough = [rung for rung, trials in by_rung.items() if len(trials) >= FEWEST]
+    if not enough:
+        return study.completed, None
+    return by_rung[max(enough)], max(enough)
+
+
 def ped_anova(study: Study) -> dict[str, float]:
     """Compute the importance of each field by comparing the best trials with all completed trials.
 
@@ -185,18 +213,19 @@ def ped_anova(study: Study) -> dict[str, float]:
     best trials do not differ from the values of the other trials.
     """
     scales: dict[str, Scale] = {}
+    trials, _ = comparable(study)
     for field in study.searched_fields:
-        active = with_field(study.completed, field)
+        active = with_field(trials, field)
         if len(active) >= FEWEST:
             scales[field] = Scale.of(settings(active, field))
-    if not scales or len(set(values(study.completed))) < 2:
+    if not scales or len(set(values(trials))) < 2:
         return {}
     import optuna
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     rebuilt = optuna.create_study(direction="minimize")
-    rebuilt.add_trials(optuna_trials(study, scales))
+    rebuilt.add_trials(optuna_trials(trials, scales))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ignore Optuna's warnings about trials that lack a field
         shares = get_param_importances(
@@ -211,13 +240,13 @@ def ped_anova(study: Study) -> dict[str, float]:
     return {field: shares[field] / total for field in scales}
 
 
-def optuna_trials(study: Study, scales: Mapping[str, Scale]) -> list[optuna.trial.FrozenTrial]:
-    """Convert the completed trials of a study to Optuna trials."""
+def optuna_trials(completed: Trials, scales: Mapping[str, Scale]) -> list[optuna.trial.FrozenTrial]:
+    """Convert the completed trials of a study to trials of Optuna."""
     import optuna
 
     distributions = {field: scale.distribution() for field, scale in scales.items()}
     trials = []
-    for trial in study.completed:
+    for trial in completed:
         params = {}
         for field, scale in scales.items():
             value = setting(trial, field)

@@ -31,11 +31,14 @@ from reports.evidence.load import (
     ladder_scores,
     shorten,
     step_name,
+    trial_state,
 )
 from reports.evidence.studies import ledger
 
 Format = Callable[[Any], str]
 Row = list[Any]
+PRUNED = "pruned"  # the state of a trial that was stopped at a rung
+LONGEST_NAME = 20  # a figure may show the number of a recipe whose name is longer
 
 
 # -- number formats
@@ -218,7 +221,46 @@ def get_members(run: Run) -> int:
     return costs.members(run.summary)
 
 
+def get_tokens(run: Run) -> float:
+    return float(run.summary["tokens"])
+
+
+class Ratio(float):
+    """A number that is divided by the number of another row, such as the cost of the baseline."""
+
+
+def or_ratio(form: Format) -> Format:
+    """Return a function that formats a ratio as text, such as 1.16×, and every other value with `form`."""
+
+    def write(value: Any) -> str:
+        if isinstance(value, Ratio):
+            return f"{value:.2f}×"
+        return form(value)
+
+    return write
+
+
+def with_ratio(table: Table, costly: set[str]) -> Table:
+    """Add a row with the second row of a table divided by the first one, for the columns in `costly`."""
+    first, second = table.rows
+    row: Row = ["ratio"]
+    columns = [table.columns[0]]
+    for column, base, other in zip(table.columns[1:], first[1:], second[1:], strict=True):
+        ratio = None
+        if column.head in costly:
+            column = Column(column.head, or_ratio(column.format), column.share)
+            if base and other is not None:
+                ratio = Ratio(other / base)
+        columns.append(column)
+        row.append(ratio)
+    table.columns = columns
+    table.rows.append(row)
+    return table
+
+
+TRAINING_FLOPS = Column("training\nFLOPs", scientific)
 FORWARD_FLOPS = Column("forward\nFLOPs", compact)
+NUMBER = Column("#", integer)
 PAIRS = Column("pairs", integer)
 MEMBERS = Column("members", integer)
 
@@ -256,11 +298,12 @@ def recipes(data: ReportData) -> Table:
     """Make the table of recipes, sorted from the best mean score to the worst."""
     rows: list[Row] = []
     red = set()
-    for i, recipe in enumerate(sorted(data.recipes, key=_rank)):
-        rows.append(_recipe_row(recipe))
+    for i, recipe in enumerate(data.ranked):
+        rows.append([data.numbers[recipe.name], *_recipe_row(recipe)])
         if not recipe.valid_runs:
             red.add(i)
     columns = [
+        NUMBER,
         Column("recipe", text, 0.25),
         Column("seeds", integer),
         Column("full", fixed(4)),
@@ -280,12 +323,12 @@ def recipes(data: ReportData) -> Table:
         f"scores that cover less than {MIN_COVERAGE:.0%} of val are not compared. Seconds exclude runs "
         "that reused steps from the store."
     )
-    return with_members(with_forward_flops(Table("recipes", "Recipes", columns, rows, note, red)))
-
-
-def _rank(recipe: Recipe) -> tuple[bool, float]:
-    """Return the sort key of a recipe. Recipes without a valid run are sorted to the end."""
-    return not recipe.valid_runs, mean_of(recipe.valid_runs, get_full) or 0
+    table = Table("recipes", "Recipes", columns, rows, note, red)
+    if all(len(recipe.name) <= LONGEST_NAME for recipe in data.recipes):
+        table = _without(table, NUMBER)  # the figures show the names
+    else:
+        table.note += " The figures show the number # instead of a long name."
+    return with_members(with_forward_flops(table))
 
 
 def _recipe_row(recipe: Recipe) -> Row:
@@ -318,17 +361,17 @@ def runs(data: ReportData) -> Table:
         if run.failed_guards:
             red.add(i)
     columns = [
-        Column("run", text, 0.3),
+        Column("run", text),
         Column("seed", identifier),
         Column("full", fixed(4)),
         Column("best", fixed(4)),
         FORWARD_FLOPS,
         Column("official", fixed(4)),
-        Column("covers %", fixed(1)),
-        Column("bits/byte", fixed(4)),
+        Column("covers\n%", fixed(1)),
+        Column("bits/\nbyte", fixed(4)),
         Column("steps", integer),
         Column("reused", integer),
-        Column("tokens/s", integer),
+        Column("tokens/\ns", integer),
         Column("guards", text, 0.14),
     ]
     note = (
@@ -876,8 +919,11 @@ def _drop(column: Column, columns: list[Column], rows: Sequence[list[Any]]) -> N
 
 
 def failures(data: ReportData, limit: int = 30) -> Table | None:
-    """Make the table of failures: runs that failed a guard, failed trials, and ops that were rolled back."""
+    """Make the table of everything that failed: runs, guards, ops and trials, with the reasons."""
     rows: list[Row] = []
+    for ended in data.ended:
+        where = f"{ended.state}, step {ended.step}"
+        rows.append([ended.path.name, where, one_line(ended.why) or "no reason given"])
     for run in data.runs:
         for guard in run.summary["guards"]:
             if guard["status"] == "fail":
@@ -895,7 +941,22 @@ def failures(data: ReportData, limit: int = 30) -> Table | None:
         if len(failed) > limit:
             more = f"and {len(failed) - limit} more failed trials, in trials.parquet"
             rows.append([export.name, "", more])
+        rows += _pruned(export, limit)
     if not rows:
         return None
-    columns = [Column("what", text, 0.25), Column("where", text, 0.12), Column("why", text, 0.63)]
+    columns = [Column("what", text, 0.25), Column("where", text, 0.15), Column("why", text, 0.6)]
     return Table("failures", "Runs, trials and ops", columns, rows)
+
+
+def _pruned(export: Study, limit: int) -> Iterator[Row]:
+    """Yield a row for each reason why trials were stopped early, with the numbers of these trials."""
+    by_reason: dict[str, list[str]] = {}
+    for trial in export.trials:
+        if trial_state(trial) == PRUNED:
+            reason = str(trial.get("reason") or "stopped at a rung")
+            by_reason.setdefault(reason, []).append(str(trial["trial"]))
+    for reason, numbers in list(by_reason.items())[:limit]:
+        noun = "trial" if len(numbers) == 1 else "trials"
+        yield [f"{export.name}, {noun} {shorten(numbers, 8)}", PRUNED, reason]
+    if len(by_reason) > limit:
+        yield [export.name, PRUNED, f"and {len(by_reason) - limit} more reasons, in trials.parquet"]

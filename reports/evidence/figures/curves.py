@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from reports.evidence.figures.axes import add_legend, format_ticks, panels, set_score_limits
+from reports.evidence.figures.axes import add_legend, format_ticks, panels, set_score_limits, set_title
 from reports.evidence.figures.series import (
     Series,
     coloured,
@@ -13,6 +13,7 @@ from reports.evidence.figures.series import (
     full,
     full_scores,
     seconds,
+    short_names,
     steps,
     tokens,
 )
@@ -45,15 +46,19 @@ def draw(data: ReportData) -> Figure | None:
     drawn = coloured(data)
     if not drawn:
         return None
-    figure, panel = panels(4.9, 2, 2, sharey=True)
+    figure, panel = panels(4.6, 2, 2, sharey=True)
+    names = short_names(data, [recipe for recipe, place in drawn if place is not None])
     for axes, (name, cost) in zip(panel, COSTS.items(), strict=True):
         for recipe, place in drawn:
-            draw_recipe(axes, recipe, cost, full, place)
+            draw_recipe(axes, recipe, cost, full, place, names.get(recipe.name, ""))
         axes.set_xlabel(name)
         format_ticks(axes.xaxis)
     set_score_limits(panel[0], full_scores(data.recipes))
     for axes in panel[::2]:
         axes.set_ylabel("full, nats per character")
         format_ticks(axes.yaxis)
+    best = min((recipe for recipe, _ in drawn), key=lambda recipe: recipe.mean_score)
+    name = short_names(data, [recipe for recipe, _ in drawn])[best.name]
+    set_title(figure, f"{name} ends lowest; how each recipe gets there by step, tokens, time and FLOPs")
     add_legend(figure, panel[0])
     return figure

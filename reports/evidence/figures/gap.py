@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from reports.evidence.figures.axes import add_legend, format_ticks, panels, set_score_limits
-from reports.evidence.figures.series import headline_pair
+from reports.evidence.figures.series import headline_pair, short_names
 from reports.evidence.figures.style import COLOURS, DASHES
 from reports.evidence.load import Recipe, ReportData, Run
 
@@ -29,10 +29,11 @@ def draw(data: ReportData) -> Figure | None:
     pair = headline_pair(data)
     if not pair:
         return None
-    figure, panel = panels(2.5, 1, len(pair))
+    figure, panel = panels(2.3, 1, len(pair))
+    names = short_names(data, pair)
     for axes, recipe, colour in zip(panel, pair, COLOURS, strict=False):
         draw_losses(axes, recipe, colour)
-        axes.set(title=recipe.name, xlabel="step")
+        axes.set(title=names[recipe.name], xlabel="step")
         format_ticks(axes.xaxis)
         format_ticks(axes.yaxis)
     panel[0].set_ylabel("nats per token")

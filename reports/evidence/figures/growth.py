@@ -32,7 +32,7 @@ def draw(run: Run) -> Figure:
     columns = 2
     if sized:
         columns = 3
-    figure, panel = panels(2.4 + 0.13 * max(2, min(len(run.ops), MOST)), 1, columns)
+    figure, panel = panels(1.9 + 0.13 * max(2, min(len(run.ops), MOST)), 1, columns)
     draw_score(panel[0], run)
     if sized:
         draw_size(panel[1], run, sized)
@@ -88,4 +88,4 @@ def draw_loss(axes: Axes, run: Run) -> None:
 
 
 def add_legend_below(axes: Axes) -> None:
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=1)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.32), ncols=1)

@@ -5,8 +5,15 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from reports.evidence.figures.axes import add_legend, format_panel_ticks, format_ticks, panels, shorten
-from reports.evidence.figures.style import COLOURS, GREY
+from reports.evidence.figures.axes import (
+    add_legend,
+    format_panel_ticks,
+    format_ticks,
+    panels,
+    set_title,
+    shorten,
+)
+from reports.evidence.figures.style import COLOURS, GREY, WIDTH
 from reports.evidence.load import Study
 from reports.evidence.studies import Scale, by_importance, importance, setting, with_field
 
@@ -14,38 +21,36 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CAPTION = (
-    "The searched fields of each run, in the order of the trials. A larger circle is a longer run. Filled "
-    "circles are the best quarter of the runs that were trained to the end."
-)
+CAPTION = "Larger circles are longer runs. Filled circles are the best quarter of the whole runs."
 NEEDS = "trials of several lengths, and a field with more than one setting"
 PANELS = 3
 BEST_SHARE = 0.25
 
 
-def draw(study: Study) -> Figure | None:
+def draw(study: Study, height: float = 2.4, width: float = WIDTH) -> Figure | None:
     horizons = sorted({trial["horizon"] for trial in study.trials if trial.get("horizon")})
     present = [field for field in study.searched_fields if with_field(study.trials, field)]
-    fields = by_importance(present, importance(study))[:PANELS]
+    fields = by_importance(present, importance(study))[: max(1, int(PANELS * width / WIDTH))]
     if len(horizons) < 2 or not fields:
         return None
-    figure, panel = panels(2.4, 1, len(fields))
+    figure, panel = panels(height, 1, len(fields), width)
     best = best_trials(study)
     for axes, field in zip(panel, fields, strict=True):
         draw_field(axes, study, field, best)
     for horizon in horizons:
-        label = f"{horizon:g} of the steps" if horizon < 1 else "whole run"
+        label = f"{horizon:g}" if horizon < 1 else "whole"
         size = mark_size(horizon)
         panel[0].plot([], [], "o", color=GREY, markerfacecolor="none", markersize=size, label=label)
-    label = "best quarter of the whole runs"
+    label = "best"
     panel[0].plot([], [], "o", color=COLOURS[1], markersize=mark_size(1), label=label)
+    set_title(figure, "Short runs explore, whole runs decide")
     add_legend(figure, panel[0])
     return figure
 
 
 def draw_field(axes: Axes, study: Study, field: str, best: set[int]) -> None:
     trials = with_field(study.trials, field)
-    scale = Scale.of([setting(trial, field) for trial in trials])
+    scale = Scale.of_field(study, field, [setting(trial, field) for trial in trials])
     if scale.log:
         axes.set_yscale("log")
     for trial, place in zip(trials, scale.places, strict=True):
@@ -54,7 +59,7 @@ def draw_field(axes: Axes, study: Study, field: str, best: set[int]) -> None:
             colour = fill = COLOURS[1]
         size = mark_size(trial["horizon"] or 1.0)
         axes.plot(trial["trial"], place, "o", color=colour, markerfacecolor=fill, markersize=size)
-    axes.set(xlabel="trial", title=field)
+    axes.set(xlabel="trial", ylabel=field)
     format_ticks(axes.xaxis)
     if scale.names:
         axes.set_yticks(range(len(scale.names)), [shorten(name, 12) for name in scale.names])

@@ -2,48 +2,52 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from reports.evidence.figures.axes import add_legend, panels, shorten
-from reports.evidence.figures.style import COLOURS, GREY
+from reports.evidence.figures.axes import add_legend, panels, set_title, shorten
+from reports.evidence.figures.shades import BEST, add_key, shades
+from reports.evidence.figures.style import WIDTH
 from reports.evidence.load import Study
 from reports.evidence.studies import Scale, by_importance, importance, settings, values, with_field
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 CAPTION = (
-    "Each line is a trial that was trained to the end and has all of these fields. The best tenth of the "
-    "trials is drawn on top."
+    "Each line is a trial that was trained to the end and has all of these fields. Darker lines are better."
 )
 NEEDS = "three trials trained to the end, and two fields with more than one setting"
 FIELDS = 8
-OTHERS: dict[str, Any] = {"color": GREY, "linewidth": 0.4}
-BEST: dict[str, Any] = {"color": COLOURS[1], "linewidth": 1.3, "zorder": 3}
 
 
-def draw(study: Study) -> Figure | None:
-    fields = by_importance(study.searched_fields, importance(study))[:FIELDS]
+def draw(study: Study, height: float = 2.4, width: float = WIDTH) -> Figure | None:
+    most = max(4, int(FIELDS * width / WIDTH))
+    fields = by_importance(study.searched_fields, importance(study))[:most]
     trials = study.completed
     for field in fields:
         trials = with_field(trials, field)
     if len(fields) < 2 or len(trials) < 3:
         return None
-    figure, (axes,) = panels(3.0)
+    figure, (axes,) = panels(height, width=width)
     heights = []
     for x, field in enumerate(fields):
-        scale = Scale.of(settings(trials, field))
+        scale = Scale.of_field(study, field, settings(trials, field))
         heights.append(scale.unit())
         draw_field(axes, x, scale)
-    ordered = sorted(values(trials))
-    best = np.array(values(trials)) <= ordered[max(0, len(trials) // 10 - 1)]
+    scores = values(trials)
     lines = np.stack(heights, axis=1)  # array of shape (trials, fields)
-    draw_lines(axes, lines[~best], "the others", OTHERS)
-    draw_lines(axes, lines[best], "the best tenth", BEST)
+    draw_lines(axes, lines, scores)
+    best = int(np.argmin(scores))
+    label = f"best: {trials[best]['trial']}"
+    axes.plot(range(len(fields)), lines[best], color=BEST, linewidth=1.8, marker="s", zorder=4, label=label)
+    add_key(axes, scores)
     set_field_names(axes, fields)
+    set_title(figure, f"The settings of {len(trials)} trials, and those of the best one")
     add_legend(figure, axes)
     return figure
 
@@ -61,10 +65,11 @@ def draw_field(axes: Axes, x: int, scale: Scale) -> None:
     axes.plot([x, x], [0, 1], color="black", linewidth=0.6)
 
 
-def draw_lines(axes: Axes, lines: np.ndarray, label: str, look: dict[str, Any]) -> None:
-    for line in lines:
-        axes.plot(range(len(line)), line, label=label, **look)
-        label = ""
+def draw_lines(axes: Axes, lines: np.ndarray, scores: Sequence[float]) -> None:
+    """Draw a line for each trial in the shade of its value. Better trials are drawn on top."""
+    colors = shades(scores)
+    for i in sorted(range(len(scores)), key=lambda i: -scores[i]):
+        axes.plot(range(lines.shape[1]), lines[i], color=colors[i], linewidth=0.7)
 
 
 def set_field_names(axes: Axes, fields: list[str]) -> None:

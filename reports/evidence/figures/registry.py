@@ -6,17 +6,17 @@ To add a figure, write a module with a function `draw` and a caption, and add a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reports.evidence.figures import (
     curves,
     forward_flops,
+    front,
     gap,
     grad_norms,
     growth,
-    headline,
     history,
     horizons,
     importance,
@@ -27,6 +27,7 @@ from reports.evidence.figures import (
     schedules,
     seeds,
     slices,
+    study_page,
     training_flops,
     waterfall,
 )
@@ -40,6 +41,7 @@ RESULT = "Result"
 COST = "Loss against what it costs"
 ABLATION = "Ablation"
 TRAINING = "How they trained"
+ROOM = 6.0  # the height of all figures of a study, in inches
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,6 @@ class StudyFigure:
 
 
 RUNS = {
-    "headline": RunFigure(RESULT, headline.draw, headline.caption),
     "curves": RunFigure(COST, curves.draw, curves.caption),
     "training-flops": RunFigure(COST, training_flops.draw, training_flops.caption),
     "forward-flops": RunFigure(COST, forward_flops.draw, forward_flops.caption),
@@ -86,19 +87,24 @@ STUDY = {
 }
 
 
-def draw_all(data: ReportData) -> dict[str, Figure]:
-    """Draw every figure for which the inputs have data.
+def draw_all(
+    data: ReportData, room: float = 3.2, rooms: Mapping[int, float] | None = None
+) -> dict[str, Figure]:
+    """Draw every figure for which the inputs have data. Heights are in inches.
 
-    Call this function inside the context manager `report_style`.
+    `room` is the height of the figures of page 1. `rooms` maps the number of a study to the height of the
+    figures on its page. Call this function inside the context manager `report_style`.
     """
-    figures: dict[str, Figure | None] = {}
+    rooms = rooms or {}
+    figures: dict[str, Figure | None] = front.draw(data, room)
     for name, row in RUNS.items():
-        figures[name] = row.draw(data)
+        if name not in figures:
+            figures[name] = row.draw(data)
     for i, run in enumerate(growth.grown_runs(data), 1):
         figures[f"growth-{i}"] = growth.draw(run)
     for i, run in enumerate(routing.routed_runs(data), 1):
         figures[f"routing-{i}"] = routing.draw(run)
     for i, study in enumerate(data.studies, 1):
-        for name, study_row in STUDY.items():
-            figures[f"study-{i}-{name}"] = study_row.draw(study)
+        for name, figure in study_page.draw(study, rooms.get(i, ROOM)).items():
+            figures[f"study-{i}-{name}"] = figure
     return {name: figure for name, figure in figures.items() if figure is not None}

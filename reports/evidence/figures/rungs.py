@@ -7,31 +7,44 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from reports.evidence.figures.axes import format_ticks, panels
-from reports.evidence.figures.style import COLOURS
+from reports.evidence.figures.axes import format_ticks, panels, set_title
+from reports.evidence.figures.style import COLOURS, WIDTH
 from reports.evidence.load import Study
 from reports.evidence.studies import rungs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CAPTION = "The value at a rung against the value at the last rung, for trials that reached the last rung."
+CAPTION = "The values of all trials that reached the last rung."
 NEEDS = "three trials trained to the end, with scores at a lower rung"
+GOOD, FAIR = 0.8, 0.5  # rank correlations
 PANELS = 3  # the maximum number of panels; only the last rungs are shown
 
 
-def draw(study: Study) -> Figure | None:
-    drawn = rungs(study)[-PANELS:]
+def draw(study: Study, height: float = 2.3, width: float = WIDTH) -> Figure | None:
+    drawn = rungs(study)[-max(1, int(PANELS * width / WIDTH)) :]
     if not drawn:
         return None
-    figure, panel = panels(2.3, 1, len(drawn), sharey=True)
+    figure, panel = panels(height, 1, len(drawn), width, sharey=True)
     for axes, rung in zip(panel, drawn, strict=True):
         axes.plot(rung.values, rung.last, "o", color=COLOURS[0], markerfacecolor="none")
-        title = f"{len(rung.values)} trials"
+        label = f"value at rung {rung.number}; {len(rung.values)} trials"
         if rung.correlation is not None:
-            title += f", rank correlation {rung.correlation:.2f}"
-        axes.set(title=title, xlabel=f"value at rung {rung.number}")
+            label += f", rank correlation {rung.correlation:.2f}"
+        axes.set_xlabel(label)
         format_ticks(axes.xaxis, 4)
-        format_ticks(axes.yaxis)
-    panel[0].set_ylabel("value at the last rung")
+        format_ticks(axes.yaxis, 4)
+    panel[0].set_ylabel("at the last rung")
+    set_title(figure, verdict(drawn[-1].correlation))
     return figure
+
+
+def verdict(correlation: float | None) -> str:
+    """Say how well the scores of the last drawn rung rank the trials."""
+    if correlation is None:
+        return "Early scores and final values"
+    if correlation >= GOOD:
+        return "Early scores rank the trials well"
+    if correlation >= FAIR:
+        return "Early scores rank the trials roughly"
+    return "Early scores say little about the final ranking"

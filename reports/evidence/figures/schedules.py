@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from reports.evidence.figures.axes import add_legend, format_ticks, panels
-from reports.evidence.figures.series import coloured, thin
+from reports.evidence.figures.series import coloured, short_names, thin
 from reports.evidence.figures.style import COLOURS, MARKERS, line_style
 from reports.evidence.load import ReportData, Run
 
@@ -34,10 +34,11 @@ def draw(data: ReportData) -> Figure | None:
     for name, title in OPTIONAL.items():
         if any(is_set(recipe.valid_runs[0], name) for recipe, _ in drawn):
             titles[name] = title
-    figure, panel = panels(2.5, 1, len(titles))
+    figure, panel = panels(2.3, 1, len(titles))
+    names = short_names(data, [recipe for recipe, _ in drawn])
     for axes, (name, title) in zip(panel, titles.items(), strict=True):
         for recipe, place in drawn:
-            draw_schedule(axes, recipe.valid_runs[0], name, place, recipe.name)
+            draw_schedule(axes, recipe.valid_runs[0], name, place, names[recipe.name])
         axes.set(title=title, xlabel="step")
         axes.set_ylim(bottom=0)
         format_ticks(axes.xaxis)

@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mainrun.stats import Mean
-from reports.evidence.figures.axes import format_ticks, panels, set_row_names
-from reports.evidence.figures.style import COLOURS
+from reports.evidence.figures.axes import format_ticks, panels, set_row_names, set_title
+from reports.evidence.figures.series import short_names
+from reports.evidence.figures.style import COLOURS, WIDTH
 from reports.evidence.load import Recipe, ReportData
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ROWS = 24  # the maximum number of recipes in the figure; only the best recipes are shown
+ROWS = 12  # the maximum number of recipes in the figure; only the best recipes are shown
 
 
 def caption(_: ReportData) -> str:
@@ -24,32 +25,38 @@ def caption(_: ReportData) -> str:
     )
 
 
-def draw(data: ReportData) -> Figure | None:
+def draw(data: ReportData, height: float | None = None, width: float = WIDTH) -> Figure | None:
     counted = [recipe for recipe in data.recipes if recipe.valid_runs]
     ranked = sorted(counted, key=lambda recipe: recipe.mean_score)[:ROWS]
     if not ranked:
         return None
-    figure, (axes,) = panels(0.9 + 0.24 * len(ranked))
+    figure, (axes,) = panels(height or 1.0 + 0.15 * len(ranked), width=width)
     scores: list[float] = []
     for y, recipe in enumerate(ranked):
         draw_row(axes, y, recipe)
         scores += recipe.scores.values()
-    set_row_names(axes, [row_name(recipe.name) for recipe in ranked])
+    names = short_names(data, ranked, int(40 * width / WIDTH))
+    set_row_names(axes, [names[recipe.name] for recipe in ranked])
     # Ignore the confidence intervals when setting the axis limits, because some intervals are very wide.
     room = 0.15 * (max(scores) - min(scores)) or 0.01
     axes.set_xlim(min(scores) - room, max(scores) + room)
-    axes.set_xlabel("full score of val at the last step, nats per character")
-    format_ticks(axes.xaxis, 8)
+    axes.set_xlabel("full, nats per character")
+    format_ticks(axes.xaxis, max(4, int(8 * width / WIDTH)))
+    set_title(figure, title(ranked, len(counted), names))
     handles, labels = axes.get_legend_handles_labels()
     distinct = dict(zip(labels, handles, strict=True))
     figure.legend(distinct.values(), distinct.keys(), loc="outside lower center", ncols=2)
     return figure
 
 
-def row_name(name: str) -> str:
-    if len(name) < 40:
-        return name
-    return f"{name[:16]}…{name[-22:]}"
+def title(ranked: list[Recipe], count: int, names: dict[str, str]) -> str:
+    """Say which recipe scores lowest."""
+    if count == 1:
+        return f"Every run of {names[ranked[0].name]}"
+    which = f"all {count} recipes"
+    if count > len(ranked):
+        which = f"the best {len(ranked)} of {count} recipes"
+    return f"Every run of {which}: {names[ranked[0].name]} has the lowest mean"
 
 
 def draw_row(axes: Axes, y: int, recipe: Recipe) -> None:

@@ -95,14 +95,32 @@ def coloured(data: ReportData) -> list[tuple[Recipe, int | None]]:
     return [*zip(others, repeat(None), strict=False), *zip(pair, range(MOST), strict=False)]
 
 
-def draw_recipe(axes: Axes, recipe: Recipe, x: Series, y: Series, place: int | None) -> None:
+def short_names(data: ReportData, recipes: Sequence[Recipe], limit: int = 40) -> dict[str, str]:
+    """Return a short name for each recipe: the settings that all of these recipes share are left out.
+
+    A name that is still too long becomes the preset and the number of the recipe in the table of recipes.
+    """
+    parts = [recipe.name.split() for recipe in recipes]
+    shared = set(parts[0][1:]).intersection(*parts) if len(parts) > 1 else set()
+    names: dict[str, str] = {}
+    for recipe, words in zip(recipes, parts, strict=True):
+        name = " ".join([words[0], *(word for word in words[1:] if word not in shared)])
+        if len(name) > limit:
+            name = f"{words[0][: limit - 5]} #{data.numbers[recipe.name]}"
+        names[recipe.name] = name
+    return names
+
+
+def draw_recipe(axes: Axes, recipe: Recipe, x: Series, y: Series, place: int | None, name: str = "") -> None:
     """Draw the mean over the seeds of a recipe, and a band between the lowest and the highest value.
+
+    `name` is the label of the recipe in the legend, if this is not the name of the recipe.
 
     If the runs of the recipe were evaluated at different steps, draw one line per run instead.
     """
     label = None
     if place is not None:
-        label = recipe.name
+        label = name or recipe.name
     schedules = {tuple(steps(run)) for run in recipe.valid_runs}
     if len(schedules) > 1:
         for run in recipe.valid_runs:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 WIDTH = 6.7  # the width of a figure in inches
+HALF = 3.3  # the width of each of two figures side by side, in inches
 FONT = "DejaVu Sans"
 # Color-blind readers can distinguish these colors, which are the palette of Okabe and Ito without yellow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")

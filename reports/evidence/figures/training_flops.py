@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mainrun.stats import Mean, frontier
-from reports.evidence.figures.axes import add_legend, format_cost_ticks, format_ticks, panels
+from reports.evidence.figures.axes import add_legend, format_cost_ticks, format_ticks, panels, set_title
 from reports.evidence.figures.forward_flops import differ
 from reports.evidence.figures.labels import NAME_SIZE, place_labels
-from reports.evidence.figures.seeds import row_name
-from reports.evidence.figures.series import coloured
+from reports.evidence.figures.series import coloured, short_names
 from reports.evidence.figures.style import COLOURS, GREY, MARKERS
 from reports.evidence.load import Recipe, ReportData
 from reports.evidence.tables import get_flops, mean_of
@@ -26,6 +25,7 @@ MAX_SPREAD = (
 )
 MIN_RECIPES = 4  # with fewer recipes, the frame shows all scores
 MAX_NAMES = 12
+LEVELS = (0.96, 0.9, 0.84)  # the heights of marks above the frame, so that their scores do not overlap
 BAR_SHIFT = 6.0  # the distance between the marks of runs and the bar of their recipe, in points
 
 
@@ -65,10 +65,11 @@ def draw(data: ReportData) -> Figure | None:
     points = points_of(data)
     if not differ([point.cost for point in points]):
         return None
-    figure, (axes,) = panels(3.4)
+    figure, (axes,) = panels(2.8)
+    names = short_names(data, [point.recipe for point in points], 30)
     axes.set_xscale("log")
     for point in points:
-        draw_recipe(axes, point)
+        draw_recipe(axes, point, names[point.recipe.name])
     costs = [point.cost for point in points]
     axes.set_xlim(min(costs) / 1.4, max(costs) * 1.4)
     front = [points[i] for i in frontier(costs, [point.mean for point in points])]
@@ -76,16 +77,17 @@ def draw(data: ReportData) -> Figure | None:
     shown = in_frame(points)
     if len(shown) < len(points):
         limit_frame(axes, shown)
-        for point in points:
-            if point not in shown:
-                mark_above_frame(axes, point)
+        above = sorted((point for point in points if point not in shown), key=lambda point: point.cost)
+        for level, point in enumerate(above):
+            mark_above_frame(axes, point, names[point.recipe.name], LEVELS[level % len(LEVELS)])
     axes.set(xlabel="FLOPs of the training", ylabel="full, nats per character")
     format_cost_ticks(axes.xaxis)
     format_ticks(axes.yaxis)
+    set_title(figure, f"{len(front)} of {len(points)} recipes score better than all recipes of less training")
     add_legend(figure, axes)
     named = front + [p for p in points if p.color is None and len(p.recipe.scores) > 1 and p not in front]
     named = [point for point in named if point in shown][:MAX_NAMES]
-    place_labels(figure, axes, [(row_name(point.recipe.name), (point.cost, point.mean)) for point in named])
+    place_labels(figure, axes, [(names[point.recipe.name], (point.cost, point.mean)) for point in named])
     return figure
 
 
@@ -115,11 +117,11 @@ def look_of(index: int | None) -> dict[str, Any]:
     return {"color": COLOURS[index], "marker": MARKERS[index], "zorder": 3}
 
 
-def draw_recipe(axes: Axes, point: Point) -> None:
+def draw_recipe(axes: Axes, point: Point, name: str) -> None:
     """Draw a mark for each run of a recipe, and a bar if the recipe has several seeds."""
     recipe = point.recipe
     look = look_of(point.color)
-    label = "" if point.color is None else recipe.name
+    label = "" if point.color is None else name
     flops = [get_flops(run) for run in recipe.valid_runs]
     scores = [run.full for run in recipe.valid_runs]
     axes.plot(flops, scores, linestyle="", markerfacecolor="none", label=label, **look)
@@ -146,19 +148,19 @@ def draw_front(axes: Axes, front: Sequence[Point]) -> None:
     axes.step(x, y, where="post", color=GREY, linewidth=0.8, zorder=1, label=FRONT)
 
 
-def mark_above_frame(axes: Axes, point: Point) -> None:
+def mark_above_frame(axes: Axes, point: Point, name: str, level: float) -> None:
     """Draw a triangle at the top of the frame, with the score of a recipe that lies above the frame."""
     color = look_of(point.color)["color"]
     top = axes.get_xaxis_transform()  # the y coordinate 1 of this transform is the top of the frame
-    axes.plot([point.cost], [0.96], "^", color=color, transform=top, zorder=3)
+    axes.plot([point.cost], [level], "^", color=color, transform=top, zorder=3)
     text = f"{point.mean:.4f}"
     if point.color is not None:
-        text = f"{row_name(point.recipe.name)} {text}"
+        text = f"{name} {text}"
     left, right = axes.get_xlim()
     in_left_half = point.cost**2 < left * right  # the axis is logarithmic
     axes.annotate(
         text,
-        (point.cost, 0.96),
+        (point.cost, level),
         xycoords=top,
         xytext=(5 if in_left_half else -5, 0),
         textcoords="offset points",

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mainrun.stats import Mean
-from reports.evidence.figures.axes import format_ticks, label_bar, panels, set_row_names
-from reports.evidence.figures.style import COLOURS, GREY
+from reports.evidence.figures.axes import format_ticks, label_bar, panels, set_row_names, set_title
+from reports.evidence.figures.style import COLOURS, GREY, WIDTH
 from reports.evidence.load import ReportData, base_indices, ladder_scores
 
 if TYPE_CHECKING:
@@ -24,17 +24,17 @@ def caption(_: ReportData) -> str:
     )
 
 
-def draw(data: ReportData) -> Figure | None:
+def draw(data: ReportData, height: float | None = None, width: float = WIDTH) -> Figure | None:
     ladder = data.ladder
     if not ladder:
         return None
     means = [Mean(tuple(scores.values())).mean for scores in ladder_scores(ladder)]
     floor = None
-    whiskers = "one seed each: no noise floor"
+    whiskers = "one seed each"
     if data.noise is not None:
         floor = data.noise.floor
-        whiskers = "whiskers: the noise floor around the step that is changed"
-    figure, (axes,) = panels(0.8 + 0.25 * len(ladder))
+        whiskers = "whiskers: noise floor"
+    figure, (axes,) = panels(height or 0.9 + 0.2 * len(ladder), width=width)
     draw_start(axes, means[0])
     last = list(range(len(means)))  # the last row whose bar starts at the score of each step
     for y, base in enumerate(base_indices(ladder), 1):
@@ -45,10 +45,16 @@ def draw(data: ReportData) -> Figure | None:
     set_row_names(axes, [recipe.cfg.preset.split(":")[-1] for recipe in ladder])
     reach = floor or 0.0
     span = max(means) - min(means)
-    axes.set_xlim(min(means) - reach - 0.03 * span, max(means) + reach + 0.24 * (span + reach))
-    axes.set_xlabel(f"full score of val at the last step, nats per character; {whiskers}")
+    room = 0.24 * WIDTH / width  # for the labels
+    axes.set_xlim(min(means) - reach - 0.03 * span, max(means) + reach + room * (span + reach))
+    axes.set_xlabel(f"full, nats per character; {whiskers}")
     axes.grid(axis="y", visible=False)
-    format_ticks(axes.xaxis, 8)
+    format_ticks(axes.xaxis, max(4, int(8 * width / WIDTH)))
+    lowest = min(range(len(means)), key=means.__getitem__)
+    names = [recipe.cfg.preset.split(":")[-1] for recipe in ladder]
+    set_title(
+        figure, f"From {names[0]} at {means[0]:.4f} to {names[lowest]} at {means[lowest]:.4f}, step by step"
+    )
     return figure
 
 
