@@ -171,7 +171,7 @@ def _short(number: float | None) -> float | None:
 
 def view_of(data: ReportData, title: str) -> View:
     """Return what the page shows about finished runs and exported studies."""
-    from reports.evidence.pages import subtitle  # loads reportlab, which the board does not need
+    from reports.evidence.front_page import subtitle  # loads reportlab, which the board does not need
 
     pair = [recipe.name for recipe in (data.baseline, data.optimised) if recipe is not None]
     first, second = (*pair, "", "")[:2]
