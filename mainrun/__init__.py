@@ -11,6 +11,7 @@ that `import mainrun` is fast. The types of the names are in __init__.pyi.
 """
 
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
 
@@ -65,9 +66,10 @@ _CALLABLE = {"train": "mainrun.api.training", "run": "mainrun.api.runs"}
 
 class _CallableModule(ModuleType):
     @property
-    def _function(self):  # type: ignore[no-untyped-def]
+    def _function(self) -> Callable[..., object]:
         name = self.__name__.rpartition(".")[2]
-        return getattr(import_module(_CALLABLE[name]), name)
+        function: Callable[..., object] = getattr(import_module(_CALLABLE[name]), name)
+        return function
 
     @property
     def __signature__(self) -> object:

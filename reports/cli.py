@@ -211,7 +211,7 @@ def board(
     ] = "",
     debug: Debug = False,
 ) -> None:
-    """Show runs and studies in a browser while they go on.
+    """Show runs and studies in a browser while they are running.
 
     The page shows the progress, the time left, the current best and the workers, and refreshes itself. The
     board only reads. Without --host, only this machine can reach it.

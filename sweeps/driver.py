@@ -431,9 +431,9 @@ class Search:
         if not trial.run_id:  # its values are not a valid config
             return Span(self.started_at, self.started_at)
         runs = self.runs_of(trial)
-        own = [branch.run_id for branch in runs.branches.values() if branch.run_id in self.owners]
-        own = [run_id for run_id in own if self.owners[run_id] == trial.number]
-        span = self.times.span([trial.run_id, *own])
+        branches = [branch.run_id for branch in runs.branches.values()]
+        branches = [run_id for run_id in branches if self.owners.get(run_id) == trial.number]
+        span = self.times.span([trial.run_id, *branches])
         if span is None:
             span = file_span(self.run_dir(runs.cfg).path / "summary.json")
         return span or Span(self.started_at, self.started_at)

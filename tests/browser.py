@@ -134,10 +134,10 @@ def axe_file() -> Path | None:
     given = os.environ.get("AXE_CORE")
     if given:
         return Path(given)
-    found = importlib.util.find_spec("axe_core_python")
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec("axe_core_python")
+    if spec is None or spec.origin is None:
         return None
-    return Path(found.origin).with_name("axe.min.js")
+    return Path(spec.origin).with_name("axe.min.js")
 
 
 def accessibility_faults(page: Page) -> list[str]:
@@ -145,9 +145,9 @@ def accessibility_faults(page: Page) -> list[str]:
     file = axe_file()
     assert file is not None
     page.run(f"{file.read_text(encoding='utf-8')};0")
-    found = page.run("axe.run(document).then((r) => r.violations)")
+    rules = page.run("axe.run(document).then((r) => r.violations)")
     faults = []
-    for rule in found:
+    for rule in rules:
         for node in rule["nodes"]:
             faults.append(f"{rule['id']}: {node['html'][:160]} ({node['failureSummary'][:200]})")
     return faults

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -311,3 +312,16 @@ def test_a_summary_of_an_older_version_has_empty_cells(trained: mainrun.Run, tmp
     write_json(tmp_path / "run-0000/summary.json", {"steps": 3})
     (row,) = mainrun.runs(tmp_path).to_dict("records")
     assert row["state"] == "done" and row["steps"] == 3 and row["full"] is None
+
+
+def test_a_run_whose_process_was_killed_is_not_running(tmp_path: Path) -> None:
+    """The state is that of `mainrun ls`."""
+    folder = tmp_path / "killed-00000000"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"config": TrainConfig().model_dump()}))
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    (folder / "status.json").write_text(json.dumps({"state": "running", "pid": process.pid, "step": 3}))
+    (folder / ".lock").write_text(f"{process.pid} on {platform.node()}\n")
+    assert mainrun.run(folder).state == "killed"
+    assert list(mainrun.runs(tmp_path)["state"]) == ["killed"]

@@ -98,14 +98,14 @@ class Block:
 def blocks(root: Path) -> list[Block]:
     """Return the blocks of the documents, in the order in which they run."""
     pages = [root / "README.md", root / "docs/getting-started.md", *sorted((root / "docs").glob("*.md"))]
-    found = []
+    listed = []
     for page in dict.fromkeys(pages):
         text = page.read_text(encoding="utf-8") if page.is_file() else ""
         for match in BLOCK.finditer(text):
             line = text.count("\n", 0, match.start()) + 1
             name = page.relative_to(root).as_posix()
-            found.append(Block(name, line, match["mark"] or "", match["language"], match["text"]))
-    return found
+            listed.append(Block(name, line, match["mark"] or "", match["language"], match["text"]))
+    return listed
 
 
 def unmarked(root: Path) -> list[str]:
@@ -120,11 +120,11 @@ def unmarked(root: Path) -> list[str]:
 
 
 def groups(root: Path) -> dict[str, list[Block]]:
-    found: dict[str, list[Block]] = {}
+    by_group: dict[str, list[Block]] = {}
     for block in blocks(root):
         if "run" in block.settings:
-            found.setdefault(block.settings["run"], []).append(block)
-    return found
+            by_group.setdefault(block.settings["run"], []).append(block)
+    return by_group
 
 
 @dataclass
@@ -153,13 +153,13 @@ class Shell:
         pattern = block.settings.get("RUN")
         if not pattern:
             return block.text
-        found = sorted(path.relative_to(self.folder).as_posix() for path in self.folder.glob(pattern))
+        runs = sorted(path.relative_to(self.folder).as_posix() for path in self.folder.glob(pattern))
         lines = []
         for line in block.text.splitlines():
             command, mark, comment = line.partition("#")
-            for run in found[: command.count("RUN")]:
+            for run in runs[: command.count("RUN")]:
                 command = re.sub(r"\bRUN\b", run, command, count=1)
-            assert not re.search(r"\bRUN\b", command), f"{block.place}: too few runs: {found}"
+            assert not re.search(r"\bRUN\b", command), f"{block.place}: too few runs: {runs}"
             lines.append(command + mark + comment)
         return "\n".join(lines)
 
@@ -262,8 +262,8 @@ def test_an_unmarked_block_is_named(tmp_path: Path) -> None:
     )
     (wrong,) = unmarked(tmp_path)
     assert wrong.startswith("README.md:6: write <!-- run: GROUP -->")
-    found = groups(tmp_path)
-    assert [(block.text, block.settings.get("file")) for block in found["a"]] == [
+    by_group = groups(tmp_path)
+    assert [(block.text, block.settings.get("file")) for block in by_group["a"]] == [
         ("x\n", None),
         ("b = 1\n", "b.toml"),
     ]

@@ -229,7 +229,7 @@ def test_a_fault_of_accessibility_is_found(tab: browser.Page, file: str) -> None
 def test_hostile_names_do_nothing(tab: browser.Page, example: View, tmp_path: Path) -> None:
     runs = [
         replace(run, id=name, recipe=name, note=name)
-        for run, name in zip(example.runs, HOSTILE, strict=False)
+        for run, name in zip(example.runs[: len(HOSTILE)], HOSTILE, strict=True)
     ]
     study = replace(example.studies[0], name=HOSTILE[1], claim=HOSTILE[0], about=HOSTILE[2])
     study = replace(study, trials=[{**trial, "run": HOSTILE[1]} for trial in study.trials])

@@ -13,6 +13,7 @@ from mainrun.config import TrainConfig
 from mainrun.errors import RunError, UsageError
 from mainrun.store import costs, records
 from mainrun.store.rundir import RunDir, find
+from mainrun.ui.ls_cli import state_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -54,7 +55,7 @@ class Run:
 
     @property
     def state(self) -> str:
-        """done, interrupted, diverged, failed, or started if no session has ended yet."""
+        """running, done, interrupted, diverged, failed or killed, as in `mainrun ls`."""
         with plain_errors():
             return _state(self._dir, self._dir.summary())
 
@@ -185,7 +186,7 @@ def _run_of(value: Run | Place, out: Place) -> Run:
 def _state(run_dir: RunDir, summary: dict[str, Any] | None) -> str:
     if summary is not None:
         return "done"
-    return str(run_dir.status().get("state", "started"))
+    return state_of(run_dir, run_dir.status())
 
 
 def _guards(summary: dict[str, Any]) -> str:

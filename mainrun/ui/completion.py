@@ -132,13 +132,13 @@ def _add_line(file: Path, line: str) -> None:
 def presets(incomplete: str) -> list[Candidate]:
     """Complete a preset, a step of a preset, or a TOML file."""
     name, colon, _ = incomplete.partition(":")
-    found = []
+    candidates: list[Candidate] = []
     for path in sorted((PACKAGE / "presets").glob("*.toml")):
         if not colon:
-            found.append((path.stem, str(_toml(path).get("about", ""))))
+            candidates.append((path.stem, str(_toml(path).get("about", ""))))
         elif path.stem == name:
-            found += _steps(path)
-    return starting(incomplete, [*found, *_toml_files(incomplete)])
+            candidates += _steps(path)
+    return starting(incomplete, [*candidates, *_toml_files(incomplete)])
 
 
 def _steps(path: Path) -> Iterator[Candidate]:

@@ -218,7 +218,7 @@ def state_of(run: RunDir, status: dict[str, Any]) -> str:
     lock = run.path / ".lock"
     holder = lock.read_text(encoding="utf-8", errors="replace") if lock.is_file() else ""
     if not holder.startswith(f"{pid} on {platform.node()}\n"):
-        return state  # the run may go on, on another machine
+        return state  # another machine may train the run
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

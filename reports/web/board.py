@@ -1,4 +1,4 @@
-"""Serve the page of a folder on this machine. The page refreshes itself while runs and studies go on.
+"""Serve the page of a folder on this machine. The page refreshes itself while runs and studies are running.
 
 The board only reads, and answers only GET and HEAD. On this machine it needs no token, because only this
 machine can reach it. A page of another site that a browser on this machine shows could still ask for it under
@@ -110,11 +110,11 @@ class Server(ThreadingHTTPServer):
             return True
         if not self.host:
             return False
-        own = {self.host.lower(), socket.gethostname().lower(), socket.getfqdn().lower()}
-        return name in own or is_address(name)
+        names = {self.host.lower(), socket.gethostname().lower(), socket.getfqdn().lower()}
+        return name in names or is_address(name)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Ignore a browser that went away. The board goes on."""
+        """Ignore a browser that closed its connection."""
 
 
 def is_address(name: str) -> bool:

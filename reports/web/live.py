@@ -37,8 +37,8 @@ def signature(folder: Path, names: Iterable[str]) -> Signature:
     parts: list[Any] = []
     for name in names:
         try:
-            found = (folder / name).stat()
-            parts.append((found.st_mtime_ns, found.st_size, found.st_ino))
+            stat = (folder / name).stat()
+            parts.append((stat.st_mtime_ns, stat.st_size, stat.st_ino))
         except OSError:
             parts.append(None)
     return tuple(parts)
@@ -70,11 +70,11 @@ class Log:
     def read(self) -> None:
         try:
             with self.path.open("rb") as f:
-                found = os.fstat(f.fileno())
-                if found.st_size < self.end or found.st_ino != self.inode:
+                stat = os.fstat(f.fileno())
+                if stat.st_size < self.end or stat.st_ino != self.inode:
                     self.rows = []
                     self.end = 0
-                    self.inode = found.st_ino
+                    self.inode = stat.st_ino
                 f.seek(self.end)
                 data = f.read()
         except OSError:
@@ -223,9 +223,9 @@ class StudyReader:
         self.view = StudyView(self.path.name, "damaged", "value", ())
 
     def update(self) -> Signature:
-        own = signature(self.path, STUDY_FILES)
+        files = signature(self.path, STUDY_FILES)
         alive = self._driver_is_alive()
-        parts: list[Any] = [own, alive]
+        parts: list[Any] = [files, alive]
         if not (self.path / "export.json").is_file():
             parts += update_runs(self.readers, run_folders(self.path / "runs"))
         seen = tuple(parts)
@@ -338,10 +338,10 @@ def run_folders(folder: Path) -> list[Path]:
 
 def update_runs(readers: dict[Path, RunReader], folders: Iterable[Path]) -> list[Signature]:
     """Read all runs that are new or changed, and forget those that are gone."""
-    found = list(folders)
-    for path in [path for path in readers if path not in found]:
+    present = list(folders)
+    for path in [path for path in readers if path not in present]:
         del readers[path]
-    return [readers.setdefault(path, RunReader(path)).update() for path in found]
+    return [readers.setdefault(path, RunReader(path)).update() for path in present]
 
 
 def find(folder: Path) -> tuple[list[Path], list[Path]]:

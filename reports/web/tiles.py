@@ -1,4 +1,4 @@
-"""The parts of the page that show a few numbers large: the result, what goes on now, a study in short."""
+"""The parts of the page that show a few numbers large: the result, what is running, a study in short."""
 
 from __future__ import annotations
 
@@ -103,11 +103,11 @@ def _totals(view: View) -> list[tuple[str, str]]:
     ]
 
 
-# -- what goes on now
+# -- what is running
 
 
 def now(view: View) -> Html | None:
-    """Return the runs and studies that go on, or None if the page shows finished ones only."""
+    """Return the runs and studies that are running, or None if the page shows finished ones only."""
     running = [run for run in view.runs if run.state == "running"]
     studies = [study for study in view.studies if study.state == "running"]
     if view.claim is not None or not (view.runs or view.studies):
@@ -115,8 +115,8 @@ def now(view: View) -> Html | None:
     best = best_run(view.runs)
     bad = sum(run.is_bad for run in view.runs)
     facts = [
-        (f"{len(running)}", "runs go on"),
-        (f"{len(studies)}", "studies go on"),
+        (f"{len(running)}", "runs in progress"),
+        (f"{len(studies)}", "studies in progress"),
         (f"{sum(run.state == 'done' for run in view.runs)}", "runs are done"),
         (f"{bad}", "runs failed"),
     ]

@@ -1,4 +1,4 @@
-"""What the page shows about runs and studies, whether they are finished or still going on."""
+"""What the page shows about runs and studies, whether they are finished or still running."""
 
 from __future__ import annotations
 

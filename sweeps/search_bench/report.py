@@ -116,10 +116,12 @@ def make(table: Table, traces: Mapping[str, Sequence[Trace]]) -> dict[str, Any]:
     """Return all figures of a benchmark. Our sampler is compared with the rivals and with its ablations."""
     quality = Quality.of(table)
     name = table.definition.name
-    summaries = [summarize(method, own, quality) for method, own in traces.items()]
+    summaries = [summarize(method, of_method, quality) for method, of_method in traces.items()]
     families: list[list[dict[str, Any]]] = []
     for is_ablation in (False, True):
-        others = {n: own for n, own in traces.items() if n != OURS and (n in ABLATIONS) == is_ablation}
+        others = {
+            n: of_method for n, of_method in traces.items() if n != OURS and (n in ABLATIONS) == is_ablation
+        }
         rows = compare(traces[OURS], others, quality.good)
         families.append([asdict(row) | {"verdict": row.verdict} for row in rows])
     return {
