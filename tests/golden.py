@@ -59,6 +59,12 @@ MODERN: dict[str, Any] = {
     "title_mask": True,
     "init_depth_scaled": True,
 }
+WITHOUT_GATES: dict[str, Any] = {
+    "attn_gate": False,
+    "layer_scale": 0.0,
+    "value_residual": False,
+    "case": "kept",
+}
 SHORTCUTS: dict[str, Any] = {
     "value_shortcut": True,
     "x0_shortcut": True,
@@ -79,11 +85,14 @@ def growing(*ops: dict[str, Any], **fields: Any) -> dict[str, Any]:
 # Each case has a preset and changed fields. The cases in SLOW take long, so only the slow tests run them.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "preset baseline": ("baseline", {}),
+    "preset ablation:vocabulary": ("ablation:vocabulary", {}),
     "preset optimized": ("optimized", {}),
     "preset grown": ("grown", {}),
     "preset demo:baseline": ("demo:baseline", {}),
     "preset demo:optimized": ("demo:optimized", {}),
     "preset demo-grown": ("demo-grown", {}),
+    "preset demo:optimized without gates and marked capitals": ("demo:optimized", WITHOUT_GATES),
+    "preset demo-grown without gates and marked capitals": ("demo-grown", WITHOUT_GATES),
     "preset staged-demo": ("staged-demo", {"n_layer": 12, "num_titles": 210}),
     "sgd with momentum": ("baseline", {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}),
     "adamw": ("baseline", ADAMW),
@@ -202,8 +211,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         ),
     ),
     "routed by Mixture-of-Depths": ("baseline", ADAMW | {"block_pattern": "DM", "dropout": 0.1}),
-    "routed by surprise pairs": ("optimized", {"block_pattern": "DS", "capacity": 0.25}),
-    "routed by temporal surprise": ("optimized", {"block_pattern": "DT", "gate": "straight"}),
+    "routed by surprise pairs": ("ablation:vocabulary", {"block_pattern": "DS", "capacity": 0.25}),
+    "routed by temporal surprise": ("ablation:vocabulary", {"block_pattern": "DT", "gate": "straight"}),
     "grow set_capacity": ("baseline", growing(grow("set_capacity", 0.25), block_pattern="DM")),
     "shortcuts": ("baseline", MUON | MODERN | SHORTCUTS | {"n_layer": 4, "dropout": 0.1}),
     "routed with shortcuts": (

@@ -701,7 +701,7 @@ def test_two_processes_train_the_same_run_as_one(tmp_path: Path, recipe: dict[st
 def test_the_recipe_in_the_page_has_rank_16_on_all_seven_matrices(tmp_path: Path) -> None:
     page = (ROOT / "docs/low-rank.md").read_text()
     (block,) = re.findall(r"```toml\n(# lora\.toml\n.*?)```", page, re.DOTALL)
-    (tmp_path / "lora.toml").write_text(re.sub(r"qwen\.toml", "optimized", block))
+    (tmp_path / "lora.toml").write_text(re.sub(r"qwen\.toml", "ablation:vocabulary", block))
     (cfg,) = load(str(tmp_path / "lora.toml"), ["mlp=swiglu"])
     assert (cfg.attn_lora_rank, cfg.mlp_lora_rank, cfg.embed_lora_rank) == (16, 16, 0)
     assert (cfg.lora_alpha, cfg.base_frozen, cfg.mlp) == (32.0, True, "swiglu")

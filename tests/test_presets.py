@@ -63,7 +63,7 @@ def test_the_forward_flops_of_the_routed_presets(
     assert cost.letters == letters
     assert cost.scored / cost.dense == pytest.approx(scored, abs=0.0005)
     assert cost.training / cost.dense == pytest.approx(training, abs=0.0005)
-    assert cost.dense == forward_cost(load("optimized")[0]).scored
+    assert cost.dense == forward_cost(load("ablation:vocabulary")[0]).scored
     few = forward_cost(load(name)[0], ids=900)
     assert cost.dense - few.dense == cost.scored - few.scored == 2 * 100 * 256, "the head has fewer rows"
 
@@ -83,10 +83,12 @@ def test_the_record_recipe_has_the_size_and_the_two_weight_decays_of_the_origina
 
 
 def test_the_ensemble_of_strong_has_the_models_of_the_single_run() -> None:
-    single, ensemble = load("strong")
-    assert (single.members, ensemble.members) == (1, 4)
+    single, ensemble, large, large_ensemble = load("strong")
+    assert [cfg.members for cfg in load("strong")] == [1, 3, 1, 4]
+    assert all(cfg.ngram == 7 for cfg in load("strong"))
+    assert single.changed(preset="optimized", ngram=0) == load("optimized")[0]
     assert ensemble.changed(preset=single.preset, members=1) == single
-    assert ensemble.ngram == 7
+    assert large_ensemble.changed(preset=large.preset, members=1) == large
 
 
 def commands_of(page: str) -> list[list[str]]:

@@ -511,7 +511,7 @@ COLUMNS = [
 @pytest.mark.parametrize(("fields", "ratios"), RATIOS.values(), ids=RATIOS)
 def test_the_flops_relative_to_the_dense_model(fields: dict[str, Any], ratios: list[float]) -> None:
     """The 21 ratios of the table in the specification."""
-    (base,) = load("optimized")
+    (base,) = load("ablation:vocabulary")
     dense = base.model_copy(update=fields)  # a vocabulary of 64 is too small for a tokenizer
     for (letter, capacity, student), ratio in zip(COLUMNS, ratios, strict=True):
         cfg = dense.model_copy(update={"block_pattern": f"D{letter}", "capacity": capacity})

@@ -19,7 +19,7 @@
 # BEST       settings of strong that an earlier stage has chosen, such as "vocab_size=2000 dropout=0.25"
 # VOCABS     the vocabularies of strong in the stages probe and recipes (default: "1000 2000")
 # EXTRA      settings of all runs, such as "num_titles=2000 d_model=64" to try the script on a CPU
-# STRONG     the preset that is called strong above, or a file (default: strong:single)
+# STRONG     the preset that is called strong above, or a file (default: strong:large)
 # PYTHON     the interpreter that has torch and the packages of mainrun (default: python3)
 # SECONDS_MAX  start no run after this time, and stop the run in progress (default: 840). With 0, the script only
 #            checks and lists the runs of the stage.
@@ -203,7 +203,7 @@ archive=$(cd "$out" && pwd)/$stage-$(date +%Y%m%d-%H%M%S).tar.gz
 for earlier; do tar -xzf "$earlier" -C "$work" || die "$earlier cannot be unpacked"; done
 # the same relative path in each session, because the id of a run contains the path
 ln -sf "$(realpath "$TITLES")" "$work/titles.txt"
-preset_strong=${STRONG:-strong:single}
+preset_strong=${STRONG:-strong:large}
 [ -f "$preset_strong" ] && preset_strong=$(realpath "$preset_strong")
 cd "$work" || exit 2
 

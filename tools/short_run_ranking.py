@@ -31,10 +31,11 @@ from mainrun.run.session import train
 from mainrun.store.nodes import Store
 from mainrun.store.rundir import RunDir
 from mainrun.ui.store_cli import open_store
+from sweeps.search_bench.tables import WITHOUT_GATES
 from sweeps.short_run import short_run
 from sweeps.space import with_values
 
-BASE: dict[str, Any] = {
+BASE: dict[str, Any] = WITHOUT_GATES | {
     "n_layer": 2,
     "d_model": 64,
     "batch_size": 8,

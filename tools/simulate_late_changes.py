@@ -27,6 +27,7 @@ from scipy.stats import spearmanr
 from sweeps.engine.local import Local
 from sweeps.frugal import WHOLE, Asked, Finished, Kind, recipe_key
 from sweeps.lanes import FrugalSearch, make_search
+from sweeps.search_bench.tables import WITHOUT_GATES
 from sweeps.study import validate_study
 
 TRAIN_TOKENS = 33_800  # 462 steps in 7 epochs
@@ -41,7 +42,13 @@ SPACE: dict[str, Any] = {
     "batch_size": {"values": [4, 8, 16]},
     "decay_frac": {"values": [0.2, 0.4, 0.6, 0.8]},
 }
-FIELDS: dict[str, Any] = {"n_layer": 2, "d_model": 64, "batch_size": 8, "num_titles": 1700, "epochs": 7}
+FIELDS: dict[str, Any] = WITHOUT_GATES | {
+    "n_layer": 2,
+    "d_model": 64,
+    "batch_size": 8,
+    "num_titles": 1700,
+    "epochs": 7,
+}
 FEATURES = 100
 
 
