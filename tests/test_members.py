@@ -353,6 +353,10 @@ def test_each_member_is_also_scored_alone(tiny: Any, tmp_path: Path) -> None:
     text = f"{cfg.run_id} is an ensemble of 2 models; the columns count all of them"
     assert notes == [f"{text}; the full scores of its models alone are {alone}"]
     assert "member_scores" not in rows[0]
+    (mixed,) = (
+        note for note in compare._notes(compare.rows([summary | {"ngram_entries": 5}])) if text in note
+    )
+    assert mixed == f"{text}; the full scores of its models alone and without the n-gram model are {alone}"
     del summary["member_scores"]  # as in the summaries of older versions
     assert text in compare._notes(compare.rows([summary]))
 

@@ -57,7 +57,9 @@ def test_finished_runs_of_an_earlier_session_are_not_trained_again(tmp_path: Pat
     settings = {"TITLES": str(titles), "STRONG": str(strong), "EXTRA": TINY}
 
     code, text = script(tmp_path, "probe", **settings, SECONDS_MAX="0")
-    assert code == 1 and text.count("because the time is up") == 8 and "s left" not in text
+    assert code == 0 and text.count("would be trained") == 8 and "s left" not in text
+    code, text = script(tmp_path, "probe", **settings, SECONDS_MAX="soon")
+    assert code == 2 and "got SECONDS_MAX=soon; give a number of seconds" in text
 
     code, text = script(tmp_path, "probe", **settings)
     assert code == 0 and text.count("s left") == 3, text

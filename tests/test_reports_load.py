@@ -689,18 +689,23 @@ def test_the_selection_of_the_two_main_recipes() -> None:
         make_recipe("staged", {1: 1.0, 2: 1.2}),
         make_recipe("x", {1: 0.1}, guards=failing()),
     )
+    other, several = make_recipe("sdt", {1: 1.6}), "the only other recipe with several seeds"
     only, named_so = "the only other recipe", "the recipe is called optimized"
     assert headline() == (None, None, "no run was given")
     assert headline(base) == ("baseline", None, only)
     assert headline(low, base) == ("baseline", "grown", only)
     assert headline(low, lower) == ("grown", "staged", only)
-    assert headline(low, lower, base) == ("baseline", "staged", "the lowest mean full score of 2 recipes")
+    assert headline(low, other, base) == ("baseline", "grown", "the lowest mean full score of 2 recipes")
+    assert headline(low, lower, base) == ("baseline", "staged", several)
     assert headline(bad, lower, base) == ("baseline", "staged", only)
     assert headline(bad, base) == ("baseline", "x", only)
     assert headline(low, opt, base) == ("baseline", "optimized", named_so)
     assert headline(opt, opt1, base) == ("baseline", "demo:optimized", f"{named_so} and has the most seeds")
     assert headline(base1, base, opt) == ("baseline", "optimized", named_so)
     assert headline(opt) == ("optimized", None, only)
+    record = make_recipe("record", {1: 2.1})
+    assert headline(opt, record) == ("record", "optimized", named_so)
+    assert headline(record, low, lower) == ("record", "staged", several)
     assert headline(bad, opt, low) == ("x", "optimized", named_so)
 
 

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Compare the recipes of docs/log/recipe.md on 100,000 titles, in stages of less than 15 minutes on one GPU.
+# Compare record, optimized and strong:large on 100,000 titles, in stages of less than 15 minutes on one GPU.
 #
 #     TITLES=FILE tools/record_gpu.sh STAGE [ARCHIVE ...]
 #
 # STAGE      probe      time 20 steps of each recipe
-#            recipes    record, optimized, and strong with two vocabularies; then the better one with more R-Drop
-#            decay      strong with two other weight decays, with fewer layers, and with a larger width
+#            recipes    record, optimized (weight_decay=0.03), and strong with two vocabularies; then the better
+#                       vocabulary with more R-Drop and dropout
+#            decay      strong with two other weight decays, with fewer layers, and with a larger width and
+#                       more R-Drop
 #            confirm    record and strong on all of train, with the seeds 1 and 2
 #            confirm2   the same with the seeds 3 and 1337
 #            members    four members of strong
@@ -53,6 +55,10 @@ run() {
         [[ " ${ids[*]} " == *" $id "* ]] || ids+=("$id") # EXTRA can make two runs of a stage equal
         return
     fi
+    if [ "$seconds_max" = 0 ]; then
+        echo "=== $id would be trained: $preset $*"
+        return
+    fi
     if [ "$(seconds_left)" -lt 30 ]; then
         echo "=== $id is not started, because the time is up: $preset $*"
         unfinished=1
@@ -93,6 +99,10 @@ print(f"{1 / (lr * float(sys.argv[1]) * steps):.4g}")' "$1" "$preset_strong" "${
 # Train a run of strong whose weight decay has the given time constant in epochs.
 strong_with_decay() {
     local decay
+    if [ "$seconds_max" = 0 ]; then
+        echo "=== a run would be trained: strong with a weight decay of $1 epochs"
+        return
+    fi
     if [ "$(seconds_left)" -lt 30 ]; then
         echo "=== not started, because the time is up: strong with a weight decay of $1 epochs"
         unfinished=1
@@ -193,6 +203,8 @@ members8) command=(members members=8 rdrop=0) ;;
 esac
 [ -f "${TITLES:-}" ] || die "got TITLES=${TITLES:-}, which is not a file; give a text file with one title per line"
 
+seconds_max=${SECONDS_MAX:-840}
+[[ $seconds_max =~ ^[0-9]+$ ]] || die "got SECONDS_MAX=$seconds_max; give a number of seconds, such as 840"
 root=$(cd "$(dirname "$0")/.." && pwd)
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 python=${PYTHON:-python3}
@@ -207,7 +219,7 @@ preset_strong=${STRONG:-strong:large}
 [ -f "$preset_strong" ] && preset_strong=$(realpath "$preset_strong")
 cd "$work" || exit 2
 
-deadline=$((SECONDS + ${SECONDS_MAX:-840}))
+deadline=$((SECONDS + seconds_max))
 common="corpus=file:titles.txt num_titles=100000 shuffle=false token_scores=true checkpoint_every=1000000000"
 vocabularies=${VOCABS:-1000 2000}
 unfinished=0

@@ -196,6 +196,8 @@ def _row(summary: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
     }
     if "member_scores" in summary:
         row["member_scores"] = summary["member_scores"]["val"]
+    if "ngram_entries" in summary:
+        row["ngram_entries"] = summary["ngram_entries"]
     return row
 
 
@@ -340,7 +342,8 @@ def _ensemble_note(row: dict[str, Any]) -> str:
     if "member_scores" not in row:  # the summaries of older versions have no scores of the members
         return note
     scores = ", ".join(f"{score:.4f}" for score in row["member_scores"])
-    return f"{note}; the full scores of its models alone are {scores}"
+    mixture = " and without the n-gram model" if "ngram_entries" in row else ""
+    return f"{note}; the full scores of its models alone{mixture} are {scores}"
 
 
 def _verdict(guards: dict[str, list[str]]) -> str:

@@ -669,12 +669,14 @@ def _select_pair(recipes: Sequence[Recipe]) -> tuple[Recipe | None, Recipe | Non
     """Select the baseline and the optimized recipe, and describe how the optimized recipe was selected.
 
     Recipes that are called "baseline" and "optimized" are preferred. If no recipe is called "optimized", the
-    recipe with the lowest mean score is selected. In this case, the report mentions how the recipe was
-    selected, because the lowest of many scores is partly due to chance.
+    recipe with the lowest mean score is selected, among those with several seeds if there are any. In this
+    case, the report mentions how the recipe was selected, because the lowest of many scores is partly due to
+    chance.
     """
     if not recipes:
         return None, None, "no run was given"
-    base = (_recipes_called("baseline", recipes) or list(recipes))[0]
+    not_optimized = [recipe for recipe in recipes if step_name(recipe.cfg) != "optimized"]
+    base = (_recipes_called("baseline", recipes) or not_optimized or list(recipes))[0]
     others = [recipe for recipe in recipes if recipe is not base]
     named = _recipes_called("optimized", others)
     if len(named) > 1:
@@ -682,9 +684,13 @@ def _select_pair(recipes: Sequence[Recipe]) -> tuple[Recipe | None, Recipe | Non
     if named:
         return base, named[0], "the recipe is called optimized"
     valid = [recipe for recipe in others if recipe.valid_runs]
-    if len(valid) > 1:
-        best = min(valid, key=lambda recipe: recipe.mean_score)
-        return base, best, f"the lowest mean full score of {len(valid)} recipes"
+    repeated = [recipe for recipe in valid if len(recipe.valid_runs) > 1]
+    if len(valid) > 1 and len(repeated) == 1:
+        return base, repeated[0], "the only other recipe with several seeds"
+    candidates = repeated or valid
+    if len(candidates) > 1:
+        best = min(candidates, key=lambda recipe: recipe.mean_score)
+        return base, best, f"the lowest mean full score of {len(candidates)} recipes"
     only = next(iter(valid or others), None)
     return base, only, "the only other recipe"
 
