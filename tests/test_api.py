@@ -143,7 +143,7 @@ def test_an_unknown_keyword_names_the_fields() -> None:
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
-        (lambda: mainrun.train("ablation"), mainrun.UsageError, r"has 11 steps; train one .*'ablation:muon'"),
+        (lambda: mainrun.train("ablation"), mainrun.UsageError, r"has 13 steps; train one .*'ablation:muon'"),
         (lambda: mainrun.train("nothing"), mainrun.ConfigError, "unknown preset"),
         (lambda: mainrun.train("baseline", lr="fast"), mainrun.ConfigError, "lr='fast' is not allowed"),
         (lambda: mainrun.train("baseline", until=-1), mainrun.UsageError, "until=-1; give a step"),

@@ -44,6 +44,13 @@ def test_runs_means_and_the_front() -> None:
     end = axes.get_xlim()[1]
     assert front == [(1e12, 2.05), (9e12, 1.5), (end, 1.5)], "the dearer one is worse"
     assert names(axes) == {"baseline", "best"}, "the recipes on the line are named"
+    assert (
+        training_flops.title_of(["baseline", "best"], 3)
+        == "The best score for its training: baseline and best"
+    )
+    assert (
+        training_flops.title_of(["a", "b", "c"], 9) == "3 of 9 recipes have the best score for their training"
+    )
     assert points(axes, "bad") == [] and 2e12 not in [x for x, _ in front]
     (bar,) = axes.containers
     assert bar.lines[0].get_data() == ([1e12], [2.05]), "only a recipe with two seeds has a bar"
@@ -74,10 +81,12 @@ def test_a_bad_recipe_does_not_squeeze_the_others() -> None:
     scores = [run.full for recipe in data.recipes[1:] for run in recipe.valid_runs]
     assert low < min(scores) and max(scores) < high < 3
     assert "baseline 9.0000" in names(axes)
-    assert "A triangle" in training_flops.caption(data) and "Gray marks" in training_flops.caption(data)
+    assert training_flops.ARROW in [line.get_marker() for line in axes.get_lines()]
+    assert training_flops.ARROW not in style.MARKERS
+    assert "An arrow" in training_flops.caption(data) and "Gray marks" in training_flops.caption(data)
     few = make_data(CHEAP, WORSE, make_recipe("far", {1: 30.0}, flops=2e12))
     assert drawn(few).get_axes()[0].get_ylim()[1] > 30, "three recipes are all in the frame"
-    assert "triangle" not in training_flops.caption(few) and "Grey" not in training_flops.caption(few)
+    assert "arrow" not in training_flops.caption(few) and "Grey" not in training_flops.caption(few)
 
 
 def test_grey_recipes_with_several_seeds_are_named() -> None:

@@ -25,7 +25,9 @@ MAX_SPREAD = (
 )
 MIN_RECIPES = 4  # with fewer recipes, the frame shows all scores
 MAX_NAMES = 12
+MAX_TITLE_NAMES = 2
 LEVELS = (0.96, 0.9, 0.84)  # the heights of marks above the frame, so that their scores do not overlap
+ARROW = r"$\uparrow$"  # the mark of no recipe
 BAR_SHIFT = 6.0  # the distance between the marks of runs and the bar of their recipe, in points
 
 
@@ -57,7 +59,7 @@ def caption(data: ReportData) -> str:
     if any(point.color is None for point in points):
         text += " Gray marks are the other recipes. Those on the line or with several seeds are named."
     if len(in_frame(points)) < len(points):
-        text += " A triangle at the top with a score stands for a recipe above the frame."
+        text += " An arrow at the top with a score stands for a recipe above the frame."
     return text
 
 
@@ -83,12 +85,21 @@ def draw(data: ReportData) -> Figure | None:
     axes.set(xlabel="FLOPs of the training", ylabel="full, nats per character")
     format_cost_ticks(axes.xaxis)
     format_ticks(axes.yaxis)
-    set_title(figure, f"{len(front)} of {len(points)} recipes score better than all recipes of less training")
+    set_title(figure, title_of([names[point.recipe.name] for point in front], len(points)))
     add_legend(figure, axes)
     named = front + [p for p in points if p.color is None and len(p.recipe.scores) > 1 and p not in front]
     named = [point for point in named if point in shown][:MAX_NAMES]
     place_labels(figure, axes, [(names[point.recipe.name], (point.cost, point.mean)) for point in named])
     return figure
+
+
+def title_of(best: Sequence[str], count: int) -> str:
+    """Return the title of the figure for the names of the recipes on the line."""
+    if len(best) > MAX_TITLE_NAMES:
+        return f"{len(best)} of {count} recipes have the best score for their training"
+    *others, last = best
+    names = f"{', '.join(others)} and {last}" if others else last
+    return f"The best score for its training: {names}"
 
 
 def in_frame(points: Sequence[Point]) -> list[Point]:
@@ -149,10 +160,11 @@ def draw_front(axes: Axes, front: Sequence[Point]) -> None:
 
 
 def mark_above_frame(axes: Axes, point: Point, name: str, level: float) -> None:
-    """Draw a triangle at the top of the frame, with the score of a recipe that lies above the frame."""
+    """Draw an arrow at the top of the frame, with the score of a recipe that lies above the frame."""
     color = look_of(point.color)["color"]
     top = axes.get_xaxis_transform()  # the y coordinate 1 of this transform is the top of the frame
-    axes.plot([point.cost], [level], "^", color=color, transform=top, zorder=3)
+    look = {"marker": ARROW, "markersize": 7, "color": color, "zorder": 3}
+    axes.plot([point.cost], [level], linestyle="", transform=top, **look)
     text = f"{point.mean:.4f}"
     if point.color is not None:
         text = f"{name} {text}"
