@@ -65,6 +65,14 @@ WITHOUT_GATES: dict[str, Any] = {
     "value_residual": False,
     "case": "kept",
 }
+GROWN_AT_HALF: dict[str, Any] = {
+    "growth": {
+        "version": 2,
+        "ops": [
+            {"name": "stack_layers", "value": [0, 0, 1, 1], "init": "identity", "trigger": {"budget_frac": 0.5}}
+        ],
+    }
+}
 SHORTCUTS: dict[str, Any] = {
     "value_shortcut": True,
     "x0_shortcut": True,
@@ -92,7 +100,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "preset demo:optimized": ("demo:optimized", {}),
     "preset demo-grown": ("demo-grown", {}),
     "preset demo:optimized without gates and marked capitals": ("demo:optimized", WITHOUT_GATES),
-    "preset demo-grown without gates and marked capitals": ("demo-grown", WITHOUT_GATES),
+    "preset demo-grown without gates and marked capitals": ("demo-grown", WITHOUT_GATES | GROWN_AT_HALF),
     "preset staged-demo": ("staged-demo", {"n_layer": 12, "num_titles": 210}),
     "sgd with momentum": ("baseline", {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}),
     "adamw": ("baseline", ADAMW),
