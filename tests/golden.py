@@ -69,7 +69,12 @@ GROWN_AT_HALF: dict[str, Any] = {
     "growth": {
         "version": 2,
         "ops": [
-            {"name": "stack_layers", "value": [0, 0, 1, 1], "init": "identity", "trigger": {"budget_frac": 0.5}}
+            {
+                "name": "stack_layers",
+                "value": [0, 0, 1, 1],
+                "init": "identity",
+                "trigger": {"budget_frac": 0.5},
+            }
         ],
     }
 }

@@ -392,3 +392,14 @@ def test_a_report_on_50_runs_and_200_trials_takes_less_than_10_seconds(tmp_path:
     assert time.process_time() - start < 10
     cli.write(data, tmp_path / "b.pdf", "t")
     assert (tmp_path / "a.pdf").read_bytes() == (tmp_path / "b.pdf").read_bytes()
+
+
+def test_the_study_page_names_only_the_options_of_its_sampler() -> None:
+    from reports.evidence.study_page import _search
+
+    options = {"seed": 3, "startup": 8, "lanes": 2, "horizons": [0.5, 1.0]}
+    assert list(_search(make_study(study={"sampler": options | {"name": "tpe"}}))) == [
+        "The sampler tpe chose the settings (seed 3, startup 8)."
+    ]
+    (text,) = _search(make_study(study={"sampler": options | {"name": "frugal"}}))
+    assert "lanes 2" in text and "horizons 0.5 1" in text

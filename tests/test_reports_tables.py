@@ -888,7 +888,7 @@ def test_the_confirmation_shows_pairs_and_why_they_ended() -> None:
     short, table = tables.study(export, 1)
     assert heads(table)[-3:] == ["pairs", "verdict", "what it sets"]
     assert [row[-3:-1] for row in cells(table)] == [
-        ["3", "claimed; it is claimed"],
+        ["3", "claimed"],
         ["2", "it is not better; unlikely"],
     ]
     assert "all numbers of pairs up to the maximum" in table.note

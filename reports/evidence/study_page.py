@@ -25,6 +25,7 @@ SLACK = 10.0  # the layout may round the heights up
 MOST_FIELDS = 8  # a larger space is in the appendix, and the page shows its first fields
 FIRST_FIELDS = 4
 LONGEST = 90  # the number of letters of a setting in a shortened table
+OF_FRUGAL = ("lanes", "horizons", "late", "until")  # the options of the sampler frugal alone
 LEAST = 3.0  # the height of all figures together, in inches
 
 
@@ -106,7 +107,8 @@ def sentences(study: Study) -> Iterator[str]:
 def _search(study: Study) -> Iterator[str]:
     sampler = study.fact("sampler")
     if isinstance(sampler, dict):
-        options = describe({name: value for name, value in sampler.items() if name != "name"})
+        hidden = ("name",) if sampler.get("name") == "frugal" else ("name", *OF_FRUGAL)
+        options = describe({name: value for name, value in sampler.items() if name not in hidden})
         with_options = f" ({options})" if options else ""
         yield f"The sampler {sampler.get('name', 'of the study')} chose the settings{with_options}."
     elif sampler:

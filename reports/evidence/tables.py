@@ -863,10 +863,10 @@ def _confirmation(
     for trial in confirmed:
         low, high = trial.get("interval") or (None, None)
         result = trial.get("why")
-        if trial.get("claim"):
-            result = "claimed"
         if trial.get("stopped"):
             result = f"{result}; {trial['stopped']}"
+        if trial.get("claim"):
+            result = "claimed"
         sets = describe(trial.get("params"))
         numbers = [
             trial.get("trial"),

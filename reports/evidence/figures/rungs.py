@@ -34,7 +34,7 @@ def draw(study: Study, height: float = 2.3, width: float = WIDTH) -> Figure | No
         axes.set_xlabel(label)
         format_ticks(axes.xaxis, 4)
         format_ticks(axes.yaxis, 4)
-    panel[0].set_ylabel("at the last rung")
+    panel[0].set_ylabel("last rung")
     set_title(figure, verdict(drawn[-1].correlation))
     return figure
 
