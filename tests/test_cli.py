@@ -857,3 +857,11 @@ def test_a_process_of_torchrun_ends_without_the_exit_handlers(
     assert (f"mainrun {mainrun.__version__}" in done.stdout) == (code == 0)
     assert ("no-such-command" in done.stderr) == (code == 2)
     assert ("exit handler" in done.stdout) == (world_size == "1")
+
+
+@pytest.mark.parametrize("options", [("--dry-run",), ("--quiet",)])
+def test_an_error_of_one_step_of_a_ladder_names_the_step(tmp_path: Path, options: tuple[str, ...]) -> None:
+    few = ("--set", "num_titles=300", "--set", "device=cpu", "--out", tmp_path, *options)
+    refused(invoke("train", "--preset", "strong", *few), "strong:single: the val split is too short")
+    alone = refused(invoke("train", "--preset", "strong:single", *few))
+    assert "strong:single:" not in alone

@@ -266,7 +266,8 @@ def train_all(configs: list[TrainConfig], options: TrainOptions) -> Results:
                 raise Interrupted(f"{done}; run the same command again to resume")
             label = f"[{number}/{len(configs)}] " if len(configs) > 1 else ""
             try:
-                summary = _train_one(cfg, options, label, [*options.keep, *keep.get(cfg.run_id, [])])
+                with _name_of_step(cfg, configs):
+                    summary = _train_one(cfg, options, label, [*options.keep, *keep.get(cfg.run_id, [])])
             except Diverged as e:
                 if len(configs) == 1:
                     raise
@@ -274,6 +275,17 @@ def train_all(configs: list[TrainConfig], options: TrainOptions) -> Results:
             else:
                 results.summaries[cfg.preset] = summary
     return results
+
+
+@contextmanager
+def _name_of_step(cfg: TrainConfig, configs: list[TrainConfig]) -> Iterator[None]:
+    """Add the name of the step to an error that one step of a ladder causes."""
+    try:
+        yield
+    except UsageError as e:
+        if len(configs) > 1:
+            e.args = (f"{cfg.preset}: {e}",)
+        raise
 
 
 @contextmanager
@@ -474,6 +486,12 @@ def _show_plan(configs: list[TrainConfig], store: Store | None, out: Path, as_js
 # -- --dry-run
 
 
+def _estimates(configs: list[TrainConfig], options: EstimateOptions) -> Iterator[dict[str, Any]]:
+    for cfg in configs:
+        with _name_of_step(cfg, configs):
+            yield _estimate(cfg, options)
+
+
 def _estimate(cfg: TrainConfig, options: EstimateOptions) -> dict[str, Any]:
     from mainrun.train import set_up
     from mainrun.ui.estimate import estimate_setup
@@ -490,7 +508,7 @@ def _estimate(cfg: TrainConfig, options: EstimateOptions) -> dict[str, Any]:
 
 
 def _show_estimates(configs: list[TrainConfig], options: EstimateOptions, as_json: bool) -> None:
-    estimates = [_estimate(cfg, options) for cfg in configs]
+    estimates = list(_estimates(configs, options))
     if not is_leader():
         return
     if as_json:
