@@ -21,6 +21,7 @@ from mainrun.store.rundir import write_json
 from mainrun.ui import ls_cli
 from mainrun.ui.console import show_table
 
+STEP = {"tokens": 8, "lr": 0.1, "loss": 2.0, "grad_norm": 1.0}
 SCORE = {
     "split": "val", "full": 1.5, "official": 1.4, "loss": 4.0, "bits_per_byte": 2.0, "coverage": 0.9,
     "tokens": 90, "step": 4,
@@ -124,7 +125,10 @@ def test_the_table_shows_the_fields_that_the_command_names(runs: str) -> None:
 def test_an_unfinished_run_shows_its_last_score(tmp_path: Path) -> None:
     path = make_run(tmp_path, None)
     rows: list[dict[str, Any]] = [
+        {"event": "step", **STEP, "step": 1, "seconds": 8.0, "reused": True},
+        {"event": "step", **STEP, "step": 2, "seconds": 1.5},
         {"event": "eval", **SCORE, "full": 1.9, "step": 2, "params": 50},
+        {"event": "step", **STEP, "step": 3, "seconds": 2.0},
         {"event": "eval", **SCORE, "full": 1.2, "step": 4, "params": 60},
         {"event": "eval", **SCORE, "full": 1.7, "step": 6, "params": 70},
     ]
@@ -133,7 +137,7 @@ def test_an_unfinished_run_shows_its_last_score(tmp_path: Path) -> None:
     (row,) = listed(str(tmp_path))
     assert row | {"modified": "", "config": {}} == {
         "run": path.name, "state": "interrupted", "step": 6, "steps": 9, "full": 1.7, "best": 1.2,
-        "official": 1.4, "params": 70, "tokens": 90, "flops": None, "seconds": None,
+        "official": 1.4, "params": 70, "tokens": 90, "flops": None, "seconds": 3.5,
         "modified": "", "config": {},
     }  # fmt: skip
 

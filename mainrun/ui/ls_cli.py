@@ -197,11 +197,15 @@ def _results(run: RunDir) -> Row:
     status = run.status()
     row = {"state": state_of(run, status), "step": status.get("step", 0)}
     scores = []
+    seconds = 0.0
     for logged in run.intact_rows():
         row |= {"step": logged["step"], "tokens": logged["tokens"]}
+        if logged["event"] == "step" and not logged.get("reused"):
+            seconds += logged["seconds"]
         if logged["event"] == "eval" and logged["split"] in ("dev", "val"):
             scores.append(logged)
             row |= {"full": logged["full"], "official": logged["official"], "params": logged.get("params")}
+    row["seconds"] = seconds or None
     if scores:
         row["best"] = min(logged["full"] for logged in scores if logged["split"] == scores[-1]["split"])
     steps = status.get("steps", run.plan().get("steps"))
