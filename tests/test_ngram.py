@@ -21,6 +21,7 @@ from mainrun.run.session import train
 from mainrun.store import token_scores
 from mainrun.store.rundir import RunDir
 from mainrun.train import set_up
+from mainrun.ui import compare
 
 V = 7
 Context = tuple[int, ...]
@@ -152,6 +153,13 @@ def test_an_n_gram_model_changes_the_scores_but_no_weight(runs: Any) -> None:
         assert "alone" not in plain["scores"][split]["last"]
         written = token_scores.read(mixed["directory"])[split]
         assert -written.full.sum(dtype=np.float64) / written.chars == pytest.approx(last["full"], rel=1e-6)
+
+
+def test_compare_states_the_size_of_the_n_gram_model(runs: Any) -> None:
+    plain, mixed = runs
+    entries = f"{mixed['ngram_entries']:,}"
+    (note,) = (note for note in compare._notes(compare.rows([plain, mixed])) if "mixture" in note)
+    assert mixed["run"] in note and f"an n-gram model of {entries} entries" in note
 
 
 def test_a_run_with_an_n_gram_model_passes_every_guard(runs: Any) -> None:

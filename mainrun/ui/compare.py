@@ -326,6 +326,12 @@ def _notes(table: list[dict[str, Any]]) -> list[str]:
         if row["members"] > 1:
             notes.append(_ensemble_note(row))
     for row in table:
+        if "ngram_entries" in row:
+            notes.append(
+                f"{row['run']} is scored in a mixture with an n-gram model of {row['ngram_entries']:,} entries, "
+                "which the columns do not count"
+            )
+    for row in table:
         if row["reused"]:
             notes.append(
                 f"(*) {row['run']}: {row['reused']:,} of {row['steps']:,} steps were copied from the store; "
