@@ -328,8 +328,8 @@ def _notes(table: list[dict[str, Any]]) -> list[str]:
     for row in table:
         if "ngram_entries" in row:
             notes.append(
-                f"{row['run']} is scored in a mixture with an n-gram model of {row['ngram_entries']:,} entries, "
-                "which the columns do not count"
+                f"{row['run']} is scored in a mixture with an n-gram model of {row['ngram_entries']:,} "
+                "entries, which the columns do not count"
             )
     for row in table:
         if row["reused"]:
