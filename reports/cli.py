@@ -32,6 +32,14 @@ Out = Annotated[
     Path, typer.Option("--out", metavar="FILE", callback=validate_paths, help="The path of the PDF.")
 ]
 Title = Annotated[str, typer.Option("--title", metavar="TEXT", help="The title of the report.")]
+Compare = Annotated[
+    str | None,
+    typer.Option(
+        "--compare",
+        metavar="BASE,OTHER",
+        help="The two recipes that page 1 compares, by name. By default, baseline and optimized.",
+    ),
+]
 Figures = Annotated[
     Path | None,
     typer.Option(
@@ -87,6 +95,7 @@ def report(
     places: Places = None,
     out: Out = Path("report.pdf"),
     title: Title = "Mainrun report",
+    compare: Compare = None,
     figures: Figures = None,
     tables: Tables = None,
     page: Page = None,
@@ -113,6 +122,8 @@ def report(
     if not title.strip() or not title.isprintable():
         raise UsageError(f"--title {title!r} cannot be printed; give one line of printable text")
     data = load.gather(places or [], runs)
+    if compare is not None:
+        data = load.choose_pair(data, compare)
     result = write(data, out, title, figures, tables, log, samples)
     if page is not None:
         result["html"] = str(page)

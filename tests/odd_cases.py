@@ -332,6 +332,7 @@ TEXT: dict[str, Draw] = {
     "--sort": choice("full", "-lr", "-", "", "--", "config"),
     "--store": store,
     "--store-size": size,
+    "--compare": choice("small,custom", "small,small", "small,custom,0.1", "small", ",", "\ud800,small"),
     "--paired": choice("small,custom", "small,small", "small,custom,0.1", "small,custom,nan", ",", "a,b,-1"),
     "--memory": choice("16GB", "1KB", "0", "-1GB", "16 apples", ""),
     "--prompt": word,

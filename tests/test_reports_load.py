@@ -28,7 +28,7 @@ from evidence import (
 
 from mainrun import stats
 from mainrun.config import TrainConfig, from_dict
-from mainrun.errors import RunError
+from mainrun.errors import RunError, UsageError
 from mainrun.plan.recipes import load as load_preset
 from mainrun.ui.grouping import recipe_fields
 from reports.evidence import load, tables
@@ -707,6 +707,22 @@ def test_the_selection_of_the_two_main_recipes() -> None:
     assert headline(opt, record) == ("record", "optimized", named_so)
     assert headline(record, low, lower) == ("record", "staged", several)
     assert headline(bad, opt, low) == ("x", "optimized", named_so)
+
+
+def test_the_user_chooses_the_two_main_recipes() -> None:
+    recipes = [make_recipe(name, {1: 2.0, 2: 2.1}) for name in ("baseline", "optimized", "record", "a,b")]
+    data = load.choose_pair(make_data(*recipes), "record,a,b")
+    assert data.baseline is not None and data.optimised is not None
+    assert (data.baseline.name, data.optimised.name) == ("record", "a,b")
+    assert data.selection == "the user chose it with --compare"
+    for text, expected in (
+        ("recrod,baseline", "give BASE,OTHER with two recipes of the given runs: record; "),
+        ("record,record", "compares a recipe with itself"),
+        ("record,baseline,0.1", "give BASE,OTHER and nothing else"),
+    ):
+        with pytest.raises(UsageError, match=expected) as error:
+            load.choose_pair(make_data(*recipes), text)
+        assert "got --compare" in str(error.value)
 
 
 def test_the_baseline_with_most_seeds_is_selected() -> None:

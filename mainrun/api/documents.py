@@ -35,6 +35,7 @@ def report(
     figures: Place | None = None,
     tables: Place | None = None,
     samples: int = 8,
+    compare: str | None = None,
 ) -> Report:
     """Write a PDF of runs and studies, as `mainrun report` does.
 
@@ -42,6 +43,7 @@ def report(
     out: the path of the PDF.
     figures, tables: folders to which each figure and each table is also written.
     samples: the number of titles to generate with each of the two main recipes.
+    compare: the names of these two recipes, such as "record,optimized".
     """
     from mainrun.ui.console import check_regular_file
     from reports import cli
@@ -55,6 +57,8 @@ def report(
     listed = None if tables is None else path_of(tables, "tables")
     with plain_errors():
         data = load.gather([_place(place) for place in places])
+        if compare is not None:
+            data = load.choose_pair(data, compare)
         made = cli.write(data, file, title, drawn, listed, samples=samples)
     findings = made["findings"]
     assert isinstance(findings, list)

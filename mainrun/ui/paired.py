@@ -118,7 +118,16 @@ def _check_guards(run: RunScore) -> None:
 
 
 def _parse(text: str, recipes: Sequence[str]) -> Claim:
-    """Read a value of `--paired`. The parts of a name may be in any order. Names may contain commas."""
+    """Read a value of `--paired`."""
+    base, other, margin = parse_pair("--paired", text, recipes, "BASE,OTHER or BASE,OTHER,MARGIN")
+    return Claim(base, other, _margin(text, margin))
+
+
+def parse_pair(option: str, text: str, recipes: Sequence[str], form: str) -> tuple[str, str, str]:
+    """Return two recipes that an option names, and the rest of its value after the next comma.
+
+    The parts of a name may be in any order. Names may contain commas.
+    """
     named = {_parts(name): name for name in recipes}
     pieces = text.split(",")
     for i in range(1, len(pieces)):
@@ -131,15 +140,12 @@ def _parse(text: str, recipes: Sequence[str]) -> Claim:
                 continue
             if base == other:
                 raise UsageError(
-                    f"got --paired {shown(text)}, which compares a recipe with itself; give two recipes"
+                    f"got {option} {shown(text)}, which compares a recipe with itself; give two recipes"
                 )
-            return Claim(base, other, _margin(text, ",".join(pieces[j:]).strip()))
+            return base, other, ",".join(pieces[j:]).strip()
     unknown = [piece for piece in pieces if _parts(piece) not in named]
     listed = "; ".join(map(printable, _closest_first(unknown, recipes)))
-    raise UsageError(
-        f"got --paired {shown(text)}; give BASE,OTHER or BASE,OTHER,MARGIN with two recipes of the given "
-        f"runs: {listed}"
-    )
+    raise UsageError(f"got {option} {shown(text)}; give {form} with two recipes of the given runs: {listed}")
 
 
 def _parts(name: str) -> tuple[str, ...]:

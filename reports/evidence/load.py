@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mainrun.config import TrainConfig
-from mainrun.errors import MainrunError, RunError
+from mainrun.errors import MainrunError, RunError, UsageError
 from mainrun.files import inputs
 from mainrun.plan.plan import Decision, Plan
 from mainrun.plan.recipes import load, preset_names
@@ -30,6 +30,7 @@ from mainrun.ui.grouping import (
     recipe_key,
     runs_by_seed,
 )
+from mainrun.ui.paired import parse_pair
 
 Source = TypeVar("Source")
 Item = TypeVar("Item")
@@ -693,6 +694,16 @@ def _select_pair(recipes: Sequence[Recipe]) -> tuple[Recipe | None, Recipe | Non
         return base, best, f"the lowest mean full score of {len(candidates)} recipes"
     only = next(iter(valid or others), None)
     return base, only, "the only other recipe"
+
+
+def choose_pair(data: ReportData, text: str) -> ReportData:
+    """Return the data with the two main recipes of the option `--compare`."""
+    named = {recipe.name: recipe for recipe in data.recipes}
+    base, other, rest = parse_pair("--compare", text, list(named), "BASE,OTHER")
+    if rest:
+        raise UsageError(f"got --compare {inputs.shown(text, 80)}; give BASE,OTHER and nothing else")
+    selection = "the user chose it with --compare"
+    return replace(data, baseline=named[base], optimised=named[other], selection=selection)
 
 
 def _recipes_called(name: str, recipes: Sequence[Recipe]) -> list[Recipe]:
