@@ -31,7 +31,7 @@ from mainrun.config import TrainConfig, from_dict
 from mainrun.errors import RunError, UsageError
 from mainrun.plan.recipes import load as load_preset
 from mainrun.ui.grouping import recipe_fields
-from reports.evidence import load, tables
+from reports.evidence import front_page, load, tables
 from reports.evidence.load import Recipe, ReportData, Run, base_indices
 
 OPS = [
@@ -714,7 +714,9 @@ def test_the_user_chooses_the_two_main_recipes() -> None:
     data = load.choose_pair(make_data(*recipes), "record,a,b")
     assert data.baseline is not None and data.optimised is not None
     assert (data.baseline.name, data.optimised.name) == ("record", "a,b")
-    assert data.selection == "the user chose it with --compare"
+    assert data.selection == "the user chose the recipes of page 1 among 4"
+    assert front_page.sentence(data).endswith("The author chose these two of 4 recipes.")
+    assert "chose" not in front_page.sentence(load.choose_pair(make_data(*recipes[:2]), "baseline,optimized"))
     for text, expected in (
         ("recrod,baseline", "give BASE,OTHER with two recipes of the given runs: record; "),
         ("record,record", "compares a recipe with itself"),

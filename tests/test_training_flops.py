@@ -46,10 +46,10 @@ def test_runs_means_and_the_front() -> None:
     assert names(axes) == {"baseline", "best"}, "the recipes on the line are named"
     assert (
         training_flops.title_of(["baseline", "best"], 3)
-        == "The best score for its training: baseline and best"
+        == "No cheaper recipe scores better than baseline and best"
     )
     assert (
-        training_flops.title_of(["a", "b", "c"], 9) == "3 of 9 recipes have the best score for their training"
+        training_flops.title_of(["a", "b", "c"], 9) == "3 of 9 recipes score better than every cheaper recipe"
     )
     assert points(axes, "bad") == [] and 2e12 not in [x for x, _ in front]
     (bar,) = axes.containers

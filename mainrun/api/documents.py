@@ -58,7 +58,7 @@ def report(
     with plain_errors():
         data = load.gather([_place(place) for place in places])
         if compare is not None:
-            data = load.choose_pair(data, compare)
+            data = load.choose_pair(data, compare, "compare")
         made = cli.write(data, file, title, drawn, listed, samples=samples)
     findings = made["findings"]
     assert isinstance(findings, list)

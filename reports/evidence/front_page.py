@@ -9,7 +9,7 @@ from reports.evidence import findings, tables
 from reports.evidence.compared import Comparison, comparison
 from reports.evidence.figures import front
 from reports.evidence.figures.series import short_names
-from reports.evidence.load import Recipe, ReportData
+from reports.evidence.load import CHOSEN, Recipe, ReportData
 from reports.evidence.pdf import big_numbers, heading, heights, paragraph, side_by_side, table
 from reports.evidence.tables import Column, Row, Table, fixed, integer, mean_of, text, with_ratio
 
@@ -68,6 +68,8 @@ def sentence(data: ReportData) -> str:
     if data.selection.startswith("the lowest") and data.optimised is not None:
         said += f" {data.optimised.name} was selected on val itself, as {data.selection}."
         said += " Part of its lead comes from this selection."
+    if len(data.recipes) > 2 and data.selection == CHOSEN.format(len(data.recipes)):
+        said += f" The author chose these two of {len(data.recipes)} recipes."
     return shorter(data, said)
 
 

@@ -696,13 +696,16 @@ def _select_pair(recipes: Sequence[Recipe]) -> tuple[Recipe | None, Recipe | Non
     return base, only, "the only other recipe"
 
 
-def choose_pair(data: ReportData, text: str) -> ReportData:
-    """Return the data with the two main recipes of the option `--compare`."""
+CHOSEN = "the user chose the recipes of page 1 among {}"
+
+
+def choose_pair(data: ReportData, text: str, option: str = "--compare") -> ReportData:
+    """Return the data with the two main recipes that the user names in an option."""
     named = {recipe.name: recipe for recipe in data.recipes}
-    base, other, rest = parse_pair("--compare", text, list(named), "BASE,OTHER")
+    base, other, rest = parse_pair(option, text, list(named), "BASE,OTHER")
     if rest:
-        raise UsageError(f"got --compare {inputs.shown(text, 80)}; give BASE,OTHER and nothing else")
-    selection = "the user chose it with --compare"
+        raise UsageError(f"got {option} {inputs.shown(text, 80)}; give BASE,OTHER and nothing else")
+    selection = CHOSEN.format(len(named))
     return replace(data, baseline=named[base], optimised=named[other], selection=selection)
 
 

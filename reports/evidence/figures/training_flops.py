@@ -96,10 +96,10 @@ def draw(data: ReportData) -> Figure | None:
 def title_of(best: Sequence[str], count: int) -> str:
     """Return the title of the figure for the names of the recipes on the line."""
     if len(best) > MAX_TITLE_NAMES:
-        return f"{len(best)} of {count} recipes have the best score for their training"
+        return f"{len(best)} of {count} recipes score better than every cheaper recipe"
     *others, last = best
     names = f"{', '.join(others)} and {last}" if others else last
-    return f"The best score for its training: {names}"
+    return f"No cheaper recipe scores better than {names}"
 
 
 def in_frame(points: Sequence[Point]) -> list[Point]:
