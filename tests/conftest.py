@@ -2,9 +2,9 @@
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -48,6 +48,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def examples(count: int) -> int:
     """Return `count`, or a quarter of it if the slow tests are left out."""
     return count * settings.default.max_examples // 100
+
+
+def slow_unless(fast: Iterable[Any], cases: Iterable[Any]) -> list[Any]:
+    """Return the cases as parameters of a test. The fast suite runs only the cases in `fast`."""
+    fast = list(fast)
+    return [case if case in fast else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -95,7 +95,7 @@ def growing(*ops: dict[str, Any], **fields: Any) -> dict[str, Any]:
     return ADAMW | fields | {"growth": {"version": 2, "ops": list(ops)}}
 
 
-# Each case has a preset and changed fields. The cases in SLOW take long, so only the slow tests run them.
+# Each case has a preset and changed fields. The fast suite trains only the cases in FAST.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "preset baseline": ("baseline", {}),
     "preset ablation:vocabulary": ("ablation:vocabulary", {}),
@@ -239,7 +239,38 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "two processes": ("baseline", ADAMW | {"dropout": 0.1}),
 }
-SLOW = tuple(name for name in CASES if name.startswith(("compiled", "two processes", "preset staged")))
+FAST = (
+    "preset baseline",
+    "preset optimized",
+    "preset grown",
+    "preset demo-grown",
+    "adamw",
+    "adamw, modern blocks",
+    "muon, modern blocks, bfloat16",
+    "relu2, untied, plain attention",
+    "attention by sdpa",
+    "no dropout",
+    "rdrop",
+    "stochastic depth and rdrop, bfloat16",
+    "cautious decay, two weight decays, muon",
+    "ema",
+    "swa",
+    "mixture with an n-gram model",
+    "experts",
+    "members",
+    "accumulation",
+    "wsd with warm-up",
+    "capitals as signs",
+    "mix",
+    "low rank",
+    "frozen layer",
+    "shortcuts",
+    "routed by surprise pairs",
+    "grow stack_layers",
+    "grow widen_model",
+    "grow upcycle_moe",
+    "grow when the loss says so",
+)
 
 
 def arguments(name: str, out: Path) -> list[str]:

@@ -317,6 +317,7 @@ def test_a_worker_ends_after_a_ctrl_c(tiny: Any, fake: Any) -> None:
     assert started.process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_a_worker_ends_when_its_parent_is_killed(tiny: Any, tmp_path: Path) -> None:
     """A worker must exit when its stdin is closed, because a killed parent cannot stop it."""
     request = json.dumps({"rival": "plain", "config": tiny().model_dump()})

@@ -73,6 +73,7 @@ print(said, default, faults(), sep="|")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("tuned" not in tune_allocator(), reason="the C library here is not glibc")
 def test_the_tuned_allocator_keeps_a_steps_memory() -> None:
     tuned, default_faults, faults = python(FAULTS).split("|")
@@ -353,6 +354,7 @@ def test_the_loss_lets_go_of_its_gradient() -> None:
 # -- compiling that fails
 
 
+@pytest.mark.slow
 @COMPILER
 def test_a_compiler_that_fails_is_an_error_with_a_way_out(tiny: Tiny, tmp_path: Path) -> None:
     broken = tmp_path / "c++"

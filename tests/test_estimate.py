@@ -83,6 +83,7 @@ def test_the_memory_contains_its_parts(tiny: Any) -> None:
     assert tensor_bytes(tiny(**size, optimizer="sgd", dtype="bfloat16")) < 0.8 * plain
 
 
+@pytest.mark.slow
 def test_a_routed_block_takes_memory_for_its_selected_tokens(tiny: Any) -> None:
     size = {"batch_size": 512, "block_size": 64, "d_model": 64, "n_layer": 4, "vocab_size": 500}
     size |= {"compile": "off", "attention": "plain", "optimizer": "sgd"}

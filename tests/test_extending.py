@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from conftest import slow_unless
 from doors import Driver
 
 ROOT = Path(__file__).parents[1]
@@ -116,14 +117,7 @@ def apply(heading: str, root: Path) -> list[str]:
     return [line.removeprefix("$ ") for line in commands["text"].splitlines()]
 
 
-@pytest.mark.parametrize(
-    "heading",
-    [
-        # A study trains seven runs, each in its own process.
-        pytest.param(heading, marks=pytest.mark.slow if heading == "A sampler" else [])
-        for heading in sections(read_pages())
-    ],
-)
+@pytest.mark.parametrize("heading", slow_unless(["An optimizer"], sections(read_pages())))
 def test_an_example_works_as_it_stands(tmp_path: Path, libraries: Driver, heading: str) -> None:
     for command in apply(heading, tmp_path):
         done = run(command, tmp_path, libraries)

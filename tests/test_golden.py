@@ -7,6 +7,7 @@ from typing import Any
 
 import golden
 import pytest
+from conftest import slow_unless
 
 from mainrun.run import summary
 
@@ -22,10 +23,7 @@ def record() -> dict[str, Any]:
     return cases
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.slow if name in golden.SLOW else ()) for name in golden.CASES],
-)
+@pytest.mark.parametrize("name", slow_unless(golden.FAST, golden.CASES))
 def test_a_small_run_gives_the_recorded_bits(
     record: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, tiny_sets
+from conftest import TINY, slow_unless, tiny_sets
 from test_sharing import Killed, Watch, outcome, reused_steps
 from typer.testing import CliRunner
 
@@ -233,7 +233,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TrainConfig], P
     return run
 
 
-@pytest.mark.parametrize("at", [3, 8, 9, 20, 27, 31])
+@pytest.mark.parametrize("at", slow_unless([9, 20], [3, 8, 9, 20, 27, 31]))
 def test_a_killed_run_grows_to_the_same_bits(tmp_path: Path, whole: Any, at: int) -> None:
     cfg = config(*MANY, ema=0.5 if at % 2 else 0.0)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import examples, slow_unless
 from growing import (
     IDX,
     MODERN,
@@ -64,7 +65,7 @@ OPS = {
 
 @pytest.mark.parametrize("name", OPS)
 @given(architectures, st.integers(0, 100))
-@settings(max_examples=5)
+@settings(max_examples=examples(8))
 def test_the_gradient_of_a_copy_has_the_factor_of_the_index_map(
     name: str, fields: dict[str, Any], seed: int
 ) -> None:
@@ -122,7 +123,7 @@ WIDE = {
 }
 
 
-@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize("name", slow_unless([*WIDE][:2], WIDE))
 @pytest.mark.parametrize("fault", ["", "unscaled moments", "unscaled rates"])
 def test_a_wide_run_follows_the_narrow_one(name: str, fault: str) -> None:
     """If moments and rates are scaled, the wide and the narrow run agree to 1e-10 over 20 steps of AdamW."""

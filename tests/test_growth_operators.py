@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import examples
 from growing import (
     IDX,
     MODERN,
@@ -128,7 +129,7 @@ def op_for(case: MakeOp, fields: dict[str, Any]) -> Op:
 
 @pytest.mark.parametrize("name", EXACT)
 @given(architectures, st.integers(0, 1000))
-@settings(max_examples=6)
+@settings(max_examples=examples(12))
 def test_an_exact_op_keeps_the_function_up_to_rounding(name: str, fields: dict[str, Any], seed: int) -> None:
     what = replace(op_for(EXACT[name], fields), seed=seed)
     for dtype, most in ((torch.float64, 1e-10), (torch.float32, 1e-5)):

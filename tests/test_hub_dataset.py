@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import slow_unless
 from loopback import serving, use_hub
 from test_hub import Handler
 from typer.testing import CliRunner
@@ -401,7 +402,7 @@ def test_the_command_line_shows_one_message(hub: Hub, tmp_path: Path) -> None:
     assert COMMIT in result.stderr and not (tmp_path / "r").exists()
 
 
-@pytest.mark.parametrize("status", [401, 403, 404, 500])
+@pytest.mark.parametrize("status", slow_unless([401], [401, 403, 404, 500]))
 @pytest.mark.parametrize("corpus", [CORPUS, f"hub:{REPO}#text", "hn"])
 def test_a_server_that_repeats_the_token(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, corpus: str

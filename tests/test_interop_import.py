@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import ROWS, TRAINED, edit_config, write_checkpoint
-from conftest import TINY
+from conftest import TINY, slow_unless
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
@@ -97,7 +97,7 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("what", CHECKPOINTS)
+@pytest.mark.parametrize("what", slow_unless(["tied", "shards", "bfloat16"], CHECKPOINTS))
 def test_the_logits_are_those_of_transformers(what: str, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "checkpoint", **CHECKPOINTS[what])
     assert (len(list(folder.glob("*.safetensors"))) > 1) == (what == "shards")

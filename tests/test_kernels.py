@@ -151,6 +151,7 @@ def test_attention_and_its_gradients_match_the_formula(p: float, bias: Tensor) -
         assert torch.allclose(found, right, atol=1e-12)
 
 
+@pytest.mark.slow
 @COMPILER
 def test_opaque_ops_give_the_same_bits_when_compiled() -> None:
     """The compiler must call these operators without tracing into them."""

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import examples
+from conftest import examples, slow_unless
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -380,7 +380,7 @@ def test_the_base_has_the_steps_that_the_cases_assume(lab: Lab) -> None:
     assert len(set(base.keys)) == STEPS + 1 and len(set(base.states)) == STEPS
 
 
-@pytest.mark.parametrize("field", TrainConfig.model_fields)
+@pytest.mark.parametrize("field", slow_unless([*TrainConfig.model_fields][::2], TrainConfig.model_fields))
 def test_keys_and_bits_differ_from_the_step_that_a_fields_class_says(lab: Lab, field: str) -> None:
     one, other = pair(lab, field)
     assert getattr(one, field) != getattr(other, field)
@@ -463,7 +463,7 @@ if not torch.cuda.is_available():
     ALIKE["the device that there is"] = ({"device": "auto"}, {})
 
 
-@pytest.mark.parametrize("what", ALIKE)
+@pytest.mark.parametrize("what", slow_unless([*ALIKE][::2], ALIKE))
 def test_equivalent_configs_have_the_same_keys_and_bits(lab: Lab, what: str) -> None:
     one, other = (lab.config(**changes) for changes in ALIKE[what])
     assert one.digest != other.digest
@@ -619,6 +619,7 @@ def seconds_of_a_million_additions() -> float:
     return time.process_time() - begun
 
 
+@pytest.mark.slow
 def test_a_chain_of_a_hundred_thousand_steps_is_fast() -> None:
     """The chain takes 0.25 to 1.2 s, depending on the machine, and at most 12 times as long as the additions.
 

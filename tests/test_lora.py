@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, tiny_sets
+from conftest import TINY, slow_unless, tiny_sets
 from growing import IDX, at, gradients, grown, op, shaken, weights
 from growing import config as model_config
 from safetensors.torch import load_file
@@ -484,6 +484,7 @@ def test_a_frozen_base_takes_memory_for_its_weights_alone(tiny: Any) -> None:
     assert average - frozen < 0.2 * base
 
 
+@pytest.mark.slow
 def test_the_weights_of_a_frozen_base_do_not_fragment_the_heap(
     tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -630,7 +631,7 @@ def test_ops_keep_the_base_to_the_bit(grown_run: Path) -> None:
         assert not any(is_base(name) for name in saved_names(path))
 
 
-@pytest.mark.parametrize("at_step", [8, 17])
+@pytest.mark.parametrize("at_step", slow_unless([17], [8, 17]))
 def test_a_killed_run_grows_to_the_same_bits(tmp_path: Path, grown_run: Path, at_step: int) -> None:
     cfg = growing(*MANY, ema=0.9, checkpoint_every=4)
     with pytest.raises(Killed):

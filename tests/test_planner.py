@@ -281,6 +281,7 @@ def test_a_second_study_trains_only_its_new_steps() -> None:
     assert len(kept) == 96 and all(assignment.steps == 0 for assignment in kept)
 
 
+@pytest.mark.slow
 def test_200_runs_of_100000_steps_are_assigned_within_six_seconds() -> None:
     """The planner searches the store backwards from the last step of each run.
 

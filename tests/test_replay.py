@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY
+from conftest import TINY, slow_unless
 from test_growth_controller import MANY, SMALL, config
 
 from mainrun.checks import guards
@@ -35,7 +35,7 @@ RUNS: dict[str, TrainConfig] = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", slow_unless(["ngram", "grown and averaged"], RUNS))
 def test_a_replay_repeats_the_run(name: str, tmp_path: Path) -> None:
     cfg = RUNS[name]
     summary = train(cfg, tmp_path)

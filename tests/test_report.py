@@ -529,7 +529,11 @@ def test_no_importance_where_it_cannot_be_computed(count: int, values: Callable[
 
 
 @pytest.mark.parametrize(
-    "lacking", [("study", "rung_correlation"), ("evidence", "objective", "preset", "name")]
+    "lacking",
+    [
+        ("evidence", "objective", "preset", "name"),
+        pytest.param(("study", "rung_correlation"), marks=pytest.mark.slow),
+    ],
 )
 def test_optional_facts_of_an_export_can_be_missing(tmp_path: Path, lacking: tuple[str, ...]) -> None:
     study = export(tmp_path / "lr")

@@ -122,8 +122,11 @@ def text_of(pdf: Path, page: int | None = None) -> str:
         two_recipes(),
         make_data(make_recipe("baseline", SCORES), make_recipe("optimized", LOWER), studies=(searched(),)),
         make_data(studies=(searched(),)),
-        make_data(make_recipe("baseline n_layer=8 n_head=6 d_model=384 weight_decay=1 rdrop=2", SCORES),
-                  make_recipe("baseline n_layer=4 n_head=4 d_model=256 weight_decay=1 rdrop=2", LOWER)),
+        pytest.param(
+            make_data(make_recipe("baseline n_layer=8 n_head=6 d_model=384 weight_decay=1 rdrop=2", SCORES),
+                      make_recipe("baseline n_layer=4 n_head=4 d_model=256 weight_decay=1 rdrop=2", LOWER)),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["runs", "runs and a study", "a study", "long names"],
 )  # fmt: skip

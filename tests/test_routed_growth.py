@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, slow_unless
 from growing import IDX, MODERN, config, grown, op, shaken, weights
 from test_growth_controller import applied_ops, journal, outcome_with_journal
 from test_routed_runs import noisy_selection
@@ -60,7 +60,7 @@ def shaken_routed(model: str, dtype: torch.dtype = torch.float64, **changes: Any
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", slow_unless([*EXACT][::2], EXACT))
 def test_an_exact_op_keeps_the_function_up_to_rounding(model: str, name: str) -> None:
     op_name, value, *init = EXACT[name]
     what = op(op_name, value, **({"init": init[0]} if init else {}))
@@ -291,7 +291,7 @@ MANY = (
 )
 
 
-@pytest.mark.parametrize("at", [7, 16])
+@pytest.mark.parametrize("at", slow_unless([16], [7, 16]))
 def test_a_killed_run_grows_to_the_same_bits(tmp_path: Path, whole: Path, at: int) -> None:
     """A run that resumes at step 6 checks `widen_mlp`, which needs the sharpness of the step before.
 

@@ -277,6 +277,7 @@ print(said, before - resident(), sep="|")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("tuned" not in tune_allocator(), reason="the C library here is not glibc")
 def test_a_sharded_run_returns_freed_memory() -> None:
     returned = {}

@@ -765,6 +765,7 @@ def test_a_waiting_run_continues_if_the_holder_fails(tmp_path: Path, alone: Any)
     assert store.verify() == [] and active_leases(store) == {} and store.wants() == set()
 
 
+@pytest.mark.slow
 def test_of_two_leases_acquired_at_the_same_moment_one_is_released(
     tmp_path: Path, alone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY
+from conftest import TINY, slow_unless
 from typer.testing import CliRunner
 
 from mainrun.cli import app
@@ -288,7 +288,7 @@ def facts(search: Search) -> list[tuple[Any, ...]]:
     return [(t.number, t.values, t.state, t.scores, t.reason) for t in search.trials]
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "qmc"])
+@pytest.mark.parametrize("sampler", slow_unless(["tpe"], ["tpe", "random", "qmc"]))
 def test_the_trials_do_not_depend_on_workers_or_their_speed(tmp_path: Path, sampler: str) -> None:
     settings: dict[str, Any] = {"name": sampler, "startup": 3, "generation": 3}
     budget = {"trials": 12}

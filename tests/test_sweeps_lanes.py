@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from conftest import slow_unless
 from searching import FIELDS, TRAIN_TOKENS, FakeDatabase, Trainer, make_study
 
 from mainrun.config import TrainConfig
@@ -108,7 +109,7 @@ def test_a_lane_waits_until_the_next_run_ends() -> None:
 # -- the trials are a function of the study
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 3])
+@pytest.mark.parametrize("lanes", slow_unless([1, 3], [1, 2, 3]))
 def test_the_trials_do_not_depend_on_the_workers(tmp_path: Path, lanes: int) -> None:
     study = frugal_study(sampler={"lanes": lanes})
     searches = [trained(tmp_path / str(n), study, SlowTrainer(n)) for n in (1, 2, 3)]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import slow_unless
 from test_sharing import mounted
 from test_sweeps import (
     SET,
@@ -68,6 +69,7 @@ def refused(folder: Path, **changes: Any) -> str:
     return str(e.value)
 
 
+@pytest.mark.slow
 def test_a_locked_database_is_waited_for_and_then_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,7 +108,7 @@ def test_a_file_that_is_not_a_study_database_is_refused_untouched(tmp_path: Path
     )
 
 
-@pytest.mark.parametrize("kept", range(14))
+@pytest.mark.parametrize("kept", slow_unless([0, 6, 13], range(14)))
 def test_a_database_whose_creation_was_killed_is_completed(tmp_path: Path, kept: int) -> None:
     """Optuna creates and commits its tables one by one, and writes the schema version last."""
     StudyDatabase(tiny_study(), tmp_path, quiet)
@@ -151,19 +153,19 @@ def test_a_database_with_another_study_of_that_name_is_refused(tmp_path: Path) -
     )
 
 
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "update trials set state = 'ODD'",
-        "update trial_values set value = null",
-        "update trial_params set distribution_json = '{'",
-        "update trial_user_attributes set value_json = '{'",
-        "update trials set datetime_start = 'x'",
-        "update study_user_attributes set value_json = '{'",
-        "delete from trials",
-        "delete from studies",
-    ],
-)
+EDITS = [
+    "update trials set state = 'ODD'",
+    "update trial_values set value = null",
+    "update trial_params set distribution_json = '{'",
+    "update trial_user_attributes set value_json = '{'",
+    "update trials set datetime_start = 'x'",
+    "update study_user_attributes set value_json = '{'",
+    "delete from trials",
+    "delete from studies",
+]
+
+
+@pytest.mark.parametrize("statement", slow_unless(EDITS[::3], EDITS))
 def test_a_database_with_edited_rows_gives_one_message(tmp_path: Path, statement: str) -> None:
     run_search(tmp_path, InstantEngine(1))
     with sqlite3.connect(tmp_path / "study.db") as other:

@@ -527,7 +527,12 @@ def damage_an_entry(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "act"), [("empty", "publishes"), ("damaged", "publishes"), ("empty", "cleans up")]
+    ("state", "act"),
+    [
+        ("empty", "publishes"),
+        pytest.param("damaged", "publishes", marks=pytest.mark.slow),
+        pytest.param("empty", "cleans up", marks=pytest.mark.slow),
+    ],
 )
 def test_another_process_may_act_at_any_line(
     state: str, act: str, tiny, own_cache: Path, monkeypatch: pytest.MonkeyPatch

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_sets
+from conftest import slow_unless, tiny_sets
 from typer.testing import CliRunner, Result
 
 from mainrun.cli import app
@@ -505,7 +505,7 @@ def test_a_kill_at_any_point_loses_and_doubles_nothing(
     assert [entry["step"] for entry in memory.values()] == [STEPS, STEPS]
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", slow_unless([1], [1, 2]))
 def test_kills_at_random_times(tmp_path: Path, seed: int) -> None:
     import_packages()
     draw = random.Random(seed)

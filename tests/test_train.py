@@ -17,7 +17,7 @@ from unittest.mock import ANY
 
 import pytest
 import torch
-from conftest import TINY, tiny_sets
+from conftest import TINY, slow_unless, tiny_sets
 
 from mainrun import train as trainer
 from mainrun.config import TrainConfig, from_dict
@@ -328,11 +328,11 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+@pytest.mark.parametrize("name", slow_unless(["adamw, ema", "members", "every option"], RECIPES))
 def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(
-    tmp_path: Path, undisturbed: Callable[[TrainConfig], Path], recipe: dict[str, Any]
+    tmp_path: Path, undisturbed: Callable[[TrainConfig], Path], name: str
 ) -> None:
-    cfg = config(checkpoint_every=10, **recipe)
+    cfg = config(checkpoint_every=10, **RECIPES[name])
     whole = undisturbed(cfg)
     run = RunDir(tmp_path / cfg.run_id)
     # The run is stopped between two checkpoints, at a checkpoint, and long after a checkpoint.
@@ -689,8 +689,8 @@ def no_half_files(run: Path) -> None:
     ("step", "leave", "checkpoint_every", "full"),
     [
         (0, 0, 10, ""),
-        (0, 8192, 10, ""),
-        (0, 24_000, 10, ""),
+        pytest.param(0, 8192, 10, "", marks=pytest.mark.slow),
+        pytest.param(0, 24_000, 10, "", marks=pytest.mark.slow),
         (0, 60_000, 10, ""),
         (3, 0, 1000, "metrics.jsonl"),
         (9, 100_000, 10, "step-00000010"),

@@ -22,6 +22,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from conftest import slow_unless
 
 ROOT = Path(__file__).parents[2]
 TOOLS = [
@@ -379,7 +380,9 @@ def test_an_environment_without_a_note_about_its_build_keeps_it(installed: Clone
     assert (installed.calls(), index.asked) == (UPDATE, [])
 
 
-@pytest.mark.parametrize("fault", ["refused", "missing", "silent", "no build"])
+@pytest.mark.parametrize(
+    "fault", slow_unless(["refused", "no build"], ["refused", "missing", "silent", "no build"])
+)
 def test_without_the_index_of_pytorch_the_default_index_is_used(
     clone: Clone, index: Index, fault: str
 ) -> None:
@@ -419,7 +422,10 @@ def test_an_unknown_build_is_refused(installed: Clone) -> None:
     assert "got MAINRUN_TORCH=rocm; write cpu, cuda or default" in done.stderr
 
 
-@pytest.mark.parametrize("variable", ["", "PIP_INDEX_URL", "PIP_FIND_LINKS", "PIP_CONFIG_FILE"])
+@pytest.mark.parametrize(
+    "variable",
+    slow_unless(["", "PIP_INDEX_URL"], ["", "PIP_INDEX_URL", "PIP_FIND_LINKS", "PIP_CONFIG_FILE"]),
+)
 def test_uv_is_used_unless_pip_has_an_index(clone: Clone, index: Index, variable: str) -> None:
     uv = f'''#!/bin/sh
 echo "uv $*" >>"{clone.log}"
@@ -555,7 +561,10 @@ def test_without_arguments_it_lists_the_tasks(installed: Clone) -> None:
     ]
 
 
-@pytest.mark.parametrize("way", ["absolute", "relative", "link", "link to a link", "path"])
+@pytest.mark.parametrize(
+    "way",
+    slow_unless(["relative", "link to a link"], ["absolute", "relative", "link", "link to a link", "path"]),
+)
 def test_calls_from_any_folder_and_through_links(installed: Clone, tmp_path: Path, way: str) -> None:
     away = tmp_path / "else where"
     away.mkdir()
@@ -718,7 +727,10 @@ def test_submit_first_commits_changes(repo: Clone) -> None:
 # -- what CI runs
 
 
-@pytest.mark.parametrize(("fast", "slow", "code"), [(True, True, 0), (False, True, 1), (True, False, 1)])
+@pytest.mark.parametrize(
+    ("fast", "slow", "code"),
+    [(True, True, 0), pytest.param(False, True, 1, marks=pytest.mark.slow), (True, False, 1)],
+)
 def test_ci_fails_with_the_tests_and_ends_with_the_summary_of_pytest(
     installed: Clone, fast: bool, slow: bool, code: int
 ) -> None:

@@ -416,7 +416,7 @@ def on_a_terminal(args: list[str], width: int, env: dict[str, str]) -> str:
     ("width", "env"),
     [
         (100, {}),
-        (24, {"NO_COLOR": "1"}),
+        pytest.param(24, {"NO_COLOR": "1"}, marks=pytest.mark.slow),
         pytest.param(100, {"NO_COLOR": "1"}, marks=pytest.mark.slow),
         pytest.param(24, {}, marks=pytest.mark.slow),
     ],
